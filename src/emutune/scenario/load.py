@@ -1,0 +1,194 @@
+"""Read scenarios from TOML, apply overrides, and say in one line what is wrong with one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from emutune.errors import ScenarioError
+from emutune.scenario.schema import Scenario
+
+
+def shipped_scenarios() -> list[str]:
+    """Names of the scenarios that come with emutune."""
+    library = resources.files("emutune.scenario") / "library"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in library.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_scenario(source: str | Path, overrides: Iterable[str] = ()) -> Scenario:
+    """Load a shipped scenario by name, or a scenario file by path.
+
+    Args:
+        source: the name of a shipped scenario (``"paper"``) or the path of a TOML file.
+        overrides: assignments such as ``"fleet.ues=9"``, applied before validation.
+
+    Raises:
+        ScenarioError: the file is missing or unreadable, or a value is invalid.
+    """
+    return parse_scenario(_read(source), overrides=overrides, source=str(source))
+
+
+def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "scenario") -> Scenario:
+    """Validate a scenario given as TOML text; see ``load_scenario``."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ScenarioError(f"{source}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Scenario.model_validate(tree)
+    except ValidationError as error:
+        raise ScenarioError(f"{source}: {_explain(error)}") from error
+
+
+def dump_scenario(scenario: Scenario) -> str:
+    """A scenario as TOML text that ``parse_scenario`` reads back to an equal scenario."""
+    return "\n".join(_toml_lines(scenario.model_dump(), ())).strip() + "\n"
+
+
+def _read(source: str | Path) -> str:
+    name = str(source)
+    if name in shipped_scenarios():
+        return (resources.files("emutune.scenario") / "library" / f"{name}.toml").read_text("utf-8")
+    path = Path(source)
+    if not path.is_file():
+        raise ScenarioError(
+            f"scenario {name!r}: no such file, and no shipped scenario of that name; "
+            f"shipped: {', '.join(shipped_scenarios())}"
+        )
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"scenario {name!r}: not UTF-8 text; save it as UTF-8 TOML") from error
+    except OSError as error:
+        raise ScenarioError(f"scenario {name!r}: cannot be read: {error.strerror}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ScenarioError(f"override {override!r}: write it as section.field=value, e.g. fleet.ues=9")
+    node: Any = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ScenarioError(f"override {override!r}: {key} is a single value and has no fields")
+    node[keys[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself where it is a bare word (``--set name=mine``)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems of a scenario in one line, each with its field and what to do."""
+    return "; ".join(_explain_one(problem) for problem in error.errors())
+
+
+def _explain_one(problem: Mapping[str, Any]) -> str:
+    location, kind, value = problem["loc"], problem["type"], problem["input"]
+    field = ".".join(str(part) for part in location)
+    context = problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{field}: unknown field{_suggestion(location)}"
+    if kind == "missing":
+        return f"{field}: missing; add it to the scenario"
+    if kind == "value_error":
+        return ": ".join(part for part in (field, str(context["error"])) if part)
+    if kind == "finite_number":
+        return f"{field}: must be a finite number, got {value}"
+    if kind == "greater_than" and context.get("gt") == 0:
+        return f"{field}: must be positive, got {value}"
+    if kind in _LIMITS:
+        return f"{field}: must be {_LIMITS[kind]} {context[_LIMIT_KEYS[kind]]:g}, got {value}"
+    if kind in ("float_parsing", "float_type", "int_parsing", "int_type", "int_from_float"):
+        wanted = "a whole number" if kind.startswith("int") else "a number"
+        return f"{field}: must be {wanted}{_unit(field)}, got {value!r}"
+    if kind == "literal_error":
+        return f"{field}: must be {context['expected']}, got {value!r}"
+    if kind == "model_type":
+        return f"{field}: must be a table of fields, got {value!r}"
+    return f"{field}: {problem['msg']}"
+
+
+_LIMITS = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+_LIMIT_KEYS = {
+    "greater_than": "gt",
+    "greater_than_equal": "ge",
+    "less_than": "lt",
+    "less_than_equal": "le",
+}
+_UNITS = {
+    "_per_min": " per minute",
+    "_dbm_per_hz": " in dBm/Hz",
+    "_hz": " in Hz",
+    "_mb": " in MB (1e6 bytes)",
+    "_gb": " in GB (1e9 bytes)",
+    "_w": " in W",
+    "_m": " in m",
+}
+
+
+def _unit(field: str) -> str:
+    for part in reversed(field.split(".")):
+        for suffix, words in _UNITS.items():
+            if part.endswith(suffix):
+                return words
+    return ""
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    section: type[BaseModel] = Scenario
+    for part in location[:-1]:
+        section = _model_of(section.model_fields[str(part)].annotation)
+    fields = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; the fields here are {', '.join(fields)}"
+
+
+def _model_of(annotation: Any) -> type[BaseModel]:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    raise TypeError(f"{annotation} holds no section")
+
+
+def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[str]:
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            yield f"{key} = {_toml_value(value)}"
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield ""
+            yield f"[{'.'.join((*path, key))}]"
+            yield from _toml_lines(value, (*path, key))
+
+
+def _toml_value(value: str | float) -> str:
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, but for two things: TOML wants the delete character escaped
+        # too, and knows no surrogate pairs, into which JSON's ASCII form splits characters such as emoji.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -1,0 +1,164 @@
+"""The schema of a scenario: every number that describes a fleet, with its unit in its name.
+
+Symbols and equation numbers refer to Yu, Chua and Zhao, "Orchestration of Emulator Assisted Mobile
+Edge Tuning for AI Foundation Models" (arXiv 2310.17492); D1 to D12 to ``docs/decisions.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+# The upper limits keep every derived quantity inside single precision.
+Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
+Weight = Annotated[float, Field(le=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Range(_Section):
+    """A uniform distribution over the interval from ``min`` to ``max``, both positive."""
+
+    min: Positive
+    max: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min is above max ({self.min:g} > {self.max:g}); swap them")
+        return self
+
+
+class Fleet(_Section):
+    """The user equipments (UEs) and how long an episode lasts."""
+
+    ues: Count
+    tasks: Count
+    transmit_power_w: Range
+    distance_m: Range
+
+
+class Tasks(_Section):
+    """What each task brings: local data to train on, and its complexity."""
+
+    data_mb: Range
+    complexity: Range
+
+
+class FoundationModel(_Section):
+    """The model whose emulators the UEs hold."""
+
+    size_gb: Positive
+    layers: Count
+
+
+class Retention(_Section):
+    """The share of layers an emulator may keep, and when a UE keeps the one it has (D9)."""
+
+    min: Share
+    max: Share
+    hold_tolerance: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Retention:
+        if self.min > self.max:
+            raise ValueError(f"min is above max ({self.min:g} > {self.max:g}); swap them")
+        return self
+
+
+class Radio(_Section):
+    """Bandwidths and powers of the links, and the law of the channel gain (D8)."""
+
+    uplink_bandwidth_hz: Positive
+    downlink_bandwidth_hz: Positive
+    downlink_power_w: Positive
+    noise_dbm_per_hz: Annotated[float, Field(ge=-250, le=0, allow_inf_nan=False)]
+    path_loss_exponent: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+    # One block would be a single Rayleigh draw: the mean delay of such a link diverges (D8).
+    fading_blocks: Annotated[int, Field(ge=2, le=1_000_000)]
+
+
+class Curve(_Section):
+    """Perplexity at retention E: ``quadratic * E**2 + linear * E + constant``."""
+
+    quadratic: Number
+    linear: Number
+    constant: Number
+
+    def __call__(self, retention: float) -> float:
+        """Perplexity at one retention, dimensionless."""
+        return self.quadratic * retention**2 + self.linear * retention + self.constant
+
+    def lowest_between(self, low: float, high: float) -> tuple[float, float]:
+        """The retention in [low, high] with the lowest perplexity, and that perplexity."""
+        candidates = [low, high]
+        if self.quadratic > 0 and low < (vertex := -self.linear / (2 * self.quadratic)) < high:
+            candidates.append(vertex)
+        best = min(candidates, key=self)
+        return best, self(best)
+
+
+class Quality(_Section):
+    """Perplexity against retention and complexity (Eq. 9, D2)."""
+
+    curve: Curve
+    complexity_weight: Positive
+    complexity_factor: Literal["rising", "as_printed"] = "rising"
+
+
+class Reward(_Section):
+    """The weights of the joint objective (Eq. 12, D6); both are costs, so neither is positive."""
+
+    perplexity_weight: Weight
+    delay_weight_per_min: Weight
+
+
+class Scenario(_Section):
+    """A whole world: fleet, tasks, model, links, quality and objective."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    fleet: Fleet
+    tasks: Tasks
+    model: FoundationModel
+    retention: Retention
+    radio: Radio
+    quality: Quality
+    reward: Reward
+
+    @property
+    def level_bounds(self) -> tuple[int, int]:
+        """Fewest and most layers an emulator may keep: the levels k/L inside the retention bounds (D9)."""
+        layers = self.model.layers
+        # The guard absorbs binary fractions: 0.3 * 10 is 2.9999999999999996 or 3.0000000000000004.
+        guard = 1e-9 * layers
+        return max(1, math.ceil(self.retention.min * layers - guard)), math.floor(
+            self.retention.max * layers + guard
+        )
+
+    @model_validator(mode="after")
+    def _some_emulator_exists(self) -> Scenario:
+        low, high = self.level_bounds
+        if low > high:
+            raise ValueError(
+                f"retention: no whole number of the {self.model.layers} layers lies between "
+                f"{self.retention.min:g} and {self.retention.max:g}; widen the bounds or raise model.layers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _perplexity_is_positive(self) -> Scenario:
+        retention, lowest = self.quality.curve.lowest_between(self.retention.min, 1.0)
+        if lowest <= 0:
+            raise ValueError(
+                f"quality.curve: perplexity falls to {lowest:g} at retention {retention:g}; "
+                "it must stay positive from retention.min to 1"
+            )
+        return self

@@ -1,0 +1,395 @@
+"""Scenarios: the shipped paper world, the text form, levels, and what a wrong file is told."""
+
+from __future__ import annotations
+
+import math
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pydantic
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from emutune.errors import EmutuneError, ScenarioError
+from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario, shipped_scenarios
+from emutune.scenario.schema import Curve
+
+PAPER_TEXT = dump_scenario(load_scenario("paper"))
+
+
+def refusal(*overrides: str, text: str = PAPER_TEXT) -> str:
+    """The message with which a scenario is refused: one line that starts with where it came from."""
+    with pytest.raises(ScenarioError) as caught:
+        parse_scenario(text, overrides=overrides, source="mine.toml")
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+# --- shipped scenarios --------------------------------------------------------------------------------------
+
+
+def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
+    tree = paper.model_dump(exclude={"name", "description"})
+    assert tree == {
+        "fleet": {
+            "ues": 6,
+            "tasks": 50,
+            "transmit_power_w": {"min": 0.2, "max": 1.0},
+            "distance_m": {"min": 50.0, "max": 500.0},
+        },
+        "tasks": {"data_mb": {"min": 300.0, "max": 500.0}, "complexity": {"min": 1.0, "max": 10.0}},
+        "model": {"size_gb": 10.8, "layers": 32},
+        "retention": {"min": 0.2, "max": 0.8, "hold_tolerance": 0.0},
+        "radio": {
+            "uplink_bandwidth_hz": 1e5,
+            "downlink_bandwidth_hz": 1e6,
+            "downlink_power_w": 60.0,
+            "noise_dbm_per_hz": -174.0,
+            "path_loss_exponent": 2.0,
+            "fading_blocks": 100,
+        },
+        "quality": {
+            "curve": {"quadratic": 25.2, "linear": -43.1, "constant": 31.9},
+            "complexity_weight": 10.0,
+            "complexity_factor": "rising",
+        },
+        "reward": {"perplexity_weight": -0.092, "delay_weight_per_min": -0.015},
+    }
+    assert paper.level_bounds == (7, 25)
+
+
+@pytest.mark.parametrize("name", shipped_scenarios())
+def test_every_shipped_scenario_loads_under_its_own_name(name: str) -> None:
+    scenario = load_scenario(name)
+    assert scenario.name == name
+    assert scenario.description
+    assert parse_scenario(dump_scenario(scenario)) == scenario
+
+
+def test_a_scenario_cannot_be_changed_after_validation(paper: Scenario) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        paper.fleet.ues = 9  # type: ignore[misc]
+
+
+# --- text form ----------------------------------------------------------------------------------------------
+
+
+positive = st.floats(min_value=0, max_value=1e15, exclude_min=True)
+non_negative = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+weights = st.floats(max_value=0, allow_nan=False, allow_infinity=False)
+counts = st.integers(1, 10**5)
+ranges = st.tuples(positive, positive).map(sorted).map(lambda ends: {"min": ends[0], "max": ends[1]})
+
+
+@st.composite
+def retentions_and_layers(draw: st.DrawFn) -> tuple[dict[str, float], int]:
+    """Bounds around at least one level of some number of layers."""
+    layers = draw(st.integers(1, 200))
+    levels = sorted((draw(st.integers(1, layers)), draw(st.integers(1, layers))))
+    hold = draw(st.floats(0, 1, exclude_max=True))
+    return {"min": levels[0] / layers, "max": levels[1] / layers, "hold_tolerance": hold}, layers
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    """Any valid scenario, extreme numbers and any text included."""
+    retention, layers = draw(retentions_and_layers())
+    curve = {"quadratic": draw(non_negative), "linear": draw(non_negative), "constant": draw(positive)}
+    return Scenario.model_validate(
+        {
+            "name": draw(st.text(min_size=1)),
+            "description": draw(st.text()),
+            "fleet": {
+                "ues": draw(counts),
+                "tasks": draw(counts),
+                "transmit_power_w": draw(ranges),
+                "distance_m": draw(ranges),
+            },
+            "tasks": {"data_mb": draw(ranges), "complexity": draw(ranges)},
+            "model": {"size_gb": draw(positive), "layers": layers},
+            "retention": retention,
+            "radio": {
+                "uplink_bandwidth_hz": draw(positive),
+                "downlink_bandwidth_hz": draw(positive),
+                "downlink_power_w": draw(positive),
+                "noise_dbm_per_hz": draw(st.floats(-250, 0)),
+                "path_loss_exponent": draw(st.floats(0, 10, exclude_min=True)),
+                "fading_blocks": draw(st.integers(2, 10**6)),
+            },
+            "quality": {
+                "curve": curve,
+                "complexity_weight": draw(positive),
+                "complexity_factor": draw(st.sampled_from(["rising", "as_printed"])),
+            },
+            "reward": {"perplexity_weight": draw(weights), "delay_weight_per_min": draw(weights)},
+        }
+    )
+
+
+@given(scenarios())
+def test_dumped_scenarios_parse_to_equal_scenarios(scenario: Scenario) -> None:
+    assert parse_scenario(dump_scenario(scenario)) == scenario
+
+
+@pytest.mark.parametrize(
+    "name", ['"', "\\", "\n\r\t\b\f", "\x00\x1f\x7f", "é", "\u2028", "😀", "'''", "[fleet]", "# x"]
+)
+def test_awkward_text_survives_the_text_form(name: str) -> None:
+    scenario = load_scenario("paper").model_copy(update={"name": name, "description": name})
+    assert parse_scenario(dump_scenario(scenario)) == scenario
+
+
+def test_a_scenario_file_is_read_by_its_path(paper: Scenario, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(dump_scenario(paper), encoding="utf-8")
+    assert load_scenario(path) == load_scenario(str(path)) == paper
+
+
+# --- overrides ----------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_applied_before_validation() -> None:
+    scenario = load_scenario(
+        "paper",
+        # Each bound alone would lie on the wrong side of the other.
+        ["retention.min=0.9", "retention.max = 1.0", "fleet.ues=9", "tasks.data_mb={min=1, max=2}"],
+    )
+    assert (scenario.retention.min, scenario.retention.max) == (0.9, 1.0)
+    assert scenario.fleet.ues == 9
+    assert (scenario.tasks.data_mb.min, scenario.tasks.data_mb.max) == (1.0, 2.0)
+
+
+def test_text_in_an_override_needs_no_quotes() -> None:
+    scenario = load_scenario("paper", ["name=my world", "quality.complexity_factor=as_printed"])
+    assert scenario.name == "my world"
+    assert scenario.quality.complexity_factor == "as_printed"
+
+
+def test_the_last_override_of_a_field_wins() -> None:
+    assert load_scenario("paper", ["fleet.ues=3", "fleet.ues=4"]).fleet.ues == 4
+
+
+@pytest.mark.parametrize(
+    "override", ["fleet", "fleet.ues", "=3", "fleet.=3", ".ues=3", "fleet..ues=3", "", "="]
+)
+def test_malformed_override_is_refused_with_an_example(override: str) -> None:
+    message = refusal(override)
+    assert repr(override) in message
+    assert "write it as section.field=value, e.g. fleet.ues=9" in message
+
+
+def test_override_below_a_single_value_is_refused() -> None:
+    message = refusal("fleet.ues.most=3")
+    assert "fleet.ues.most=3" in message
+    assert "ues is a single value" in message
+
+
+# --- refusals: the field and the remedy ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "remedy"),
+    [
+        # Unknown fields, near misses first.
+        ("radio.uplink_bandwith_hz=1e5", "radio.uplink_bandwith_hz", "did you mean uplink_bandwidth_hz?"),
+        ("fleet.user=3", "fleet.user", "did you mean ues?"),
+        ("radoi.x=1", "radoi", "did you mean radio?"),
+        ("tasks.data_mb.maximum=1", "tasks.data_mb.maximum", "did you mean max?"),
+        ("quality.curve.cubic=1", "quality.curve.cubic", "the fields here are quadratic, linear, constant"),
+        # Units belong to the name of a field, numbers stand bare.
+        ("radio.uplink_bandwidth_hz=100 kHz", "radio.uplink_bandwidth_hz", "a number in Hz, got '100 kHz'"),
+        ('radio.uplink_bandwidth_hz="1e5"', "radio.uplink_bandwidth_hz", "a number in Hz, got '1e5'"),
+        ("radio.noise_dbm_per_hz=-174 dBm", "radio.noise_dbm_per_hz", "a number in dBm/Hz, got '-174 dBm'"),
+        ("model.size_gb=10.8 GB", "model.size_gb", "a number in GB (1e9 bytes), got '10.8 GB'"),
+        ("tasks.data_mb.min=300MB", "tasks.data_mb.min", "a number in MB (1e6 bytes), got '300MB'"),
+        ("fleet.transmit_power_w.max=1W", "fleet.transmit_power_w.max", "a number in W, got '1W'"),
+        ("fleet.distance_m.max=1km", "fleet.distance_m.max", "a number in m, got '1km'"),
+        ("reward.delay_weight_per_min=x", "reward.delay_weight_per_min", "a number per minute, got 'x'"),
+        ('fleet.ues="6"', "fleet.ues", "a whole number, got '6'"),
+        ("fleet.ues=true", "fleet.ues", "a whole number, got True"),
+        ("radio.downlink_power_w=true", "radio.downlink_power_w", "a number in W, got True"),
+        # Numbers out of bounds.
+        ("radio.uplink_bandwidth_hz=-1", "radio.uplink_bandwidth_hz", "must be positive, got -1"),
+        ("radio.uplink_bandwidth_hz=0", "radio.uplink_bandwidth_hz", "must be positive, got 0"),
+        ("radio.downlink_bandwidth_hz=-1", "radio.downlink_bandwidth_hz", "must be positive, got -1"),
+        ("fleet.distance_m.min=0", "fleet.distance_m.min", "must be positive, got 0"),
+        ("retention.min=0", "retention.min", "must be positive, got 0"),
+        ("retention.min=-0.1", "retention.min", "must be positive, got -0.1"),
+        ("retention.max=1.2", "retention.max", "must be at most 1, got 1.2"),
+        ("retention.hold_tolerance=1", "retention.hold_tolerance", "must be below 1, got 1"),
+        ("retention.hold_tolerance=-0.1", "retention.hold_tolerance", "must be at least 0, got -0.1"),
+        ("radio.path_loss_exponent=11", "radio.path_loss_exponent", "must be at most 10, got 11"),
+        ("radio.noise_dbm_per_hz=174", "radio.noise_dbm_per_hz", "must be at most 0, got 174"),
+        ("radio.fading_blocks=1", "radio.fading_blocks", "must be at least 2, got 1"),
+        ("model.layers=0", "model.layers", "must be at least 1, got 0"),
+        ("fleet.ues=0", "fleet.ues", "must be at least 1, got 0"),
+        ("fleet.tasks=0", "fleet.tasks", "must be at least 1, got 0"),
+        ("fleet.ues=6.5", "fleet.ues", "must be a whole number, got 6.5"),
+        ("reward.perplexity_weight=0.1", "reward.perplexity_weight", "must be at most 0, got 0.1"),
+        ("reward.delay_weight_per_min=0.1", "reward.delay_weight_per_min", "must be at most 0, got 0.1"),
+        # Reversed bounds.
+        ("retention.min=0.9", "retention", "min is above max (0.9 > 0.8); swap them"),
+        ("tasks.data_mb={min=500, max=300}", "tasks.data_mb", "min is above max (500 > 300); swap them"),
+        # What only several fields together show.
+        ("retention={min=0.3, max=0.305}", "retention", "widen the bounds or raise model.layers"),
+        ("quality.curve.constant=10", "quality.curve", "must stay positive from retention.min to 1"),
+        ("quality.complexity_factor=falling", "quality.complexity_factor", "'rising' or 'as_printed'"),
+        # Wholly different things.
+        ("fleet=3", "fleet", "must be a table of fields, got 3"),
+        ("tasks.data_mb=400", "tasks.data_mb", "must be a table of fields, got 400"),
+        ("name=", "name", "at least 1 character"),
+        ("name=3", "name", "a valid string"),
+    ],
+)
+def test_wrong_value_is_refused_by_field_and_remedy(override: str, field: str, remedy: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"mine.toml: {field}: ")
+    assert remedy in message
+
+
+def number_fields() -> list[str]:
+    """Every field of the paper's scenario that holds a real number."""
+    fields, section = [], ""
+    for line in PAPER_TEXT.splitlines():
+        if line.startswith("["):
+            section = line.strip("[]") + "."
+        elif "=" in line and '"' not in line and "." in line.partition("=")[2]:
+            fields.append(section + line.partition(" =")[0])
+    return fields
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("field", number_fields())
+def test_numbers_are_finite(field: str, value: str) -> None:
+    assert refusal(f"{field}={value}").startswith(f"mine.toml: {field}: must be a finite number, got {value}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_counts_are_finite(value: str) -> None:
+    assert "fleet.ues: must be a whole number" in refusal(f"fleet.ues={value}")
+
+
+def test_missing_section_is_named() -> None:
+    without_reward = PAPER_TEXT.partition("[reward]")[0]
+    assert "mine.toml: reward: missing; add it to the scenario" in refusal(text=without_reward)
+
+
+def test_missing_field_is_named() -> None:
+    without_layers = PAPER_TEXT.replace("layers = 32\n", "")
+    assert "mine.toml: model.layers: missing; add it to the scenario" in refusal(text=without_layers)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal("fleet.ues=0", "radio.downlink_power_w=-1", "model.size=1")
+    for field in ("fleet.ues", "radio.downlink_power_w", "model.size"):
+        assert f"{field}: " in message
+
+
+@pytest.mark.parametrize("text", ["a = ", "[fleet", "a = 1 b = 2", "\x00", "[fleet]\n[fleet]\n"])
+def test_text_that_is_not_toml_is_refused_with_its_place(text: str) -> None:
+    message = refusal(text=text)
+    assert message.startswith("mine.toml: not valid TOML: ")
+    assert " (at " in message
+
+
+def test_missing_file_is_refused_with_the_shipped_names(tmp_path: Path) -> None:
+    for source in ("papr", str(tmp_path), tmp_path / "none.toml"):
+        with pytest.raises(ScenarioError, match=r"no such file.*shipped: .*paper") as caught:
+            load_scenario(source)
+        assert repr(str(source)) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_bytes(PAPER_TEXT.replace("GPT", "\xe9").encode("latin-1"))
+    with pytest.raises(ScenarioError, match=r"latin\.toml.*save it as UTF-8 TOML"):
+        load_scenario(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file permissions are not enforced in the same way")
+def test_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The refusal comes from the file system; root may read everything, so it is staged.
+    def refuse(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "locked.toml"
+    path.touch()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ScenarioError, match=r"locked\.toml.*cannot be read: Permission denied"):
+        load_scenario(path)
+
+
+def test_scenario_errors_are_emutune_errors() -> None:
+    assert issubclass(ScenarioError, EmutuneError)
+
+
+# --- levels and curve ---------------------------------------------------------------------------------------
+
+
+def with_retention(layers: int, lowest: str, highest: str) -> Scenario:
+    return parse_scenario(
+        PAPER_TEXT,
+        overrides=[f"model.layers={layers}", f"retention.min={lowest}", f"retention.max={highest}"],
+    )
+
+
+@st.composite
+def decimals(draw: st.DrawFn) -> str:
+    """A retention as a person writes it: up to five decimals."""
+    digits = draw(st.integers(1, 5))
+    return f"{draw(st.integers(1, 10**digits)) / 10**digits:.{digits}f}"
+
+
+@given(st.integers(1, 300), decimals(), decimals())
+@example(10, "0.3", "0.7")
+@example(32, "0.2", "0.8")
+@example(1, "1.0", "1.0")
+@example(3, "0.33333", "0.66667")
+@example(32, "0.1", "0.11")
+def test_level_bounds_are_the_levels_inside_the_bounds(layers: int, one: str, other: str) -> None:
+    lowest, highest = sorted((one, other), key=Fraction)
+    inside = [k for k in range(1, layers + 1) if Fraction(lowest) <= Fraction(k, layers) <= Fraction(highest)]
+    if inside:
+        assert with_retention(layers, lowest, highest).level_bounds == (inside[0], inside[-1])
+    else:
+        with pytest.raises(ScenarioError, match=f"no whole number of the {layers} layers"):
+            with_retention(layers, lowest, highest)
+
+
+@pytest.mark.parametrize("layers", [3, 7, 10, 12, 24, 32, 48, 96])
+def test_bounds_computed_as_levels_include_these_levels(layers: int) -> None:
+    # k / L as a float is rarely the fraction itself: 1/3 lies below it, and 3 * (1/3) may not be 1.
+    for k in range(1, layers + 1):
+        assert with_retention(layers, repr(k / layers), repr(k / layers)).level_bounds == (k, k)
+
+
+small = st.floats(-100, 100)
+
+
+@given(small, small, small, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_lowest_perplexity_of_a_curve(
+    quadratic: float, linear: float, constant: float, one: float, other: float
+) -> None:
+    low, high = sorted((one, other))
+    assume(high - low > 1e-3)
+    curve = Curve(quadratic=quadratic, linear=linear, constant=constant)
+    retention, lowest = curve.lowest_between(low, high)
+    assert low <= retention <= high
+    assert lowest == curve(retention)
+    grid = [curve(low + (high - low) * i / 500) for i in range(501)]
+    # No point of the grid is lower, and the grid comes within half a step of the lowest point.
+    assert lowest <= min(grid) + 1e-9
+    assert min(grid) - lowest <= abs(quadratic) * ((high - low) / 1000) ** 2 + 1e-9
+
+
+def test_paper_curve_is_lowest_inside_the_whole_range_but_outside_the_bounds(paper: Scenario) -> None:
+    curve = paper.quality.curve
+    assert curve.lowest_between(0.2, 0.8)[0] == 0.8
+    retention, perplexity = curve.lowest_between(0.2, 1.0)
+    assert math.isclose(retention, 43.1 / 50.4)
+    assert math.isclose(perplexity, 31.9 - 43.1**2 / (4 * 25.2))
