@@ -1,0 +1,40 @@
+"""The simulator: channel, links, quality and dynamics as pure JAX functions."""
+
+from emutune.world.dynamics import (
+    Action,
+    Episode,
+    Outcome,
+    State,
+    Task,
+    all_tasks,
+    current_task,
+    draw_episode,
+    empty_cache,
+    reset,
+    serve,
+    step,
+)
+from emutune.world.observation import Observation, observe, observe_task, progress_feature, ue_features
+from emutune.world.parameters import World, build_world
+
+__all__ = [
+    "Action",
+    "Episode",
+    "Observation",
+    "Outcome",
+    "State",
+    "Task",
+    "World",
+    "all_tasks",
+    "build_world",
+    "current_task",
+    "draw_episode",
+    "empty_cache",
+    "observe",
+    "observe_task",
+    "progress_feature",
+    "reset",
+    "serve",
+    "step",
+    "ue_features",
+]

@@ -1,0 +1,51 @@
+"""The average channel gain of a task: path loss times averaged Rayleigh fading (sec. VI-A, D8)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from scipy import special
+
+# A float32 standard normal drawn by inverse transform never leaves [-6, 6].
+_SPAN = 6.0
+_KNOTS = 4097
+
+
+@lru_cache(maxsize=64)
+def fading_quantiles(blocks: int) -> Float[np.ndarray, "knots"]:
+    """Quantiles of Gamma(K, 1/K) at equally spaced standard normal scores from -6 to 6.
+
+    The average of K independent Rayleigh power blocks has exactly this law. Reading the quantile at a
+    normal score draws from it without rejection; linear reading between the knots is off by less than
+    5.1e-7, and by less than one part in 1e5, for K >= 2.
+    """
+    scores = np.linspace(-_SPAN, _SPAN, _KNOTS)
+    lower = special.gammaincinv(blocks, special.ndtr(np.minimum(scores, 0.0)))
+    upper = special.gammainccinv(blocks, special.ndtr(-np.maximum(scores, 0.0)))
+    return np.where(scores < 0, lower, upper) / blocks
+
+
+def draw_fading(
+    key: Key[Array, ""], quantiles: Float[Array, "knots"], shape: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Independent draws of the mean fading power (mean 1, variance 1/K), of the given shape."""
+    return fading_at_scores(quantiles, jax.random.normal(key, shape))
+
+
+def fading_at_scores(
+    quantiles: Float[Array, "knots"], scores: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Mean fading power at standard normal scores."""
+    position = (scores + _SPAN) * ((_KNOTS - 1) / (2 * _SPAN))
+    below = jnp.clip(position.astype(jnp.int32), 0, _KNOTS - 2)
+    low, high = quantiles[below], quantiles[below + 1]
+    return low + (position - below) * (high - low)
+
+
+def path_gain(distance_m: Float[Array, "..."], exponent: Float[Array, ""]) -> Float[Array, "..."]:
+    """Power gain ``distance ** -exponent`` of the path, dimensionless."""
+    return distance_m**-exponent

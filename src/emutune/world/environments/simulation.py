@@ -1,0 +1,132 @@
+"""The compiled programs behind the environments: the start of an episode, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+
+from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario
+from emutune.world.dynamics import Action, Outcome, State, current_task, reset, step
+from emutune.world.observation import observe, progress_feature, ue_features
+from emutune.world.parameters import World
+
+_PER_UE = (
+    "gain",
+    "complexity",
+    "data_mb",
+    "transmit_power_w",
+    "at_server",
+    "retention",
+    "cached_retention",
+    "switched",
+    "delay_s",
+    "perplexity",
+)
+
+
+class Progress(NamedTuple):
+    """The part of a state that a step changes; the draws of the episode stay where they are."""
+
+    cached_layers: Int[Array, "*batch ues"]
+    step: Int[Array, "*batch"]
+
+
+class Report(NamedTuple):
+    """What a step tells the caller, stacked, since each array that leaves the device costs a transfer.
+
+    The rows of ``per_ue`` are named in ``_PER_UE``; ``fleet`` holds the step's delay in s and its reward.
+    """
+
+    observation: Float[Array, "features"]
+    terminated: Bool[Array, ""]
+    per_ue: Float[Array, "entries ues"]
+    fleet: Float[Array, "2"]
+
+
+class Fetched(NamedTuple):
+    """A report on the host, as NumPy arrays that the caller may keep and write to."""
+
+    observation: Float[np.ndarray, "*batch features"]
+    terminated: Bool[np.ndarray, "*batch"]
+    info: dict[str, Shaped[np.ndarray, "..."]]
+
+
+def read_scenario(scenario: Scenario | str | Path, overrides: Iterable[str]) -> Scenario:
+    """A scenario given as such, by a shipped name or by a path, with overrides applied.
+
+    Raises:
+        ScenarioError: the scenario cannot be read, or a value is invalid.
+    """
+    if isinstance(scenario, Scenario):
+        return parse_scenario(dump_scenario(scenario), overrides=overrides, source=scenario.name)
+    return load_scenario(scenario, overrides)
+
+
+def draw_seed(generator: np.random.Generator) -> UInt32[np.ndarray, "2"]:
+    """The data of a JAX key: the 64 bits of an episode, drawn from Gymnasium's generator."""
+    return generator.integers(2**32, size=2, dtype=np.uint32)
+
+
+def fetch(report: Report) -> Fetched:
+    """Bring a report to the host; ``info`` is named as ``OrchestrationEnv`` says."""
+    observation, terminated, per_ue, fleet = jax.device_get(report)
+    info = dict(zip(_PER_UE, np.moveaxis(per_ue, -2, 0).copy(), strict=True))
+    info |= {name: info[name].astype(bool) for name in ("at_server", "switched")}
+    # Gymnasium gathers the floats of single environments as float64.
+    info["step_delay_s"], info["reward"] = np.moveaxis(fleet, -1, 0).astype(np.float64)
+    return Fetched(observation.copy(), terminated.copy(), info)
+
+
+def _begin(seed: UInt32[Array, "2"], world: World) -> tuple[State, Float[Array, "features"]]:
+    state = reset(jax.random.wrap_key_data(seed, impl="threefry2x32"), world)
+    return state, _observation(world, state)
+
+
+def _advance(
+    world: World, state: State, at_server: Bool[Array, "ues"], retention: Float[Array, "ues"]
+) -> tuple[Progress, Report]:
+    after, outcome = step(world, state, Action(at_server, retention))
+    report = Report(
+        observation=_observation(world, after),
+        terminated=after.step >= world.tasks,
+        per_ue=_per_ue(world, state, at_server, outcome),
+        fleet=jnp.stack([outcome.step_delay_s, outcome.reward]),
+    )
+    return Progress(after.cached_layers, after.step), report
+
+
+def _observation(world: World, state: State) -> Float[Array, "features"]:
+    """s1 feature by feature, as the paper lists it, then the progress; 4N + 1 numbers."""
+    seen = observe(world, state)
+    return jnp.append(ue_features(world, seen).T.ravel(), progress_feature(seen))
+
+
+def _per_ue(
+    world: World, state: State, at_server: Bool[Array, "ues"], outcome: Outcome
+) -> Float[Array, "entries ues"]:
+    task = current_task(state)
+    entries = {
+        "gain": task.gain,
+        "complexity": task.complexity,
+        "data_mb": task.data_bits / 8e6,
+        "transmit_power_w": task.transmit_power_w,
+        "at_server": at_server,
+        "retention": outcome.retention,
+        "cached_retention": state.cached_layers / world.model_layers,
+        "switched": outcome.switched,
+        "delay_s": outcome.delay_s,
+        "perplexity": outcome.perplexity,
+    }
+    return jnp.stack([entries[name] for name in _PER_UE]).astype(jnp.float32)
+
+
+begin = jax.jit(_begin)
+begin_many = jax.jit(jax.vmap(_begin, in_axes=(0, None)))
+advance = jax.jit(_advance)
+advance_many = jax.jit(jax.vmap(_advance, in_axes=(None, 0, 0, 0)))

@@ -1,0 +1,85 @@
+"""One controller that decides for the whole fleet: a Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from emutune.errors import UsageError
+from emutune.scenario import Scenario
+from emutune.world.dynamics import State
+from emutune.world.environments.simulation import advance, begin, draw_seed, fetch, read_scenario
+from emutune.world.environments.spaces import action_space, observation_space, read_action
+from emutune.world.parameters import build_world
+
+
+class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, Any]]):
+    """Orchestration of N UEs over the T tasks of an episode.
+
+    The observation holds the features of s1 (sec. IV-A), 4N numbers of about -1 to 1: all gains, all
+    complexities, all data sizes, all cached retentions. The progress through the episode follows as the
+    last. After the last task the features of complexity and data are still that task's.
+
+    The action holds ``at_server`` (N bits) and ``retention`` (N shares of layers). The nearest whole
+    number of layers within the scenario's bounds is used (D9).
+
+    An episode ends with the T-th task. T belongs to the world, so the episode terminates and is never
+    truncated.
+
+    ``info`` describes the step that was taken, with one entry per UE: ``gain``, ``complexity``,
+    ``data_mb``, ``transmit_power_w``, ``at_server``, ``retention`` (the level used), ``cached_retention``
+    (before the step; 0: none), ``switched``, ``delay_s`` and ``perplexity``; for the fleet,
+    ``step_delay_s`` and ``reward``. It is empty after a reset, since nothing has happened yet.
+
+    Args:
+        scenario: a scenario, the name of a shipped one, or the path of a TOML file.
+        overrides: assignments such as ``"fleet.ues=9"``.
+
+    Raises:
+        ScenarioError: the scenario cannot be read, or a value is invalid.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - declared so by gymnasium.Env
+    action_space: gymnasium.spaces.Dict
+    observation_space: gymnasium.spaces.Box
+
+    def __init__(self, scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = ()) -> None:
+        self.scenario = read_scenario(scenario, overrides)
+        self.action_space = action_space(self.scenario)
+        self.observation_space = observation_space(self.scenario)
+        self._world = build_world(self.scenario)
+        self._state: State | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float[np.ndarray, "features"], dict[str, Any]]:
+        """Start an episode: one that ``seed`` determines, or the next of the stream; no options exist."""
+        super().reset(seed=seed)
+        self._state, observation = begin(draw_seed(self.np_random), self._world)
+        return np.array(observation), {}
+
+    def step(
+        self, action: Mapping[str, Any]
+    ) -> tuple[Float[np.ndarray, "features"], float, bool, bool, dict[str, Any]]:
+        """Serve the current task of every UE.
+
+        Raises:
+            UsageError: no episode is under way, or the action has another shape or holds NaN.
+        """
+        if self._state is None:
+            raise UsageError("step: no episode is under way; call reset() first")
+        at_server, retention = read_action(action, (self._world.ues,))
+        progress, report = advance(self._world, self._state, at_server, retention)
+        observation, terminated, values = fetch(report)
+        self._state = None if terminated else self._state._replace(**progress._asdict())
+        info = _plain(values)
+        return observation, info["reward"], bool(terminated), False, info
+
+
+def _plain(values: Mapping[str, Shaped[np.ndarray, "..."]]) -> dict[str, Any]:
+    return {name: value if value.ndim else value.item() for name, value in values.items()}

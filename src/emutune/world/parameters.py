@@ -1,0 +1,83 @@
+"""A scenario as arrays: what the simulator computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from emutune.scenario import Range, Scenario
+from emutune.world.channel import fading_quantiles
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class World:
+    """The numbers of a scenario in SI units.
+
+    The number of UEs and tasks shapes the arrays and is static; every other number is traced, so one
+    compiled program serves any weights, bandwidths, sizes and ranges.
+    """
+
+    ues: int = field(metadata={"static": True})
+    tasks: int = field(metadata={"static": True})
+    transmit_power_w: Float[Array, "2"]
+    distance_m: Float[Array, "2"]
+    data_bits: Float[Array, "2"]
+    complexity: Float[Array, "2"]
+    model_bits: Float[Array, ""]
+    model_layers: Int[Array, ""]
+    level_bounds: Int[Array, "2"]
+    retention_bounds: Float[Array, "2"]
+    hold_tolerance: Float[Array, ""]
+    uplink_bandwidth_hz: Float[Array, ""]
+    downlink_bandwidth_hz: Float[Array, ""]
+    downlink_power_w: Float[Array, ""]
+    noise_w_per_hz: Float[Array, ""]
+    path_loss_exponent: Float[Array, ""]
+    fading_quantiles: Float[Array, "knots"]
+    curve: Float[Array, "3"]
+    complexity_weight: Float[Array, ""]
+    complexity_as_printed: Bool[Array, ""]
+    perplexity_weight: Float[Array, ""]
+    delay_weight_per_s: Float[Array, ""]
+
+
+def build_world(scenario: Scenario) -> World:
+    """The arrays of a scenario."""
+    fleet, radio, quality, reward = scenario.fleet, scenario.radio, scenario.quality, scenario.reward
+    curve = quality.curve
+    return World(
+        ues=fleet.ues,
+        tasks=fleet.tasks,
+        transmit_power_w=_interval(fleet.transmit_power_w),
+        distance_m=_interval(fleet.distance_m),
+        data_bits=_interval(scenario.tasks.data_mb, scale=8e6),
+        complexity=_interval(scenario.tasks.complexity),
+        model_bits=_real(8e9 * scenario.model.size_gb),
+        model_layers=jnp.asarray(scenario.model.layers, jnp.int32),
+        level_bounds=jnp.asarray(scenario.level_bounds, jnp.int32),
+        retention_bounds=jnp.asarray([scenario.retention.min, scenario.retention.max], jnp.float32),
+        hold_tolerance=_real(scenario.retention.hold_tolerance),
+        uplink_bandwidth_hz=_real(radio.uplink_bandwidth_hz),
+        downlink_bandwidth_hz=_real(radio.downlink_bandwidth_hz),
+        downlink_power_w=_real(radio.downlink_power_w),
+        noise_w_per_hz=_real(10 ** ((radio.noise_dbm_per_hz - 30) / 10)),
+        path_loss_exponent=_real(radio.path_loss_exponent),
+        fading_quantiles=jnp.asarray(fading_quantiles(radio.fading_blocks), jnp.float32),
+        curve=jnp.asarray([curve.quadratic, curve.linear, curve.constant], jnp.float32),
+        complexity_weight=_real(quality.complexity_weight),
+        complexity_as_printed=jnp.asarray(quality.complexity_factor == "as_printed"),
+        perplexity_weight=_real(reward.perplexity_weight),
+        delay_weight_per_s=_real(reward.delay_weight_per_min / 60),
+    )
+
+
+def _real(value: float) -> Float[Array, ""]:
+    return jnp.asarray(value, jnp.float32)
+
+
+def _interval(bounds: Range, scale: float = 1.0) -> Float[Array, "2"]:
+    return jnp.asarray([bounds.min * scale, bounds.max * scale], jnp.float32)

@@ -1,0 +1,32 @@
+"""Perplexity of a tuned task against retention and complexity (Eq. 9)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from emutune.world.parameters import World
+
+
+def curve_perplexity(world: World, retention: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Perplexity f(E) of the reference task at a retention (sec. VI-A)."""
+    quadratic, linear, constant = world.curve
+    perplexity: Array = (quadratic * retention + linear) * retention + constant
+    return perplexity
+
+
+def complexity_factor(world: World, complexity: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """The factor g(c) by which complexity scales perplexity: rising, or as printed (D2)."""
+    weight = world.complexity_weight
+    return (complexity + weight) / jnp.where(world.complexity_as_printed, complexity, weight)
+
+
+def task_perplexity(
+    world: World,
+    retention: Float[Array, "ues"],
+    complexity: Float[Array, "ues"],
+    at_server: Bool[Array, "ues"],
+) -> Float[Array, "ues"]:
+    """Perplexity of each UE's task: f(1) g(c) at the server, f(E) g(c) on the UE (Eq. 9, D12)."""
+    effective = jnp.where(at_server, 1.0, retention)
+    return curve_perplexity(world, effective) * complexity_factor(world, complexity)
