@@ -1,0 +1,1 @@
+"""Learning to orchestrate: networks, HMPPO and IPPO, training and checkpoints."""

@@ -1,0 +1,136 @@
+"""Checkpoints: safetensors with the scenario, configuration and version they belong to.
+
+A checkpoint is written aside and then renamed, so whatever interrupts the writing, a full disk too,
+the previous checkpoint stays whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from emutune.errors import CheckpointError, ScenarioError
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.update import TrainingState
+from emutune.scenario import Scenario, dump_scenario, parse_scenario
+
+FORMAT_VERSION = "1"
+
+
+class CheckpointHeader(NamedTuple):
+    """What a checkpoint belongs to."""
+
+    scenario: Scenario
+    config: TrainingConfig
+    seed: int
+
+
+def save_checkpoint(path: Path, header: CheckpointHeader, state: TrainingState) -> None:
+    """Write a training state, its random state and its optimisers' included.
+
+    Raises:
+        CheckpointError: the file cannot be written; an earlier checkpoint is untouched.
+    """
+    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    tensors = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(leaves)}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "scenario": dump_scenario(header.scenario),
+        "config": header.config.model_dump_json(),
+        "seed": str(header.seed),
+        "jax_version": jax.__version__,
+    }
+    aside = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, aside, metadata=metadata)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); free some space or choose another --out"
+        ) from error
+
+
+def read_header(path: Path) -> CheckpointHeader:
+    """What a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another format version.
+    """
+    metadata = _metadata(path)
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {metadata.get('format_version')!r}, this emutune reads "
+            f"{FORMAT_VERSION!r}; train again or use the version that wrote it"
+        )
+    try:
+        return CheckpointHeader(
+            parse_scenario(metadata["scenario"]),
+            TrainingConfig.model_validate_json(metadata["config"]),
+            int(metadata["seed"]),
+        )
+    except (KeyError, ValueError, ValidationError, ScenarioError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); train again") from error
+
+
+def load_checkpoint(path: Path, header: CheckpointHeader, template: TrainingState) -> TrainingState:
+    """Read a training state back.
+
+    Args:
+        path: a file written by ``save_checkpoint``.
+        header: what the state must belong to; the number of steps may differ from what was saved only
+            if nothing else does.
+        template: a state of the right shapes, as training starts from.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to something else, or is damaged.
+    """
+    _refuse_difference(path, read_header(path), header)
+    raw = template._replace(key=jax.random.key_data(template.key))
+    leaves, structure = jax.tree.flatten(raw)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            loaded = [jnp.asarray(file.get_tensor(f"{index:04d}")) for index in range(len(leaves))]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it and train again") from error
+    if any(a.shape != b.shape for a, b in zip(leaves, loaded, strict=True)):
+        raise CheckpointError(f"{path}: its arrays have other shapes than this network; train again")
+    state: TrainingState = jax.tree.unflatten(structure, loaded)
+    return state._replace(key=jax.random.wrap_key_data(state.key))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; run emutune train first")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it and train again") from error
+
+
+def _refuse_difference(path: Path, found: CheckpointHeader, wanted: CheckpointHeader) -> None:
+    for section in ("scenario", "config"):
+        old, new = getattr(found, section).model_dump(), getattr(wanted, section).model_dump()
+        for field in old:
+            if old[field] != new[field]:
+                name = field if section == "scenario" else f"training {field}"
+                raise CheckpointError(
+                    f"{path}: belongs to another {section}: {name} is {_shown(old[field])} there and "
+                    f"{_shown(new[field])} here; choose another --out or train with the same {section}"
+                )
+    if found.seed != wanted.seed:
+        raise CheckpointError(f"{path}: belongs to seed {found.seed}, not {wanted.seed}")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)

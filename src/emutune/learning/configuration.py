@@ -1,0 +1,53 @@
+"""What a training run is made of, beside the scenario and the seed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Algorithm = Literal["hmppo", "ippo"]
+NetworkKind = Literal["set", "flat"]
+Baseline = Literal["sequential", "as_printed"]
+
+
+class TrainingConfig(BaseModel):
+    """Hyperparameters of HMPPO and IPPO; the defaults are those of every published number.
+
+    Attributes:
+        algorithm: HMPPO (one critic for both agents) or IPPO (each agent has its own critic).
+        network: one network shared by all UEs plus pooled context, or flat concatenated features.
+        baseline: which critic input HMPPO's advantages use: s1 alone, or {s1; s2} as printed (Eq. 22).
+        width: units of each of the two hidden layers.
+        steps: environment steps in all; rounded up to whole updates.
+        environments: episodes collected for each update.
+        epochs: passes over the collected steps in an update.
+        minibatches: parts that a pass is cut into.
+        learning_rate: Adam's step at the start; it falls linearly to zero.
+        discount: gamma of Eq. 17.
+        trace_decay: lambda of Eq. 17.
+        clip: epsilon of Eq. 21.
+        entropy_weight: weight of the entropy bonus of both agents.
+        max_gradient_norm: each network's gradient is scaled down to this norm.
+        initial_std: standard deviation of E at the start, as a share of half the retention range.
+        evaluation_episodes: held-out episodes that every update's greedy policy is measured on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: Algorithm = "hmppo"
+    network: NetworkKind = "set"
+    baseline: Baseline = "sequential"
+    width: Annotated[int, Field(ge=1)] = 32
+    steps: Annotated[int, Field(ge=1)] = 300_000
+    environments: Annotated[int, Field(ge=1)] = 10
+    epochs: Annotated[int, Field(ge=1)] = 4
+    minibatches: Annotated[int, Field(ge=1)] = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    discount: Annotated[float, Field(gt=0, le=1)] = 0.99
+    trace_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    entropy_weight: Annotated[float, Field(ge=0)] = 1e-3
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 0.5
+    initial_std: Annotated[float, Field(gt=0)] = 0.8
+    evaluation_episodes: Annotated[int, Field(ge=1)] = 6

@@ -1,0 +1,44 @@
+"""Which critic serves which agent: what tells HMPPO and IPPO apart (sec. V-B, VI-B).
+
+Both train the same two actors with the same clipped objective. HMPPO has one critic for both; IPPO
+gives each agent its own, on its own state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+from emutune.learning.agents import Inputs, view_both, view_s1, view_s2
+from emutune.learning.configuration import TrainingConfig
+
+View = Callable[[Inputs, Bool[Array, "*batch ues"]], Float[Array, "*batch ues features"]]
+
+
+class Critic(NamedTuple):
+    """What one critic sees, and how many features of each UE that is."""
+
+    view: View
+    features: int
+
+
+class CriticPlan(NamedTuple):
+    """The critics, and which of them gives each agent's advantages its baseline."""
+
+    critics: tuple[Critic, ...]
+    case: int
+    emulator: int
+
+
+def critic_plan(config: TrainingConfig) -> CriticPlan:
+    """The critics of a configuration.
+
+    The critic of Eq. 22 sees a1 inside s2. As agent 1's baseline it cancels agent 1's own credit, so by
+    default the one critic sees s1 alone; ``baseline="as_printed"`` keeps the printed input.
+    """
+    if config.algorithm == "ippo":
+        return CriticPlan((Critic(view_s1, 4), Critic(view_s2, 3)), case=0, emulator=1)
+    critic = Critic(view_both, 5) if config.baseline == "as_printed" else Critic(view_s1, 4)
+    return CriticPlan((critic,), case=0, emulator=0)

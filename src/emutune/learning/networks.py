@@ -1,0 +1,133 @@
+"""Small networks over the UEs: one shared by all UEs (``set``), or one over all features (``flat``).
+
+A network's parameters are a list of layers. Each takes features of every UE, shape ``(..., ues,
+features)``, and context that all UEs share, shape ``(..., context)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from emutune.learning.configuration import NetworkKind
+
+
+class Layer(NamedTuple):
+    """Weights of one layer; ``pooled`` acts on the mean over UEs and is empty in flat networks."""
+
+    own: Float[Array, "inputs outputs"]
+    pooled: Float[Array, "pooled_inputs outputs"]
+    bias: Float[Array, "outputs"]
+
+
+Network = list[Layer]
+
+
+def ue_outputs(
+    kind: NetworkKind,
+    network: Network,
+    features: Float[Array, "*batch ues features"],
+    context: Float[Array, "*batch context"],
+) -> Float[Array, "*batch ues"]:
+    """One output per UE: the case logits, or the means of the retentions."""
+    if kind == "flat":
+        return _flat_layers(network, features, context)
+    hidden, pooled = _set_hidden(network, features, context)
+    last = network[-1]
+    return (hidden @ last.own + (pooled @ last.pooled + last.bias)[..., None, :])[..., 0]
+
+
+def value_output(
+    kind: NetworkKind,
+    network: Network,
+    features: Float[Array, "*batch ues features"],
+    context: Float[Array, "*batch context"],
+) -> Float[Array, "*batch"]:
+    """One output for all UEs together: a state's value."""
+    if kind == "flat":
+        return _flat_layers(network, features, context)[..., 0]
+    _, pooled = _set_hidden(network, features, context)
+    last = network[-1]
+    return (pooled @ last.pooled + last.bias)[..., 0]
+
+
+def create_network(
+    generator: np.random.Generator,
+    kind: NetworkKind,
+    *,
+    ues: int,
+    features: int,
+    context: int,
+    width: int,
+    head: str,
+    head_gain: float,
+) -> Network:
+    """Orthogonal weights and zero biases, drawn with NumPy.
+
+    Several vmapped orthogonal initialisers in one JAX program can deadlock on two threads; NumPy's cannot.
+
+    Args:
+        generator: source of the weights.
+        kind: ``set`` or ``flat``.
+        ues: number of UEs; only a flat network depends on it.
+        features: features of each UE.
+        context: features shared by all UEs.
+        width: units of each of the two hidden layers.
+        head: ``"ue"`` for one output per UE, ``"value"`` for one in all.
+        head_gain: scale of the last layer's weights.
+    """
+    hidden_gain = 2**0.5
+    if kind == "flat":
+        sizes = [ues * features + context, width, width, ues if head == "ue" else 1]
+        gains = [hidden_gain, hidden_gain, head_gain]
+        return [
+            _layer(generator, inputs, 0, outputs, gain)
+            for inputs, outputs, gain in zip(sizes, sizes[1:], gains, strict=False)
+        ]
+    return [
+        _layer(generator, features, features + context, width, hidden_gain),
+        _layer(generator, width, width, width, hidden_gain),
+        _layer(generator, width if head == "ue" else 0, width, 1, head_gain),
+    ]
+
+
+def _layer(
+    generator: np.random.Generator, inputs: int, pooled_inputs: int, outputs: int, gain: float
+) -> Layer:
+    weights = gain * _orthogonal(generator, inputs + pooled_inputs, outputs)
+    return Layer(
+        own=jnp.asarray(weights[:inputs], jnp.float32),
+        pooled=jnp.asarray(weights[inputs:], jnp.float32),
+        bias=jnp.zeros(outputs, jnp.float32),
+    )
+
+
+def _orthogonal(generator: np.random.Generator, rows: int, columns: int) -> Float[np.ndarray, "rows columns"]:
+    tall = generator.standard_normal((max(rows, columns), min(rows, columns)))
+    basis, triangle = np.linalg.qr(tall)
+    basis = basis * np.sign(np.diag(triangle))
+    return basis if rows >= columns else basis.T
+
+
+def _flat_layers(
+    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
+) -> Float[Array, "*batch outputs"]:
+    hidden = jnp.concatenate([features.reshape(*features.shape[:-2], -1), context], axis=-1)
+    for layer in network[:-1]:
+        hidden = jnp.tanh(hidden @ layer.own + layer.bias)
+    return hidden @ network[-1].own + network[-1].bias
+
+
+def _set_hidden(
+    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
+) -> tuple[Float[Array, "*batch ues width"], Float[Array, "*batch width"]]:
+    """Hidden units of each UE after the last hidden layer, and their mean over UEs."""
+    hidden = features
+    pooled = jnp.concatenate([features.mean(-2), context], axis=-1)
+    for layer in network[:-1]:
+        hidden = jnp.tanh(hidden @ layer.own + (pooled @ layer.pooled + layer.bias)[..., None, :])
+        pooled = hidden.mean(-2)
+    return hidden, pooled

@@ -1,0 +1,245 @@
+"""Train one seed or many, with metrics, checkpoints and exact resumption."""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from emutune.learning.agents import LearnedPolicy, create_actors, create_critic
+from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.hmppo import critic_plan
+from emutune.learning.rollout import collect, draw_noise
+from emutune.learning.update import (
+    Metrics,
+    Parameters,
+    TrainingState,
+    make_optimiser,
+    networks_of,
+    train_update,
+)
+from emutune.scenario import Scenario
+from emutune.world import Episode, World, build_world, draw_episode
+
+# Updates between two checkpoints: about half a second of work.
+CHUNK = 50
+# Keys of training never coincide with those of held-out episodes, whatever the seed.
+_VALIDATION_KEY = 0x7A11DA7E
+
+Progress = Callable[[int], None]
+
+
+def update_count(config: TrainingConfig, tasks: int) -> int:
+    """Updates that make up at least the configured environment steps."""
+    return -(-config.steps // (config.environments * tasks))
+
+
+def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingState:
+    """Networks, optimisers and random state before training; a function of its arguments alone."""
+    generator = np.random.default_rng(seed)
+    parameters = Parameters(
+        create_actors(generator, config, world.ues),
+        [
+            create_critic(generator, config, world.ues, critic.features)
+            for critic in critic_plan(config).critics
+        ],
+    )
+    optimiser = make_optimiser(config)
+    key = jax.random.key(seed)
+    centre, scale = _return_moments(config, world, parameters, jax.random.fold_in(key, 2**31))
+    return TrainingState(
+        parameters=parameters,
+        optimiser=[optimiser.init(network) for network in networks_of(parameters)],
+        key=key,
+        update=jnp.zeros((), jnp.int32),
+        value_centre=centre,
+        value_scale=scale,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def run_updates(
+    config: TrainingConfig,
+    world: World,
+    held_out: Episode,
+    state: TrainingState,
+    count: Int[Array, ""],
+    updates: Int[Array, ""],
+) -> tuple[TrainingState, Metrics]:
+    """Run ``count`` of in all ``updates`` updates in one program; rows past ``count`` stay zero."""
+    shapes = jax.eval_shape(partial(train_update, config), world, held_out, state, updates)[1]
+    rows = jax.tree.map(lambda leaf: jnp.zeros((CHUNK, *leaf.shape), leaf.dtype), shapes)
+
+    def body(index: Array, carry: tuple[TrainingState, Metrics]) -> tuple[TrainingState, Metrics]:
+        state, rows = carry
+        state, metrics = train_update(config, world, held_out, state, updates)
+        return state, jax.tree.map(lambda all_, one: all_.at[index].set(one), rows, metrics)
+
+    # A traced trip count: the last, shorter chunk needs no second compilation.
+    return jax.lax.fori_loop(0, count, body, (state, rows))
+
+
+def train_seed(
+    scenario: Scenario,
+    config: TrainingConfig,
+    seed: int,
+    directory: Path,
+    *,
+    progress: Progress | None = None,
+    device: jax.Device | None = None,
+) -> LearnedPolicy:
+    """Train one seed, resuming from its checkpoint if there is one.
+
+    Writes ``metrics.jsonl`` and ``checkpoint.safetensors`` into ``directory``. Killed at any point and
+    started again, it ends with the same bits as if it had never been interrupted.
+
+    Args:
+        scenario: the world to learn in.
+        config: hyperparameters.
+        seed: seed of networks and episodes.
+        directory: where this seed's files go.
+        progress: called with the number of environment steps just finished.
+        device: where to compute; JAX's default if not given.
+
+    Raises:
+        CheckpointError: the directory holds a checkpoint of something else, or cannot be written.
+    """
+    with jax.default_device(device):
+        return _train(scenario, config, seed, directory, progress or (lambda steps: None))
+
+
+def train_seeds(
+    scenario: Scenario,
+    config: TrainingConfig,
+    seeds: Sequence[int],
+    directory: Path,
+    *,
+    progress: Progress | None = None,
+) -> list[LearnedPolicy]:
+    """Train several seeds, one at a time on each of JAX's devices; see ``train_seed``.
+
+    A seed's result does not depend on which other seeds run beside it.
+    """
+    devices: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in jax.devices():
+        devices.put(device)
+
+    def run(seed: int) -> LearnedPolicy:
+        device = devices.get()
+        try:
+            return train_seed(
+                scenario, config, seed, seed_directory(directory, seed), progress=progress, device=device
+            )
+        finally:
+            devices.put(device)
+
+    workers = min(len(jax.devices()), len(seeds))
+    executor = ThreadPoolExecutor(workers)
+    try:
+        return list(executor.map(run, seeds))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def seed_directory(directory: Path, seed: int) -> Path:
+    """Where the files of one seed of a run are."""
+    return directory / f"seed-{seed:03d}"
+
+
+def load_policy(checkpoint: Path) -> tuple[LearnedPolicy, CheckpointHeader]:
+    """The greedy policy of a checkpoint, and what it was trained for.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another format version.
+    """
+    header = read_header(checkpoint)
+    template = initial_state(header.config, build_world(header.scenario), header.seed)
+    state = load_checkpoint(checkpoint, header, template)
+    return LearnedPolicy(header.config.network, state.parameters.actors), header
+
+
+def _train(
+    scenario: Scenario, config: TrainingConfig, seed: int, directory: Path, progress: Progress
+) -> LearnedPolicy:
+    world = build_world(scenario)
+    held_out = _validation_episodes(world, config.evaluation_episodes)
+    updates, per_update = update_count(config, world.tasks), config.environments * world.tasks
+    header, checkpoint = CheckpointHeader(scenario, config, seed), directory / "checkpoint.safetensors"
+    state = initial_state(config, world, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint, header, state)
+    done = int(state.update)
+    metrics_file = directory / "metrics.jsonl"
+    _keep_lines(metrics_file, done)
+    progress(done * per_update)
+    while done < updates:
+        started, count = time.perf_counter(), min(CHUNK, updates - done)
+        state, rows = run_updates(config, world, held_out, state, jnp.asarray(count), jnp.asarray(updates))
+        rows = jax.device_get(rows)
+        speed = count * per_update / (time.perf_counter() - started)
+        with metrics_file.open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(_record(rows, index, (done + index) * per_update, speed)) + "\n"
+                for index in range(count)
+            )
+        save_checkpoint(checkpoint, header, state)
+        done += count
+        progress(count * per_update)
+    return LearnedPolicy(config.network, jax.device_put(state.parameters.actors, jax.devices()[0]))
+
+
+def _validation_episodes(world: World, count: int) -> Episode:
+    keys = jax.random.split(jax.random.key(_VALIDATION_KEY), count)
+    return jax.jit(jax.vmap(draw_episode, (0, None)))(keys, world)
+
+
+@partial(jax.jit, static_argnums=0)
+def _return_moments(
+    config: TrainingConfig, world: World, parameters: Parameters, key: Array
+) -> tuple[Array, Array]:
+    """Mean and spread of the discounted return to go under the first actors."""
+    episode_key, noise_key = jax.random.split(key)
+    episodes = jax.vmap(draw_episode, (0, None))(jax.random.split(episode_key, config.environments), world)
+    noise = draw_noise(noise_key, (world.tasks, config.environments, world.ues))
+    rewards = collect(world, config.network, parameters.actors, episodes, noise).outcome.reward
+
+    def accumulate(later: Array, reward: Array) -> tuple[Array, Array]:
+        total = reward + config.discount * later
+        return total, total
+
+    _, to_go = jax.lax.scan(accumulate, jnp.zeros_like(rewards[0]), rewards, reverse=True)
+    return to_go.mean(), jnp.maximum(to_go.std(), 1e-6)
+
+
+def _record(rows: Metrics, index: int, steps: int, speed: float) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``: figures of the actors after ``steps`` environment steps."""
+
+    def figures(part: Any) -> dict[str, float]:
+        return {name: float(column[index]) for name, column in part._asdict().items()}
+
+    return {
+        "steps": steps,
+        "training": figures(rows.training),
+        "evaluation": figures(rows.evaluation),
+        **figures(rows.diagnostics),
+        "steps_per_s": speed,
+    }
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Drop metrics written after the checkpoint that training resumes from."""
+    if path.exists():
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:count]), "utf-8")

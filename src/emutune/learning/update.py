@@ -1,0 +1,250 @@
+"""One training update: collect episodes, estimate advantages, take clipped policy steps (Eq. 17 to 22)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from emutune.learning.advantages import episode_advantages
+from emutune.learning.agents import (
+    Actors,
+    Inputs,
+    case_log_probability,
+    case_logits,
+    critic_value,
+    retention_log_probability,
+    retention_means,
+)
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.hmppo import critic_plan
+from emutune.learning.networks import Network
+from emutune.learning.rollout import Noise, Summary, Trajectory, collect, draw_noise, summarise
+from emutune.world import Episode, World, draw_episode
+
+
+class Parameters(NamedTuple):
+    """Everything that is learned."""
+
+    actors: Actors
+    critics: list[Network]
+
+
+class TrainingState(NamedTuple):
+    """Where training stands; with the configuration and the world it determines all that follows.
+
+    ``value_centre`` and ``value_scale`` standardise value targets. They are measured once, on the first
+    actors, and stay: a normaliser that moves within an update breaks the ratio of Eq. 21.
+    """
+
+    parameters: Parameters
+    optimiser: Any
+    key: Key[Array, ""]
+    update: Int[Array, ""]
+    value_centre: Float[Array, ""]
+    value_scale: Float[Array, ""]
+
+
+class Samples(NamedTuple):
+    """Steps as the losses take them; one leading axis."""
+
+    inputs: Inputs
+    at_server: Bool[Array, "samples ues"]
+    unclipped: Float[Array, "samples ues"]
+    case_log_probability: Float[Array, "samples ues"]
+    retention_log_probability: Float[Array, "samples ues"]
+    case_advantage: Float[Array, "samples"]
+    emulator_advantage: Float[Array, "samples"]
+    targets: Float[Array, "samples critics"]
+
+
+class Diagnostics(NamedTuple):
+    """What tells whether an update was healthy; means over its minibatches."""
+
+    approximate_kl: Float[Array, ""]
+    clip_fraction: Float[Array, ""]
+    entropy: Float[Array, ""]
+    value_loss: Float[Array, ""]
+    explained_variance: Float[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """One update's figures: the exploring episodes, the greedy held-out ones, and diagnostics."""
+
+    training: Summary
+    evaluation: Summary
+    diagnostics: Diagnostics
+
+
+def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:
+    """Adam behind a clip of the gradient's norm; the step size is applied by ``train_update``."""
+    return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.scale_by_adam(eps=1e-5))
+
+
+def networks_of(parameters: Parameters) -> list[Any]:
+    """The parameters that one optimiser and one gradient clip each look after."""
+    actors = parameters.actors
+    return [actors.case, (actors.emulator, actors.log_std), *parameters.critics]
+
+
+def parameters_from(networks: list[Any]) -> Parameters:
+    """The inverse of ``networks_of``."""
+    case, (emulator, log_std), *critics = networks
+    return Parameters(Actors(case, emulator, log_std), critics)
+
+
+def train_update(
+    config: TrainingConfig, world: World, held_out: Episode, state: TrainingState, updates: Int[Array, ""]
+) -> tuple[TrainingState, Metrics]:
+    """One update out of ``updates``; evaluation measures the actors that the update starts from."""
+    keys = jax.random.split(jax.random.fold_in(state.key, state.update), 3)
+    exploring = jax.vmap(draw_episode, (0, None))(jax.random.split(keys[0], config.environments), world)
+    trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
+    samples, explained_variance = _make_samples(config, state, trajectory)
+    rate = config.learning_rate * (1 - state.update / updates)
+    networks, optimiser, diagnostics = _epochs(config, state, samples, keys[2], rate)
+    new_state = state._replace(
+        parameters=parameters_from(networks), optimiser=optimiser, update=state.update + 1
+    )
+    training = summarise(trajectory.outcome, trajectory.at_server)
+    kl, clipped, entropy, value_loss = diagnostics.mean((0, 1))
+    health = Diagnostics(kl, clipped, entropy, value_loss, explained_variance)
+    return new_state, Metrics(training, evaluation, health)
+
+
+def _explore_and_evaluate(
+    config: TrainingConfig,
+    world: World,
+    held_out: Episode,
+    exploring: Episode,
+    key: Key[Array, ""],
+    state: TrainingState,
+) -> tuple[Trajectory, Summary]:
+    """Both in one scan: held-out episodes ride along with zero noise, which is the greedy policy."""
+    count = config.environments
+    noise = draw_noise(key, (world.tasks, count, world.ues))
+    silence = jnp.zeros((world.tasks, held_out.complexity.shape[0], world.ues))
+    trajectory = collect(
+        world,
+        config.network,
+        state.parameters.actors,
+        jax.tree.map(lambda a, b: jnp.concatenate([a, b]), exploring, held_out),
+        Noise(*(jnp.concatenate([part, silence], axis=1) for part in noise)),
+    )
+    greedy = jax.tree.map(lambda leaf: leaf[:, count:], trajectory)
+    return jax.tree.map(lambda leaf: leaf[:, :count], trajectory), summarise(greedy.outcome, greedy.at_server)
+
+
+def _make_samples(
+    config: TrainingConfig, state: TrainingState, trajectory: Trajectory
+) -> tuple[Samples, Float[Array, ""]]:
+    """Advantages, value targets and old log-probabilities of a batch of episodes."""
+    kind, actors, plan = config.network, state.parameters.actors, critic_plan(config)
+    inputs, at_server = trajectory.inputs, trajectory.at_server
+    advantages, targets = [], []
+    for critic, network in zip(plan.critics, state.parameters.critics, strict=True):
+        standard = critic_value(kind, network, critic.view(inputs, at_server), inputs)
+        values = state.value_centre + state.value_scale * standard
+        advantage = episode_advantages(trajectory.outcome.reward, values, config.discount, config.trace_decay)
+        advantages.append(advantage)
+        targets.append((advantage + values - state.value_centre) / state.value_scale)
+    explained = 1 - advantages[0].var() / (targets[0].var() * state.value_scale**2 + 1e-8)
+    means = retention_means(kind, actors, inputs, at_server)
+    samples = Samples(
+        inputs=inputs,
+        at_server=at_server,
+        unclipped=trajectory.unclipped,
+        case_log_probability=case_log_probability(case_logits(kind, actors, inputs), at_server),
+        retention_log_probability=retention_log_probability(means, actors.log_std, trajectory.unclipped),
+        case_advantage=_standardise(advantages[plan.case]),
+        emulator_advantage=_standardise(advantages[plan.emulator]),
+        targets=jnp.stack(targets, axis=-1),
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), samples), explained
+
+
+def _epochs(
+    config: TrainingConfig,
+    state: TrainingState,
+    samples: Samples,
+    key: Key[Array, ""],
+    rate: Float[Array, ""],
+) -> tuple[list[Any], Any, Float[Array, "epochs minibatches 4"]]:
+    """Several passes over shuffled minibatches; samples that do not fill a minibatch sit out a pass."""
+    optimiser = make_optimiser(config)
+    count = samples.case_advantage.shape[0]
+    parts = min(config.minibatches, count)
+    size = count // parts
+
+    def minibatch_step(carry: tuple[list[Any], Any], chosen: Int[Array, "size"]) -> Any:
+        networks, optimiser_states = carry
+        batch = jax.tree.map(lambda leaf: leaf[chosen], samples)
+        gradients, diagnostics = jax.grad(_loss, has_aux=True)(networks, config, batch)
+        stepped = []
+        for network, gradient, memory in zip(networks, gradients, optimiser_states, strict=True):
+            direction, memory = optimiser.update(gradient, memory)
+            stepped.append((jax.tree.map(lambda p, d: p - rate * d, network, direction), memory))
+        return ([network for network, _ in stepped], [memory for _, memory in stepped]), diagnostics
+
+    def epoch(carry: tuple[list[Any], Any], key: Key[Array, ""]) -> Any:
+        order = jax.random.permutation(key, count)[: parts * size].reshape(parts, size)
+        return jax.lax.scan(minibatch_step, carry, order)
+
+    start = (networks_of(state.parameters), state.optimiser)
+    (networks, memory), diagnostics = jax.lax.scan(epoch, start, jax.random.split(key, config.epochs))
+    return networks, memory, diagnostics
+
+
+def _loss(
+    networks: list[Any], config: TrainingConfig, batch: Samples
+) -> tuple[Float[Array, ""], Float[Array, "4"]]:
+    """Sum of both clipped objectives, the entropy bonus and the value losses (Eq. 21, 22)."""
+    parameters, kind, plan = parameters_from(networks), config.network, critic_plan(config)
+    actors, inputs = parameters.actors, batch.inputs
+    logits = case_logits(kind, actors, inputs)
+    case_change = case_log_probability(logits, batch.at_server) - batch.case_log_probability
+    means = retention_means(kind, actors, inputs, batch.at_server)
+    retention_change = (
+        retention_log_probability(means, actors.log_std, batch.unclipped) - batch.retention_log_probability
+    )
+    # A UE at the server has no retention to choose: its draw had no effect and gets no credit.
+    local = 1.0 - batch.at_server
+    everyone = jnp.ones_like(local)
+    case_loss = clipped_loss(case_change, batch.case_advantage, everyone, config.clip)
+    emulator_loss = clipped_loss(retention_change, batch.emulator_advantage, local, config.clip)
+    case_entropy = (jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)).mean()
+    entropy = case_entropy + actors.log_std
+    value_loss = jnp.asarray(0.0)
+    for index, (critic, network) in enumerate(zip(plan.critics, parameters.critics, strict=True)):
+        values = critic_value(kind, network, critic.view(inputs, batch.at_server), inputs)
+        value_loss += jnp.mean((values - batch.targets[:, index]) ** 2)
+    ratio = jnp.exp(case_change)
+    diagnostics = jnp.stack(
+        [
+            jnp.mean(ratio - 1 - case_change),
+            jnp.mean(jnp.abs(ratio - 1) > config.clip),
+            entropy,
+            value_loss,
+        ]
+    )
+    return case_loss + emulator_loss - config.entropy_weight * entropy + value_loss, diagnostics
+
+
+def clipped_loss(
+    log_ratio: Float[Array, "samples ues"],
+    advantage: Float[Array, "samples"],
+    weight: Float[Array, "samples ues"],
+    clip: float,
+) -> Float[Array, ""]:
+    """The clipped objective of Eq. 21, negated: ratios per UE, averaged over the UEs that count."""
+    ratio = jnp.exp(log_ratio)
+    shared = advantage[:, None]
+    objective = jnp.minimum(ratio * shared, jnp.clip(ratio, 1 - clip, 1 + clip) * shared)
+    return -jnp.sum(objective * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def _standardise(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    return (values - values.mean()) / (values.std() + 1e-8)

@@ -1,0 +1,154 @@
+"""Advantages and losses by hand, ratio one, exact resumption, and a world that is learned."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from emutune.errors import CheckpointError
+from emutune.learning import training
+from emutune.learning.advantages import episode_advantages
+from emutune.learning.agents import case_log_probability, retention_log_probability
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.networks import create_network, ue_outputs, value_output
+from emutune.learning.update import clipped_loss
+from emutune.scenario import load_scenario
+from emutune.study.evaluate import evaluate_policy, held_out_episodes
+
+SHORT = TrainingConfig(steps=400, environments=2, minibatches=2, evaluation_episodes=2)
+SMALL = ["fleet.ues=2", "fleet.tasks=4"]
+
+
+def assert_same_bits(one, other):
+    """Every array equal to the last bit; the order of a safetensors header is not fixed."""
+    arrays, others = load_file(one), load_file(other)
+    assert arrays.keys() == others.keys()
+    assert all(arrays[name].tobytes() == others[name].tobytes() for name in arrays)
+
+
+def test_advantages_by_hand():
+    rewards = jnp.array([[1.0], [2.0], [3.0]])
+    values = jnp.array([[0.5], [1.0], [2.0]])
+    # errors: 1 + .9*1 - .5 = 1.4;  2 + .9*2 - 1 = 2.8;  3 - 2 = 1; decay .9 * .5 = .45
+    expected = [[1.4 + 0.45 * (2.8 + 0.45 * 1)], [2.8 + 0.45 * 1], [1.0]]
+    np.testing.assert_allclose(episode_advantages(rewards, values, 0.9, 0.5), expected, rtol=1e-6)
+
+
+def test_clipped_loss_by_hand():
+    log_ratio = jnp.log(jnp.array([[1.5, 0.5], [1.5, 0.9]]))
+    advantage = jnp.array([2.0, -1.0])
+    weight = jnp.array([[1.0, 1.0], [1.0, 0.0]])
+    # min(1.5*2, 1.2*2) = 2.4; min(.5*2, .8*2) = 1; min(-1.5, -1.2) = -1.5; the last does not count
+    np.testing.assert_allclose(
+        clipped_loss(log_ratio, advantage, weight, 0.2), -(2.4 + 1 - 1.5) / 3, rtol=1e-6
+    )
+
+
+def test_log_probabilities_by_hand():
+    logits, cases = jnp.array([0.0, 2.0]), jnp.array([True, False])
+    expected = [math.log(0.5), math.log(1 - 1 / (1 + math.exp(-2)))]
+    np.testing.assert_allclose(case_log_probability(logits, cases), expected, rtol=1e-6)
+    density = retention_log_probability(jnp.zeros(1), jnp.log(0.5), jnp.array([0.25]))
+    np.testing.assert_allclose(density, -0.125 - math.log(0.5) - 0.5 * math.log(2 * math.pi), rtol=1e-5)
+
+
+def test_set_networks_treat_ues_alike():
+    generator = np.random.default_rng(0)
+    features, context = jnp.asarray(generator.normal(size=(5, 3)), jnp.float32), jnp.ones(1)
+    order = jnp.array([3, 1, 4, 0, 2])
+    for head, output in (("ue", ue_outputs), ("value", value_output)):
+        network = create_network(
+            generator, "set", ues=5, features=3, context=1, width=8, head=head, head_gain=1.0
+        )
+        plain, shuffled = (output("set", network, rows, context) for rows in (features, features[order]))
+        np.testing.assert_allclose(shuffled, plain[order] if head == "ue" else plain, atol=1e-6)
+
+
+def test_nothing_has_moved_at_the_first_step():
+    scenario = load_scenario("paper", SMALL)
+    config = SHORT.model_copy(update={"epochs": 1, "minibatches": 1})
+    world = training.build_world(scenario)
+    state = training.initial_state(config, world, 0)
+    held_out = held_out_episodes(scenario, 2)
+    _, rows = training.run_updates(config, world, held_out, state, jnp.asarray(1), jnp.asarray(10))
+    assert float(rows.diagnostics.clip_fraction[0]) == 0
+    assert float(rows.diagnostics.approximate_kl[0]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["hmppo", "ippo"])
+def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch, algorithm):
+    scenario = load_scenario("paper", SMALL)
+    config = SHORT.model_copy(update={"algorithm": algorithm})
+    monkeypatch.setattr(training, "CHUNK", 7)
+    jax.clear_caches()
+    training.train_seed(scenario, config, 3, tmp_path / "whole")
+
+    calls = []
+
+    def interrupt(steps):
+        calls.append(steps)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train_seed(scenario, config, 3, tmp_path / "cut", progress=interrupt)
+    training.train_seed(scenario, config, 3, tmp_path / "cut")
+    whole, cut = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "cut"))
+    assert_same_bits(whole, cut)
+    lines = [
+        [
+            {**json.loads(line), "steps_per_s": 0}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 50
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
+    def train(name):
+        command = [sys.executable, "-c", "from emutune.cli.main import run; run()", "train", "paper"]
+        return [*command, "--steps", "100000", "--out", str(tmp_path / name)]
+
+    subprocess.run(train("whole"), check=True)
+    process = subprocess.Popen(train("killed"))
+    checkpoint = tmp_path / "killed" / "seed-000" / "checkpoint.safetensors"
+    while not checkpoint.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run(train("killed"), check=True)
+    assert_same_bits(checkpoint, tmp_path / "whole/seed-000/checkpoint.safetensors")
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    scenario = load_scenario("paper", SMALL)
+    training.train_seed(scenario, SHORT, 0, tmp_path)
+    other = load_scenario("paper", [*SMALL, "radio.uplink_bandwidth_hz=2e5"])
+    with pytest.raises(CheckpointError, match="belongs to another scenario: radio"):
+        training.train_seed(other, SHORT, 0, tmp_path)
+    with pytest.raises(CheckpointError, match="training algorithm"):
+        training.train_seed(scenario, SHORT.model_copy(update={"algorithm": "ippo"}), 0, tmp_path)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        training.load_policy(checkpoint)
+
+
+def test_a_small_fleet_learns_to_hold(tmp_path):
+    scenario = load_scenario("paper", ["fleet.ues=3", "fleet.tasks=20"])
+    config = TrainingConfig(steps=40_000, environments=20)
+    policy = training.train_seed(scenario, config, 0, tmp_path)
+    figures = evaluate_policy(scenario, policy, held_out_episodes(scenario, 16))
+    assert figures.changes_per_ue.mean() < 1.5
+    assert figures.server_share.mean() < 0.2
