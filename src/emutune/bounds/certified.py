@@ -1,0 +1,47 @@
+"""Bounds on the return of every policy, for a batch of the simulator's episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+from emutune.bounds.programme import Method, cost_bound, episode_costs
+from emutune.errors import UsageError
+from emutune.scenario import Scenario
+from emutune.world import Episode
+
+
+def certified_bounds(
+    scenario: Scenario,
+    episodes: Episode,
+    *,
+    method: Method = "linear",
+    time_limit_s: float = 60.0,
+    progress: Callable[[int], None] | None = None,
+) -> Float[np.ndarray, "episodes"]:
+    """Upper bounds on the return of any policy, one per episode (negative numbers).
+
+    Args:
+        scenario: the world the episodes were drawn in.
+        episodes: a batch of episodes, leading axis the episodes.
+        method: ``"linear"`` or, tighter and slower, ``"integer"``.
+        time_limit_s: limit of each integer programme, in seconds.
+        progress: called with 1 after each episode.
+
+    Raises:
+        UsageError: the method does not exist.
+        BoundError: the solver failed.
+    """
+    if method not in ("linear", "integer"):
+        raise UsageError(f"method: must be 'linear' or 'integer', got {method!r}")
+    bounds = []
+    for gain, complexity, data_bits, power_w in zip(
+        *(np.asarray(part, np.float64) for part in episodes), strict=True
+    ):
+        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w)
+        bounds.append(-cost_bound(costs, method, time_limit_s))
+        if progress is not None:
+            progress(1)
+    return np.array(bounds)
