@@ -1,0 +1,164 @@
+"""Compare policies on the same held-out episodes, against the certified bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from emutune.bounds import certified_bounds
+from emutune.errors import UsageError
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.training import train_seeds
+from emutune.policies import AllServer, Fixed, Policy, Random
+from emutune.scenario import Scenario
+from emutune.study.evaluate import (
+    EpisodeFigures,
+    decision_time_ms,
+    evaluate_policy,
+    held_out_episodes,
+    search_best_fixed,
+)
+from emutune.study.statistics import bootstrap_interval, interquartile_mean
+from emutune.world import Episode
+
+BASELINES = ("random", "all_server", "fixed", "best_fixed")
+LEARNED = {
+    "ippo": TrainingConfig(algorithm="ippo"),
+    "hmppo": TrainingConfig(),
+}
+STUDIES = {
+    "hmppo_flat": TrainingConfig(network="flat", width=64),
+    "hmppo_as_printed": TrainingConfig(baseline="as_printed"),
+}
+
+Progress = Callable[[str], None]
+
+
+def expand_policy_names(names: str) -> list[str]:
+    """The policies of a comma-separated list; ``all`` stands for the baselines, IPPO and HMPPO.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    known = [*BASELINES, *LEARNED, *STUDIES]
+    chosen: list[str] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name != "all" and name not in known:
+            raise UsageError(f"policies: no policy {name!r}; choose all or from {', '.join(known)}")
+        chosen += [*BASELINES, *LEARNED] if name == "all" else [name]
+    return list(dict.fromkeys(chosen))
+
+
+def baseline_policy(name: str, scenario: Scenario, retention: float | None = None) -> Policy:
+    """A policy that needs no training.
+
+    Args:
+        name: one of ``BASELINES``.
+        scenario: the world it decides in.
+        retention: of ``fixed``; the largest allowed if not given.
+
+    Raises:
+        UsageError: the name is unknown, or the retention outside the scenario's bounds.
+    """
+    if name == "random":
+        return Random()
+    if name == "all_server":
+        return AllServer()
+    if name == "best_fixed":
+        return search_best_fixed(scenario)
+    if name != "fixed":
+        raise UsageError(
+            f"policy: no policy {name!r} that needs no training; choose from {', '.join(BASELINES)}"
+        )
+    bounds = scenario.retention
+    wanted = bounds.max if retention is None else retention
+    if not bounds.min <= wanted <= bounds.max:
+        raise UsageError(f"retention: must be between {bounds.min:g} and {bounds.max:g}, got {wanted:g}")
+    return Fixed(jnp.asarray(wanted, jnp.float32))
+
+
+def compare(
+    scenario: Scenario,
+    names: Sequence[str],
+    *,
+    seeds: int,
+    directory: Path,
+    episodes: int = 64,
+    steps: int | None = None,
+    retention: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train what needs training, measure every policy and the bound; see ``docs/figures.md`` for the keys.
+
+    Args:
+        scenario: the world.
+        names: policies, from ``expand_policy_names``.
+        seeds: training seeds of each learned policy.
+        directory: where runs are kept; finished and interrupted ones are taken up again.
+        episodes: held-out episodes.
+        steps: environment steps of training, instead of the default.
+        retention: of the ``fixed`` policy.
+        progress: called with a line on what is being done.
+    """
+    say = progress or (lambda line: None)
+    drawn = held_out_episodes(scenario, episodes)
+    say(f"bound on {episodes} episodes")
+    bounds = certified_bounds(scenario, drawn)
+    random = evaluate_policy(scenario, Random(), drawn)
+    policies: dict[str, Any] = {}
+    for name in names:
+        say(name)
+        candidates = _candidates(name, scenario, seeds, directory, steps, retention)
+        policies[name] = _figures(scenario, candidates, drawn, bounds, random)
+    return {
+        "scenario": scenario.name,
+        "ues": scenario.fleet.ues,
+        "seeds": seeds,
+        "bound": {"return_mean": float(bounds.mean()), "episodes": episodes},
+        "policies": policies,
+    }
+
+
+def _candidates(
+    name: str, scenario: Scenario, seeds: int, directory: Path, steps: int | None, retention: float | None
+) -> Sequence[Policy]:
+    config = (LEARNED | STUDIES).get(name)
+    if config is None:
+        return [baseline_policy(name, scenario, retention)]
+    if steps is not None:
+        config = config.model_copy(update={"steps": steps})
+    return train_seeds(scenario, config, range(seeds), directory / name)
+
+
+def _figures(
+    scenario: Scenario,
+    candidates: Sequence[Policy],
+    drawn: Episode,
+    bounds: Float[np.ndarray, "episodes"],
+    random: EpisodeFigures,
+) -> dict[str, Any]:
+    measured = [evaluate_policy(scenario, policy, drawn) for policy in candidates]
+    returns = np.stack([one.episode_return for one in measured])
+    over_bound = 100 * (returns.mean(axis=1) / bounds.mean() - 1)
+
+    def mean(field: str) -> float:
+        return float(np.mean([getattr(one, field) for one in measured]))
+
+    return {
+        "return_mean": float(returns.mean()),
+        "return_iqm": interquartile_mean(returns),
+        "return_ci": bootstrap_interval(returns),
+        "cost_over_bound_percent": float(over_bound.mean()),
+        "worst_seed_cost_over_bound_percent": float(over_bound.max()),
+        "delay_min": mean("delay_min"),
+        "delay_ratio_to_random": mean("delay_min") / float(random.delay_min.mean()),
+        "perplexity_mean": mean("perplexity"),
+        "changes_per_ue": mean("changes_per_ue"),
+        "server_share": mean("server_share"),
+        "decision_ms": decision_time_ms(scenario, candidates[0]),
+    }

@@ -1,0 +1,110 @@
+"""The paper's experiments: Fig. 2 and Table I over N = 6 to 9, beside the paper's own numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from emutune.scenario import load_scenario
+from emutune.study.compare import Progress, compare
+from emutune.study.figures import draw_fig2, read_curves
+from emutune.study.paper_table import TABLE_I, paper_ratio
+
+POLICIES = ("random", "best_fixed", "ippo", "hmppo")
+_RATIO_KEYS = {
+    "episode_return": "return_mean",
+    "delay_min": "delay_min",
+    "perplexity": "perplexity_mean",
+}
+
+
+def reproduce(directory: Path, *, quick: bool = False, progress: Progress | None = None) -> Path:
+    """Run the paper's experiments and write ``report.html`` with its figures and data.
+
+    Args:
+        directory: where runs, figures and report go; an interrupted reproduction is resumed.
+        quick: 2 seeds, 1e5 steps, N = 6 and 9, and 16 episodes instead of 10, 3e5, N = 6 to 9 and 64.
+        progress: called with a line on what is being done.
+
+    Returns:
+        The path of the report.
+    """
+    say = progress or (lambda line: None)
+    sizes, seeds, steps, episodes = ((6, 9), 2, 100_000, 16) if quick else ((6, 7, 8, 9), 10, 300_000, 64)
+    comparisons = []
+    for ues in sizes:
+        scenario = load_scenario("paper", [f"fleet.ues={ues}"])
+        comparisons.append(
+            compare(
+                scenario,
+                POLICIES,
+                seeds=seeds,
+                directory=directory / f"runs-{ues}",
+                episodes=episodes,
+                steps=steps,
+                progress=lambda line, ues=ues: say(f"N = {ues}: {line}"),  # type: ignore[misc]
+            )
+        )
+    curves = {name: read_curves(directory / f"runs-{sizes[0]}" / name) for name in ("hmppo", "ippo")}
+    figure = draw_fig2(curves, comparisons)
+    for suffix in ("png", "svg"):
+        figure.savefig(directory / f"fig2.{suffix}", dpi=160)
+    (directory / "figures.json").write_text(json.dumps(comparisons, indent=2) + "\n", "utf-8")
+    _write_csv(directory / "figures.csv", comparisons)
+    report = directory / "report.html"
+    report.write_text(render_report(figure, comparisons, steps=steps), "utf-8")
+    return report
+
+
+def render_report(figure: Figure, comparisons: Sequence[Mapping[str, Any]], *, steps: int) -> str:
+    """One self-contained page."""
+    template = Environment(autoescape=True).from_string(
+        (resources.files("emutune.study") / "report.html.jinja").read_text("utf-8")
+    )
+    return template.render(
+        title="Orchestrating the paper's fleet",
+        seeds=comparisons[0]["seeds"],
+        steps=f"{steps:,}",
+        episodes=comparisons[0]["bound"]["episodes"],
+        figure=Markup(_svg(figure)),
+        comparisons=comparisons,
+        ratios=list(_ratio_rows(comparisons)),
+    )
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _ratio_rows(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for one in comparisons:
+        if one["ues"] not in TABLE_I:
+            continue
+        for name in ("hmppo", "ippo"):
+            cells: list[float | None] = []
+            for field, key in _RATIO_KEYS.items():
+                ours = one["policies"][name][key] / one["policies"]["random"][key]
+                cells += [paper_ratio(one["ues"], name, field), ours]
+            yield {"label": f"{one['ues']}, {name}", "cells": cells}
+
+
+def _write_csv(path: Path, comparisons: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        fields = [key for key in comparisons[0]["policies"]["random"] if key != "return_ci"]
+        writer.writerow(["ues", "policy", *fields])
+        for one in comparisons:
+            for name, row in one["policies"].items():
+                writer.writerow([one["ues"], name, *(row[field] for field in fields)])
