@@ -1,0 +1,66 @@
+"""The command as a user meets it: real processes, exit statuses, one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def emutune(*arguments, cwd):
+    program = "from emutune.cli.main import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def test_help_does_not_import_jax(tmp_path):
+    program = "import sys; import emutune.cli.main; print('jax' in sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert shown.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "nowhere.toml"], "no such file"),
+        (
+            ["check", "paper", "--set", "radio.uplink_bandwidth_hz=-1"],
+            "radio.uplink_bandwidth_hz: must be positive",
+        ),
+        (
+            ["evaluate", "paper", "--policy", "fixed", "--retention", "0.95"],
+            "retention: must be between 0.2 and 0.8",
+        ),
+        (["evaluate", "empty"], "holds no checkpoint"),
+        (["compare", "paper", "--policies", "best"], "no policy 'best'"),
+        (["train", "paper", "--algorithm", "dqn", "--out", "run"], "--algorithm"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
+    ended = emutune(*arguments, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_compare_writes_its_documented_keys(tmp_path):
+    ended = emutune(
+        *("compare", "paper", "--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--policies", "all"),
+        *("--seeds", "2", "--steps", "500", "--episodes", "4", "--json", "figures.json"),
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["policies"]) == {"random", "all_server", "fixed", "best_fixed", "ippo", "hmppo"}
+    assert figures["bound"]["episodes"] == 4
+    for row in figures["policies"].values():
+        assert row["worst_seed_cost_over_bound_percent"] >= row["cost_over_bound_percent"] > 0
+        assert row["return_ci"][0] <= row["return_mean"] <= row["return_ci"][1]
+        assert {"delay_ratio_to_random", "perplexity_mean", "changes_per_ue", "decision_ms"} <= set(row)
+    assert figures["policies"]["random"]["delay_ratio_to_random"] == 1
+    evaluated = emutune("evaluate", "runs/compare/paper-2/hmppo", "--episodes", "4", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.count("episode_return") == 2
