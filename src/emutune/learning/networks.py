@@ -37,7 +37,7 @@ def ue_outputs(
         return _flat_layers(network, features, context)
     hidden, pooled = _set_hidden(network, features, context)
     last = network[-1]
-    return (hidden @ last.own + (pooled @ last.pooled + last.bias)[..., None, :])[..., 0]
+    return (_times(hidden, last.own) + (pooled @ last.pooled + last.bias)[..., None, :])[..., 0]
 
 
 def value_output(
@@ -128,6 +128,14 @@ def _set_hidden(
     hidden = features
     pooled = jnp.concatenate([features.mean(-2), context], axis=-1)
     for layer in network[:-1]:
-        hidden = jnp.tanh(hidden @ layer.own + (pooled @ layer.pooled + layer.bias)[..., None, :])
+        hidden = jnp.tanh(_times(hidden, layer.own) + (pooled @ layer.pooled + layer.bias)[..., None, :])
         pooled = hidden.mean(-2)
     return hidden, pooled
+
+
+def _times(
+    hidden: Float[Array, "*batch ues inputs"], weights: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch ues outputs"]:
+    """Product over one flat batch axis: its gradient needs no transposed copy of the activations."""
+    flat = hidden.reshape(-1, hidden.shape[-1]) @ weights
+    return flat.reshape(*hidden.shape[:-1], weights.shape[-1])

@@ -12,7 +12,6 @@ from emutune.learning.agents import (
     Actors,
     Inputs,
     case_logits,
-    network_inputs,
     retention_means,
     to_retention,
 )
@@ -21,12 +20,15 @@ from emutune.world import (
     Action,
     Episode,
     Outcome,
-    Task,
     World,
     all_tasks,
+    cache_feature,
+    choose_layers,
     empty_cache,
     observe_task,
+    progress_feature,
     serve,
+    task_features,
 )
 
 
@@ -53,24 +55,33 @@ def draw_noise(key: Key[Array, ""], shape: tuple[int, int, int]) -> Noise:
 
 
 def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, noise: Noise) -> Trajectory:
-    """Act through a batch of episodes (leading axis: episodes)."""
-    tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
-    std = jnp.exp(actors.log_std)
-    count = episodes.complexity.shape[0]
-    cached = jnp.broadcast_to(empty_cache(world), (count, world.ues))
+    """Act through a batch of episodes (leading axis: episodes).
 
-    def act(cached: Array, now: tuple[Array, Task, Noise]) -> tuple[Array, Trajectory]:
-        step, task, noise = now
-        observation = jax.vmap(observe_task, (None, 0, 0, None))(world, cached, task, step)
-        inputs = network_inputs(world, observation)
+    Only what depends on earlier actions runs step by step: the caches and the decisions. The features
+    of the tasks before, and what every step charged after, are computed for all steps at once.
+    """
+    tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
+    steps, count = jnp.arange(world.tasks), episodes.complexity.shape[0]
+    empty = jnp.broadcast_to(empty_cache(world), (count, world.ues))
+    observations = jax.vmap(observe_task, (None, None, 0, 0))(world, empty, tasks, steps)
+    known = task_features(world, observations)
+    context = jnp.broadcast_to(progress_feature(observations)[:, None, None], (world.tasks, count, 1))
+    std = jnp.exp(actors.log_std)
+
+    def decide(cached: Array, now: tuple[Array, Array, Noise]) -> tuple[Array, tuple[Array, ...]]:
+        known, context, noise = now
+        held = cache_feature(world, cached / world.model_layers)[..., None]
+        inputs = Inputs(jnp.concatenate([known, held], axis=-1), context)
         at_server = case_logits(kind, actors, inputs) > noise.case
         unclipped = retention_means(kind, actors, inputs, at_server) + std * noise.emulator
-        action = Action(at_server, to_retention(world, unclipped))
-        cached, outcome = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, action)
-        return cached, Trajectory(inputs, at_server, unclipped, outcome)
+        layers = choose_layers(world, to_retention(world, unclipped), cached)
+        return jnp.where(at_server, cached, layers), (cached, inputs.features, at_server, unclipped)
 
-    _, trajectory = jax.lax.scan(act, cached, (jnp.arange(world.tasks), tasks, noise))
-    return trajectory
+    _, (cached, features, at_server, unclipped) = jax.lax.scan(decide, empty, (known, context, noise))
+    action = Action(at_server, to_retention(world, unclipped))
+    every_step = jax.vmap(jax.vmap(serve, (None, 0, 0, 0)), (None, 0, 0, 0))
+    _, outcome = every_step(world, cached, tasks, action)
+    return Trajectory(Inputs(features, context), at_server, unclipped, outcome)
 
 
 class Summary(NamedTuple):

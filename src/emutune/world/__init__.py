@@ -7,6 +7,7 @@ from emutune.world.dynamics import (
     State,
     Task,
     all_tasks,
+    choose_layers,
     current_task,
     draw_episode,
     empty_cache,
@@ -14,7 +15,15 @@ from emutune.world.dynamics import (
     serve,
     step,
 )
-from emutune.world.observation import Observation, observe, observe_task, progress_feature, ue_features
+from emutune.world.observation import (
+    Observation,
+    cache_feature,
+    observe,
+    observe_task,
+    progress_feature,
+    task_features,
+    ue_features,
+)
 from emutune.world.parameters import World, build_world
 
 __all__ = [
@@ -27,6 +36,8 @@ __all__ = [
     "World",
     "all_tasks",
     "build_world",
+    "cache_feature",
+    "choose_layers",
     "current_task",
     "draw_episode",
     "empty_cache",
@@ -36,5 +47,6 @@ __all__ = [
     "reset",
     "serve",
     "step",
+    "task_features",
     "ue_features",
 ]

@@ -44,7 +44,18 @@ def observe_task(
 
 
 def ue_features(world: World, observation: Observation) -> Float[Array, "*batch ues 4"]:
-    """Features of each UE in the order of s1 (gain, complexity, data, cached retention), about -1 to 1.
+    """Features of each UE in the order of s1 (gain, complexity, data, cached retention), about -1 to 1."""
+    return jnp.concatenate(
+        [
+            task_features(world, observation),
+            cache_feature(world, observation.cached_retention)[..., None],
+        ],
+        axis=-1,
+    )
+
+
+def task_features(world: World, observation: Observation) -> Float[Array, "*batch ues 3"]:
+    """The features that no action changes: gain, complexity, data.
 
     Gains vary over decades, so they enter as logarithms, scaled by the path loss at the fleet's nearest
     and farthest distance and by fading up to three standard normal scores either way.
@@ -57,10 +68,14 @@ def ue_features(world: World, observation: Observation) -> Float[Array, "*batch 
             _centred(jnp.log(observation.previous_gain), gain_bounds),
             _centred(observation.complexity, world.complexity),
             _centred(observation.data_bits, world.data_bits),
-            observation.cached_retention / world.retention_bounds[1],
         ],
         axis=-1,
     )
+
+
+def cache_feature(world: World, cached_retention: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+    """The cached retention, from 0 to 1."""
+    return cached_retention / world.retention_bounds[1]
 
 
 def progress_feature(observation: Observation) -> Float[Array, "*batch"]:
