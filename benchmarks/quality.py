@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from emutune.cli.main import _prepare_jax
+from emutune.cli.jax_setup import prepare_jax
 
 SIZES = (6, 7, 8, 9)
 POLICIES = ("random", "all_server", "best_fixed", "ippo", "hmppo", "hmppo_flat", "hmppo_as_printed")
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--seeds", type=int, default=10)
     arguments = parser.parse_args()
-    _prepare_jax()
+    prepare_jax(arguments.seeds)
     from emutune.scenario import load_scenario
     from emutune.study.compare import compare
 

@@ -1,22 +1,27 @@
-"""Steps per second of training, of the world alone, and of a peer on the same environment.
+"""Speed of training, of the world alone, of the command, and of a peer on the same environment.
 
     python benchmarks/speed.py --json speed.json [--peer]
 
-Compilation is left out: every program runs once before it is timed. ``--peer`` needs the ``bench`` extra.
+Every figure is measured in a process of its own, one after the other. Compilation is left out of the
+``train_*`` and ``world_*`` figures: every program runs once before it is timed. ``--peer`` adds PPO of
+Stable-Baselines3 on the Gymnasium environment; it needs the ``bench`` extra.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emutune.cli.main import _prepare_jax
+from emutune.cli.jax_setup import prepare_jax
 
 STEPS = 300_000
-REPEATS = 3
+REPEATS = 5
+COMMAND = [sys.executable, "-c", "from emutune.cli.main import run; run()"]
 
 
 def timed(action):
@@ -25,31 +30,54 @@ def timed(action):
     return time.perf_counter() - started
 
 
-def training_seconds(scenario, config, seeds):
-    """Wall-clock seconds of a whole run, checkpoints and metrics included; median of repeats."""
+def training_seconds(seeds, **settings):
+    """Wall-clock seconds of whole runs, checkpoints and metrics included."""
+    prepare_jax(seeds)
+    from emutune.learning.configuration import TrainingConfig
     from emutune.learning.training import train_seeds
+    from emutune.scenario import load_scenario
 
-    times = []
-    for repeat in range(REPEATS + 1):
+    scenario, config = load_scenario("paper"), TrainingConfig(steps=STEPS, **settings)
+
+    def run():
         with tempfile.TemporaryDirectory() as directory:
-            seconds = timed(lambda: train_seeds(scenario, config, range(seeds), Path(directory)))
-        if repeat:
-            times.append(seconds)
-    return statistics.median(times)
+            return timed(lambda: train_seeds(scenario, config, range(seeds), Path(directory)))
+
+    run()
+    return statistics.median(run() for _ in range(REPEATS))
 
 
-def world_steps_per_s(scenario, episodes=2048, repeats=5):
+def train_flat_1_seed():
+    return {"train_flat_1_seed_seconds": training_seconds(1, network="flat", width=64)}
+
+
+def train_flat_8_seeds():
+    return {"train_flat_8_seeds_steps_per_s": 8 * STEPS / training_seconds(8, network="flat", width=64)}
+
+
+def train_set():
+    return {"train_set_steps_per_s": STEPS / training_seconds(1)}
+
+
+def train_set_8_seeds():
+    return {"train_set_8_seeds_steps_per_s": 8 * STEPS / training_seconds(8)}
+
+
+def world(episodes=2048, repeats=5):
     """The random policy in the simulator, one batch at a time on each device."""
+    prepare_jax(sys.maxsize)
     import jax
 
     from emutune.policies import Random
+    from emutune.scenario import load_scenario
     from emutune.study.evaluate import _draw, _episode_keys, _run_batch
     from emutune.world import build_world
 
-    world = build_world(scenario)
+    scenario = load_scenario("paper")
+    numbers = build_world(scenario)
     play = jax.jit(lambda world, keys: _run_batch(world, Random(), _draw(world, keys), keys)[0].sum())
-    arguments = [
-        jax.device_put((world, _episode_keys(index, episodes)), device)
+    batches = [
+        jax.device_put((numbers, _episode_keys(index, episodes)), device)
         for index, device in enumerate(jax.devices())
     ]
 
@@ -57,13 +85,32 @@ def world_steps_per_s(scenario, episodes=2048, repeats=5):
         for _ in range(repeats):
             play(*batch).block_until_ready()
 
-    with ThreadPoolExecutor(len(arguments)) as pool:
-        list(pool.map(run, arguments))
-        seconds = statistics.median(timed(lambda: list(pool.map(run, arguments))) for _ in range(REPEATS))
-    return len(arguments) * repeats * episodes * scenario.fleet.tasks / seconds
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(run, batches))
+        seconds = statistics.median(timed(lambda: list(pool.map(run, batches))) for _ in range(REPEATS))
+    return {"world_steps_per_s": len(batches) * repeats * episodes * scenario.fleet.tasks / seconds}
 
 
-def peer(scenario, environments=16):
+def command():
+    """From shell to result: the help, and a ``train`` whose program the cache already holds."""
+
+    def train():
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = ["train", "paper", "--network", "flat", "--out", directory]
+            return timed(lambda: subprocess.run([*COMMAND, *arguments], check=True, capture_output=True))
+
+    def show_help():
+        return timed(lambda: subprocess.run([*COMMAND, "--help"], check=True, capture_output=True))
+
+    train()
+    show_help()
+    return {
+        "help_seconds": statistics.median(show_help() for _ in range(REPEATS)),
+        "second_train_flat_seconds": statistics.median(train() for _ in range(REPEATS)),
+    }
+
+
+def peer(environments=16):
     """Stable-Baselines3's PPO on the same Gymnasium environment: steps/s, and mean held-out return."""
     import gymnasium
     from stable_baselines3 import PPO
@@ -73,37 +120,39 @@ def peer(scenario, environments=16):
     from emutune.world.environments import BoxAction
 
     def make():
-        return BoxAction(gymnasium.make("emutune/Orchestration-v0", scenario=scenario))
+        return BoxAction(gymnasium.make("emutune/Orchestration-v0", scenario="paper"))
 
     model = PPO("MlpPolicy", make_vec_env(make, environments), n_steps=50, batch_size=200, n_epochs=4, seed=0)
     seconds = timed(lambda: model.learn(STEPS))
     returns, _ = evaluate_policy(model, make_vec_env(make, 1, seed=1), n_eval_episodes=16)
-    return STEPS / seconds, float(returns)
+    return {"sb3_steps_per_s": STEPS / seconds, "sb3_return": float(returns)}
+
+
+MEASURES = (train_flat_1_seed, train_flat_8_seeds, train_set, train_set_8_seeds, world, command, peer)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--only", choices=[measure.__name__ for measure in MEASURES], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    _prepare_jax()
-    from emutune.learning.configuration import TrainingConfig
-    from emutune.scenario import load_scenario
-
-    scenario = load_scenario("paper")
-    flat = TrainingConfig(network="flat", width=64, steps=STEPS)
-    figures = {
-        "train_flat_1_seed_seconds": training_seconds(scenario, flat, 1),
-        "train_flat_8_seeds_steps_per_s": 8 * STEPS / training_seconds(scenario, flat, 8),
-        "train_set_steps_per_s": 2 * STEPS / training_seconds(scenario, TrainingConfig(steps=STEPS), 2),
-        "world_steps_per_s": world_steps_per_s(scenario),
-    }
-    if arguments.peer:
-        figures["sb3_steps_per_s"], figures["sb3_return"] = peer(scenario)
-    for name, value in figures.items():
-        print(f"{name} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.only:
+        measure = next(measure for measure in MEASURES if measure.__name__ == arguments.only)
+        print(json.dumps(measure()))
+        return
+    figures: dict[str, float] = {}
+    for measure in MEASURES:
+        if measure is peer and not arguments.peer:
+            continue
+        alone = [sys.executable, __file__, "--only", measure.__name__]
+        output = subprocess.run(alone, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured = json.loads(output.splitlines()[-1])
+        for name, value in measured.items():
+            print(f"{name} {value:.4g}", flush=True)
+        figures |= measured
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from emutune.cli.jax_setup import prepare_jax
 from emutune.errors import EmutuneError, UsageError
 
 app = typer.Typer(
@@ -32,7 +33,6 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Environment steps of tra
 
 def run() -> NoReturn:
     """Entry point: exit status 2 and one line on a user's error, 130 on Ctrl-C."""
-    _prepare_jax()
     try:
         app()
     except EmutuneError as error:
@@ -44,6 +44,7 @@ def run() -> NoReturn:
 @app.command()
 def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: JsonFile = None) -> None:  # noqa: B006
     """Validate a scenario and print what its world amounts to."""
+    prepare_jax()
     from emutune.scenario import load_scenario
     from emutune.study.link_budget import link_budget
 
@@ -76,6 +77,7 @@ def train(
     json_file: JsonFile = None,
 ) -> None:
     """Learn to orchestrate a scenario."""
+    prepare_jax(seeds)
     from emutune.learning.training import train_seeds, update_count
     from emutune.scenario import load_scenario
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
@@ -114,6 +116,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure a trained run, or a policy that needs no training, on held-out episodes."""
+    prepare_jax()
     from emutune.learning.training import load_policy
     from emutune.scenario import load_scenario
     from emutune.study.compare import baseline_policy
@@ -152,6 +155,7 @@ def bound(
     json_file: JsonFile = None,
 ) -> None:
     """Certify how good any policy, clairvoyant ones included, can be on held-out episodes."""
+    prepare_jax()
     from emutune.bounds import certified_bounds
     from emutune.scenario import load_scenario
     from emutune.study.evaluate import held_out_episodes
@@ -184,6 +188,7 @@ def compare(
     json_file: JsonFile = None,
 ) -> None:
     """Compare policies with common random numbers, against the certified bound."""
+    prepare_jax(seeds)
     from rich.console import Console
     from rich.table import Table
 
@@ -241,6 +246,7 @@ def reproduce(
     json_file: JsonFile = None,
 ) -> None:
     """Run the paper's Fig. 2 and Table I, beside the paper's own numbers, and write a report."""
+    prepare_jax(sys.maxsize)
     from rich.console import Console
 
     from emutune.study.reproduce import reproduce as run_reproduction
@@ -249,16 +255,6 @@ def reproduce(
         report = run_reproduction(out, quick=quick, progress=status.update)
     print(f"report: {report.resolve()}")
     _write_json(json_file, json.loads((out / "figures.json").read_text("utf-8")))
-
-
-def _prepare_jax() -> None:
-    """One device per core with one thread each, and a compilation cache, before JAX is imported."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={cores}")
-    os.environ.setdefault("NPROC", "1")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emutune" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _training_config(**values: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
 from emutune.learning.agents import LearnedPolicy, create_actors, create_critic
@@ -60,7 +61,7 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
     centre, scale = _return_moments(config, world, parameters, jax.random.fold_in(key, 2**31))
     return TrainingState(
         parameters=parameters,
-        optimiser=[optimiser.init(network) for network in networks_of(parameters)],
+        optimiser=[optimiser.init(ravel_pytree(network)[0]) for network in networks_of(parameters)],
         key=key,
         update=jnp.zeros((), jnp.int32),
         value_centre=centre,

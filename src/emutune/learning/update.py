@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from emutune.learning.advantages import episode_advantages
@@ -185,8 +186,10 @@ def _epochs(
         gradients, diagnostics = jax.grad(_loss, has_aux=True)(networks, config, batch)
         stepped = []
         for network, gradient, memory in zip(networks, gradients, optimiser_states, strict=True):
-            direction, memory = optimiser.update(gradient, memory)
-            stepped.append((jax.tree.map(lambda p, d: p - rate * d, network, direction), memory))
+            # As one vector: Adam costs a handful of kernels, not a handful for each of the leaves.
+            vector, to_tree = ravel_pytree(gradient)
+            direction, memory = optimiser.update(vector, memory)
+            stepped.append((jax.tree.map(lambda p, d: p - rate * d, network, to_tree(direction)), memory))
         return ([network for network, _ in stepped], [memory for _, memory in stepped]), diagnostics
 
     def epoch(carry: tuple[list[Any], Any], key: Key[Array, ""]) -> Any:
