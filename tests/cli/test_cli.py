@@ -37,6 +37,9 @@ def test_help_does_not_import_jax(tmp_path):
         (["evaluate", "empty"], "holds no checkpoint"),
         (["compare", "paper", "--policies", "best"], "no policy 'best'"),
         (["train", "paper", "--algorithm", "dqn", "--out", "run"], "--algorithm"),
+        (["train", "paper", "--steps", "500", "--out", "/dev/null/run"], "/dev/null/run/seed-000: cannot be"),
+        (["reproduce", "--quick", "--out", "/dev/null/run"], "cannot be"),
+        (["check", "paper", "--json", "/dev/null/figures"], "--json /dev/null/figures: cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
@@ -61,6 +64,6 @@ def test_compare_writes_its_documented_keys(tmp_path):
         assert row["return_ci"][0] <= row["return_mean"] <= row["return_ci"][1]
         assert {"delay_ratio_to_random", "perplexity_mean", "changes_per_ue", "decision_ms"} <= set(row)
     assert figures["policies"]["random"]["delay_ratio_to_random"] == 1
-    evaluated = emutune("evaluate", "runs/compare/paper-2/hmppo", "--episodes", "4", cwd=tmp_path)
+    evaluated = emutune("evaluate", figures["policies"]["hmppo"]["run"], "--episodes", "4", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.count("episode_return") == 2

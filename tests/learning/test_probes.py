@@ -2,14 +2,20 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emutune.learning import rollout
+from emutune.learning.agents import network_inputs, retention_means, to_retention
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import train_seed
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
+from emutune.world import build_world, observe, reset, serve
 
+KEYS = jax.random.split(jax.random.key(0), 32)
 CONFIG = TrainingConfig(steps=15_000, environments=25)
 
 
@@ -40,6 +46,30 @@ def test_a_bandit_without_delay_costs_takes_the_best_retention(tmp_path):
     optimum = (best * (complexity + 10) / 10).mean()
     assert figures.perplexity.mean() == pytest.approx(optimum, rel=5e-3)
     assert (figures.server_share == 0).all()
+
+
+def test_a_bandit_in_which_agent_2_must_depend_on_a1(tmp_path, monkeypatch):
+    # Small data belongs to the server. Training on the UE wants retention 0.8 while the other UE is at the
+    # server, else 0.2: agent 2 sees no data sizes, so all it can go by is what agent 1 decided.
+    def pay(world, cached_layers, task, action):
+        misplaced = action.at_server != (task.data_bits < world.data_bits.mean())
+        wanted = jnp.where(action.at_server[::-1], 0.8, 0.2)
+        error = jnp.where(action.at_server, 0.0, (action.retention - wanted) ** 2)
+        cached, outcome = serve(world, cached_layers, task, action)
+        return cached, outcome._replace(reward=-(error + 0.2 * misplaced).mean())
+
+    monkeypatch.setattr(rollout, "serve", pay)
+    jax.clear_caches()
+    scenario = load_scenario("paper", ["fleet.ues=2", "fleet.tasks=1"])
+    config = CONFIG.model_copy(update={"steps": 60_000, "environments": 50, "entropy_weight": 1e-3})
+    policy = train_seed(scenario, config, 0, tmp_path)
+    jax.clear_caches()
+    world = build_world(scenario)
+    inputs = network_inputs(world, jax.vmap(lambda key: observe(world, reset(key, world)))(KEYS))
+    for other_at_server, wanted in ((True, 0.8), (False, 0.2)):
+        at_server = jnp.broadcast_to(jnp.array([False, other_at_server]), (len(KEYS), 2))
+        means = retention_means(config.network, policy.actors, inputs, at_server)
+        np.testing.assert_allclose(to_retention(world, means)[:, 0], wanted, atol=0.05)
 
 
 def test_two_steps_in_which_holding_wins(tmp_path):

@@ -1,6 +1,7 @@
 """Statistics against closed forms, common random numbers, and a report that holds what it claims."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_the_report_holds_its_tables_and_panels(tmp_path):
     figures = compare(
         scenario, ["random", "ippo", "hmppo"], seeds=2, directory=tmp_path, episodes=3, steps=500
     )
-    curves = {name: read_curves(tmp_path / name) for name in ("hmppo", "ippo")}
+    curves = {name: read_curves(Path(figures["policies"][name]["run"])) for name in ("hmppo", "ippo")}
     assert curves["hmppo"]["episode_return"].shape == (2, 10)
     page = render_report(draw_fig2(curves, [figures]), [figures], steps=500)
     assert "<svg" in page

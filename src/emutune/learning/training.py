@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
+from emutune.errors import CheckpointError
 from emutune.learning.agents import LearnedPolicy, create_actors, create_critic
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.hmppo import critic_plan
-from emutune.learning.rollout import collect, draw_noise
 from emutune.learning.update import (
     Metrics,
     Parameters,
     TrainingState,
+    empty_metrics,
     make_optimiser,
     networks_of,
     train_update,
@@ -57,15 +59,13 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
         ],
     )
     optimiser = make_optimiser(config)
-    key = jax.random.key(seed)
-    centre, scale = _return_moments(config, world, parameters, jax.random.fold_in(key, 2**31))
     return TrainingState(
         parameters=parameters,
         optimiser=[optimiser.init(ravel_pytree(network)[0]) for network in networks_of(parameters)],
-        key=key,
+        key=jax.random.key(seed),
         update=jnp.zeros((), jnp.int32),
-        value_centre=centre,
-        value_scale=scale,
+        value_centre=jnp.zeros(()),
+        value_scale=jnp.ones(()),
     )
 
 
@@ -73,14 +73,13 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
 def run_updates(
     config: TrainingConfig,
     world: World,
-    held_out: Episode,
     state: TrainingState,
     count: Int[Array, ""],
     updates: Int[Array, ""],
 ) -> tuple[TrainingState, Metrics]:
     """Run ``count`` of in all ``updates`` updates in one program; rows past ``count`` stay zero."""
-    shapes = jax.eval_shape(partial(train_update, config), world, held_out, state, updates)[1]
-    rows = jax.tree.map(lambda leaf: jnp.zeros((CHUNK, *leaf.shape), leaf.dtype), shapes)
+    rows = empty_metrics(CHUNK)
+    held_out = _validation_episodes(world, config.evaluation_episodes)
 
     def body(index: Array, carry: tuple[TrainingState, Metrics]) -> tuple[TrainingState, Metrics]:
         state, rows = carry
@@ -130,8 +129,17 @@ def train_seeds(
 ) -> list[LearnedPolicy]:
     """Train several seeds, one at a time on each of JAX's devices; see ``train_seed``.
 
-    A seed's result does not depend on which other seeds run beside it.
+    A seed's result does not depend on which other seeds run beside it. Interrupted, all of them stop
+    after their next checkpoint.
     """
+    interrupted = threading.Event()
+
+    def advance(steps: int) -> None:
+        if interrupted.is_set():
+            raise CancelledError
+        if progress:
+            progress(steps)
+
     devices: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
     for device in jax.devices():
         devices.put(device)
@@ -140,7 +148,7 @@ def train_seeds(
         device = devices.get()
         try:
             return train_seed(
-                scenario, config, seed, seed_directory(directory, seed), progress=progress, device=device
+                scenario, config, seed, seed_directory(directory, seed), progress=advance, device=device
             )
         finally:
             devices.put(device)
@@ -149,8 +157,11 @@ def train_seeds(
     executor = ThreadPoolExecutor(workers)
     try:
         return list(executor.map(run, seeds))
+    except BaseException:
+        interrupted.set()
+        raise
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
 
 
 def seed_directory(directory: Path, seed: int) -> Path:
@@ -174,11 +185,10 @@ def _train(
     scenario: Scenario, config: TrainingConfig, seed: int, directory: Path, progress: Progress
 ) -> LearnedPolicy:
     world = build_world(scenario)
-    held_out = _validation_episodes(world, config.evaluation_episodes)
     updates, per_update = update_count(config, world.tasks), config.environments * world.tasks
     header, checkpoint = CheckpointHeader(scenario, config, seed), directory / "checkpoint.safetensors"
     state = initial_state(config, world, seed)
-    directory.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory)
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, header, state)
     done = int(state.update)
@@ -187,14 +197,12 @@ def _train(
     progress(done * per_update)
     while done < updates:
         started, count = time.perf_counter(), min(CHUNK, updates - done)
-        state, rows = run_updates(config, world, held_out, state, jnp.asarray(count), jnp.asarray(updates))
+        state, rows = run_updates(config, world, state, jnp.asarray(count), jnp.asarray(updates))
         rows = jax.device_get(rows)
         speed = count * per_update / (time.perf_counter() - started)
-        with metrics_file.open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(_record(rows, index, (done + index) * per_update, speed)) + "\n"
-                for index in range(count)
-            )
+        _append(
+            metrics_file, (_record(rows, index, (done + index) * per_update, speed) for index in range(count))
+        )
         save_checkpoint(checkpoint, header, state)
         done += count
         progress(count * per_update)
@@ -203,25 +211,7 @@ def _train(
 
 def _validation_episodes(world: World, count: int) -> Episode:
     keys = jax.random.split(jax.random.key(_VALIDATION_KEY), count)
-    return jax.jit(jax.vmap(draw_episode, (0, None)))(keys, world)
-
-
-@partial(jax.jit, static_argnums=0)
-def _return_moments(
-    config: TrainingConfig, world: World, parameters: Parameters, key: Array
-) -> tuple[Array, Array]:
-    """Mean and spread of the discounted return to go under the first actors."""
-    episode_key, noise_key = jax.random.split(key)
-    episodes = jax.vmap(draw_episode, (0, None))(jax.random.split(episode_key, config.environments), world)
-    noise = draw_noise(noise_key, (world.tasks, config.environments, world.ues))
-    rewards = collect(world, config.network, parameters.actors, episodes, noise).outcome.reward
-
-    def accumulate(later: Array, reward: Array) -> tuple[Array, Array]:
-        total = reward + config.discount * later
-        return total, total
-
-    _, to_go = jax.lax.scan(accumulate, jnp.zeros_like(rewards[0]), rewards, reverse=True)
-    return to_go.mean(), jnp.maximum(to_go.std(), 1e-6)
+    return jax.vmap(draw_episode, (0, None))(keys, world)
 
 
 def _record(rows: Metrics, index: int, steps: int, speed: float) -> dict[str, Any]:
@@ -237,6 +227,25 @@ def _record(rows: Metrics, index: int, steps: int, speed: float) -> dict[str, An
         **figures(rows.diagnostics),
         "steps_per_s": speed,
     }
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--out {directory}: cannot be created ({error.strerror}); choose another directory"
+        ) from error
+
+
+def _append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"
+        ) from error
 
 
 def _keep_lines(path: Path, count: int) -> None:

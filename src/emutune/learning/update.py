@@ -38,7 +38,7 @@ class TrainingState(NamedTuple):
     """Where training stands; with the configuration and the world it determines all that follows.
 
     ``value_centre`` and ``value_scale`` standardise value targets. They are measured once, on the first
-    actors, and stay: a normaliser that moves within an update breaks the ratio of Eq. 21.
+    update's episodes, and stay, so that the critics need not follow a moving unit.
     """
 
     parameters: Parameters
@@ -80,6 +80,15 @@ class Metrics(NamedTuple):
     diagnostics: Diagnostics
 
 
+def empty_metrics(count: int) -> Metrics:
+    """Room for the figures of ``count`` updates."""
+
+    def zeros(kind: type[Summary] | type[Diagnostics]) -> Any:
+        return kind(*(jnp.zeros(count) for _ in kind._fields))
+
+    return Metrics(zeros(Summary), zeros(Summary), zeros(Diagnostics))
+
+
 def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:
     """Adam behind a clip of the gradient's norm; the step size is applied by ``train_update``."""
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.scale_by_adam(eps=1e-5))
@@ -104,6 +113,11 @@ def train_update(
     keys = jax.random.split(jax.random.fold_in(state.key, state.update), 3)
     exploring = jax.vmap(draw_episode, (0, None))(jax.random.split(keys[0], config.environments), world)
     trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
+    state = jax.lax.cond(
+        state.update == 0,
+        lambda: _standardise_values(config, state, trajectory.outcome.reward),
+        lambda: state,
+    )
     samples, explained_variance = _make_samples(config, state, trajectory)
     rate = config.learning_rate * (1 - state.update / updates)
     networks, optimiser, diagnostics = _epochs(config, state, samples, keys[2], rate)
@@ -114,6 +128,19 @@ def train_update(
     kl, clipped, entropy, value_loss = diagnostics.mean((0, 1))
     health = Diagnostics(kl, clipped, entropy, value_loss, explained_variance)
     return new_state, Metrics(training, evaluation, health)
+
+
+def _standardise_values(
+    config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes"]
+) -> TrainingState:
+    """Centre and scale value targets at the mean and spread of the discounted returns to go."""
+
+    def accumulate(later: Array, reward: Array) -> tuple[Array, Array]:
+        total = reward + config.discount * later
+        return total, total
+
+    _, to_go = jax.lax.scan(accumulate, jnp.zeros_like(rewards[0]), rewards, reverse=True)
+    return state._replace(value_centre=to_go.mean(), value_scale=jnp.maximum(to_go.std(), 1e-6))
 
 
 def _explore_and_evaluate(

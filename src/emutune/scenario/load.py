@@ -43,6 +43,8 @@ def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "s
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ScenarioError(f"{source}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ScenarioError(f"{source}: nested too deeply; a scenario has two levels") from error
     for override in overrides:
         _apply(tree, override)
     try:
@@ -60,16 +62,15 @@ def _read(source: str | Path) -> str:
     name = str(source)
     if name in shipped_scenarios():
         return (resources.files("emutune.scenario") / "library" / f"{name}.toml").read_text("utf-8")
-    path = Path(source)
-    if not path.is_file():
+    try:
+        return Path(source).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"scenario {name!r}: not UTF-8 text; save it as UTF-8 TOML") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         raise ScenarioError(
             f"scenario {name!r}: no such file, and no shipped scenario of that name; "
             f"shipped: {', '.join(shipped_scenarios())}"
-        )
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ScenarioError(f"scenario {name!r}: not UTF-8 text; save it as UTF-8 TOML") from error
+        ) from error
     except OSError as error:
         raise ScenarioError(f"scenario {name!r}: cannot be read: {error.strerror}") from error
 
@@ -91,13 +92,18 @@ def _value(text: str) -> Any:
     """A TOML value, or the text itself where it is a bare word (``--set name=mine``)."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
 def _explain(error: ValidationError) -> str:
     """All problems of a scenario in one line, each with its field and what to do."""
-    return "; ".join(_explain_one(problem) for problem in error.errors())
+    return "; ".join(_brief(_explain_one(problem)) for problem in error.errors())
+
+
+def _brief(text: str, limit: int = 300) -> str:
+    """Whoever pastes a novel into a field is told its beginning."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _explain_one(problem: Mapping[str, Any]) -> str:

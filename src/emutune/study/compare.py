@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from emutune.errors import UsageError
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import train_seeds
 from emutune.policies import AllServer, Fixed, Policy, Random
-from emutune.scenario import Scenario
+from emutune.scenario import Scenario, dump_scenario
 from emutune.study.evaluate import (
     EpisodeFigures,
     decision_time_ms,
@@ -99,7 +101,8 @@ def compare(
         scenario: the world.
         names: policies, from ``expand_policy_names``.
         seeds: training seeds of each learned policy.
-        directory: where runs are kept; finished and interrupted ones are taken up again.
+        directory: where runs are kept; finished and interrupted ones are taken up again. A run's own
+            directory is named after what it was trained for, so that comparisons can share this one.
         episodes: held-out episodes.
         steps: environment steps of training, instead of the default.
         retention: of the ``fixed`` policy.
@@ -113,8 +116,18 @@ def compare(
     policies: dict[str, Any] = {}
     for name in names:
         say(name)
-        candidates = _candidates(name, scenario, seeds, directory, steps, retention)
-        policies[name] = _figures(scenario, candidates, drawn, bounds, random)
+        config = training_config(name, steps)
+        run = None if config is None else run_directory(directory, name, scenario, config)
+        if config is None or run is None:
+            candidates: Sequence[Policy] = [baseline_policy(name, scenario, retention)]
+        else:
+            candidates = train_seeds(
+                scenario, config, range(seeds), run, progress=_told(say, name, config, seeds)
+            )
+        policies[name] = {
+            **_figures(scenario, candidates, drawn, bounds, random),
+            "run": None if run is None else str(run),
+        }
     return {
         "scenario": scenario.name,
         "ues": scenario.fleet.ues,
@@ -124,15 +137,30 @@ def compare(
     }
 
 
-def _candidates(
-    name: str, scenario: Scenario, seeds: int, directory: Path, steps: int | None, retention: float | None
-) -> Sequence[Policy]:
+def training_config(name: str, steps: int | None = None) -> TrainingConfig | None:
+    """How a policy of a comparison is trained; None for one that needs no training."""
     config = (LEARNED | STUDIES).get(name)
-    if config is None:
-        return [baseline_policy(name, scenario, retention)]
-    if steps is not None:
-        config = config.model_copy(update={"steps": steps})
-    return train_seeds(scenario, config, range(seeds), directory / name)
+    return config if config is None or steps is None else config.model_copy(update={"steps": steps})
+
+
+def run_directory(directory: Path, name: str, scenario: Scenario, config: TrainingConfig) -> Path:
+    """Where a policy's training is kept: a name of its own for every scenario and configuration."""
+    trained_for = dump_scenario(scenario) + config.model_dump_json()
+    return directory / f"{name}-{hashlib.sha256(trained_for.encode()).hexdigest()[:12]}"
+
+
+def _told(say: Progress, name: str, config: TrainingConfig, seeds: int) -> Callable[[int], None]:
+    """Turns steps done by any seed into a line for the user."""
+    total, done = seeds * config.steps, 0
+    lock = threading.Lock()
+
+    def advance(steps: int) -> None:
+        nonlocal done
+        with lock:
+            done += steps
+            say(f"{name}: {min(100, 100 * done // total)} % of {seeds} seeds' training")
+
+    return advance
 
 
 def _figures(

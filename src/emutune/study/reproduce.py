@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from emutune.scenario import load_scenario
-from emutune.study.compare import Progress, compare
+from emutune.study.compare import LEARNED, Progress, compare
 from emutune.study.figures import draw_fig2, read_curves
 from emutune.study.paper_table import TABLE_I, paper_ratio
 
@@ -32,14 +32,14 @@ def reproduce(directory: Path, *, quick: bool = False, progress: Progress | None
 
     Args:
         directory: where runs, figures and report go; an interrupted reproduction is resumed.
-        quick: 2 seeds, 1e5 steps, N = 6 and 9, and 16 episodes instead of 10, 3e5, N = 6 to 9 and 64.
+        quick: 2 seeds, N = 6 and 9, and 16 episodes instead of 10, N = 6 to 9 and 64.
         progress: called with a line on what is being done.
 
     Returns:
         The path of the report.
     """
     say = progress or (lambda line: None)
-    sizes, seeds, steps, episodes = ((6, 9), 2, 100_000, 16) if quick else ((6, 7, 8, 9), 10, 300_000, 64)
+    sizes, seeds, episodes = ((6, 9), 2, 16) if quick else ((6, 7, 8, 9), 10, 64)
     comparisons = []
     for ues in sizes:
         scenario = load_scenario("paper", [f"fleet.ues={ues}"])
@@ -48,20 +48,19 @@ def reproduce(directory: Path, *, quick: bool = False, progress: Progress | None
                 scenario,
                 POLICIES,
                 seeds=seeds,
-                directory=directory / f"runs-{ues}",
+                directory=directory / "runs",
                 episodes=episodes,
-                steps=steps,
                 progress=lambda line, ues=ues: say(f"N = {ues}: {line}"),  # type: ignore[misc]
             )
         )
-    curves = {name: read_curves(directory / f"runs-{sizes[0]}" / name) for name in ("hmppo", "ippo")}
+    curves = {name: read_curves(Path(comparisons[0]["policies"][name]["run"])) for name in ("hmppo", "ippo")}
     figure = draw_fig2(curves, comparisons)
     for suffix in ("png", "svg"):
         figure.savefig(directory / f"fig2.{suffix}", dpi=160)
     (directory / "figures.json").write_text(json.dumps(comparisons, indent=2) + "\n", "utf-8")
     _write_csv(directory / "figures.csv", comparisons)
     report = directory / "report.html"
-    report.write_text(render_report(figure, comparisons, steps=steps), "utf-8")
+    report.write_text(render_report(figure, comparisons, steps=LEARNED["hmppo"].steps), "utf-8")
     return report
 
 
@@ -103,7 +102,7 @@ def _ratio_rows(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, 
 def _write_csv(path: Path, comparisons: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        fields = [key for key in comparisons[0]["policies"]["random"] if key != "return_ci"]
+        fields = [key for key in comparisons[0]["policies"]["random"] if key not in ("return_ci", "run")]
         writer.writerow(["ues", "policy", *fields])
         for one in comparisons:
             for name, row in one["policies"].items():

@@ -142,8 +142,8 @@ def serve(
 
 
 def choose_layers(
-    world: World, retention: Float[Array, "ues"], cached_layers: Int[Array, "ues"]
-) -> Int[Array, "ues"]:
+    world: World, retention: Float[Array, "*batch ues"], cached_layers: Int[Array, "*batch ues"]
+) -> Int[Array, "*batch ues"]:
     """Whole layers for a wanted retention: the nearest level inside the bounds, or the held one (D9)."""
     low, high = world.level_bounds
     layers = jnp.clip(jnp.round(retention * world.model_layers).astype(jnp.int32), low, high)

@@ -31,7 +31,7 @@ def observe(world: World, state: State) -> Observation:
 
 
 def observe_task(
-    world: World, cached_layers: Int[Array, "ues"], task: Task, step: Int[Array, ""]
+    world: World, cached_layers: Int[Array, "*batch ues"], task: Task, step: Int[Array, ""]
 ) -> Observation:
     """The observation of caches and a waiting task; ``progress`` is step / tasks, from 0 to 1."""
     return Observation(

@@ -1,0 +1,118 @@
+"""The commands that examine: ``check``, ``bound``, ``compare``, ``reproduce``. Heavy imports wait."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emutune.cli.jax_setup import prepare_jax
+from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps
+from emutune.cli.terminal import print_comparison, progress_bar, resumable, write_json
+
+
+def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: JsonFile = None) -> None:  # noqa: B006
+    """Validate a scenario and print what its world amounts to."""
+    prepare_jax()
+    from emutune.scenario import load_scenario
+    from emutune.study.link_budget import link_budget
+
+    loaded = load_scenario(scenario, overrides)
+    budget = link_budget(loaded)
+    print(f"{loaded.name}: {loaded.fleet.ues} UEs, {loaded.fleet.tasks} tasks each; {loaded.description}")
+    print(f"{budget['levels']} emulators, of {budget['fewest_layers']} to {budget['most_layers']} layers")
+    for place in ("nearest", "farthest"):
+        row = budget[place]
+        print(
+            f"{place} UE alone, {row['distance_m']:.0f} m: {row['uplink_mbps']:.3g} Mbit/s up, "
+            f"{row['downlink_mbps']:.3g} down; upload {row['upload_s']:.0f} s, emulator "
+            f"{row['smallest_emulator_s']:.0f} to {row['largest_emulator_s']:.0f} s"
+        )
+    for remark in budget["remarks"]:
+        print(f"note: {remark}")
+    write_json(json_file, budget)
+
+
+def bound(
+    scenario: ScenarioArgument,
+    episodes: Episodes = 64,
+    method: Annotated[str, typer.Option(help="linear or integer.")] = "linear",
+    time_limit_s: Annotated[float, typer.Option(min=0.1, help="Limit of each integer programme.")] = 60.0,
+    overrides: Overrides = [],  # noqa: B006
+    json_file: JsonFile = None,
+) -> None:
+    """Certify how good any policy, clairvoyant ones included, can be on held-out episodes."""
+    prepare_jax()
+    from emutune.bounds import certified_bounds
+    from emutune.scenario import load_scenario
+    from emutune.study.evaluate import held_out_episodes
+
+    loaded = load_scenario(scenario, overrides)
+    with progress_bar("bound", episodes) as advance:
+        bounds = certified_bounds(
+            loaded,
+            held_out_episodes(loaded, episodes),
+            method=method,  # type: ignore[arg-type]
+            time_limit_s=time_limit_s,
+            progress=advance,
+        )
+    print(f"no policy returns more than {bounds.mean():.3f} on average over {episodes} episodes")
+    write_json(
+        json_file, {"return_mean": float(bounds.mean()), "episodes": episodes, "returns": bounds.tolist()}
+    )
+
+
+def compare(
+    scenario: ScenarioArgument,
+    policies: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
+    seeds: Seeds = 10,
+    episodes: Episodes = 64,
+    steps: Steps = None,
+    retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the training runs.")] = Path("runs/compare"),
+    overrides: Overrides = [],  # noqa: B006
+    json_file: JsonFile = None,
+) -> None:
+    """Compare policies with common random numbers, against the certified bound."""
+    prepare_jax(seeds)
+    from rich.console import Console
+
+    from emutune.scenario import load_scenario
+    from emutune.study.compare import compare as run_comparison
+    from emutune.study.compare import expand_policy_names
+
+    loaded = load_scenario(scenario, overrides)
+    names = expand_policy_names(policies)
+    with resumable(out), Console(stderr=True).status("starting") as status:
+        figures = run_comparison(
+            loaded,
+            names,
+            seeds=seeds,
+            episodes=episodes,
+            steps=steps,
+            retention=retention,
+            directory=out,
+            progress=status.update,
+        )
+    print_comparison(figures)
+    write_json(json_file, figures)
+
+
+def reproduce(
+    out: Annotated[Path, typer.Option(help="Directory of runs, figures and report.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds, sizes and episodes.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Run the paper's Fig. 2 and Table I, beside the paper's own numbers, and write a report."""
+    prepare_jax(sys.maxsize)
+    from rich.console import Console
+
+    from emutune.study.reproduce import reproduce as run_reproduction
+
+    with resumable(out), Console(stderr=True).status("starting") as status:
+        report = run_reproduction(out, quick=quick, progress=status.update)
+    print(f"report: {report.resolve()}")
+    write_json(json_file, json.loads((out / "figures.json").read_text("utf-8")))

@@ -1,0 +1,105 @@
+"""The commands around learning: ``train`` and ``evaluate``. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emutune.cli.jax_setup import prepare_jax
+from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps
+from emutune.cli.terminal import progress_bar, resumable, write_json
+from emutune.errors import UsageError
+
+
+def train(
+    scenario: ScenarioArgument,
+    out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
+    algorithm: Annotated[str, typer.Option(help="hmppo or ippo.")] = "hmppo",
+    network: Annotated[str, typer.Option(help="set or flat.")] = "set",
+    baseline: Annotated[str, typer.Option(help="sequential or as_printed.")] = "sequential",
+    seeds: Seeds = 1,
+    steps: Steps = None,
+    overrides: Overrides = [],  # noqa: B006
+    json_file: JsonFile = None,
+) -> None:
+    """Learn to orchestrate a scenario."""
+    prepare_jax(seeds)
+    from emutune.learning.training import train_seeds, update_count
+    from emutune.scenario import load_scenario
+    from emutune.study.evaluate import evaluate_policy, held_out_episodes
+
+    loaded = load_scenario(scenario, overrides)
+    config = _training_config(
+        algorithm=algorithm,
+        network=network,
+        baseline=baseline,
+        **({} if steps is None else {"steps": steps}),
+        **({"width": 64} if network == "flat" else {}),
+    )
+    total = seeds * update_count(config, loaded.fleet.tasks) * config.environments * loaded.fleet.tasks
+    with resumable(out), progress_bar("training", total) as advance:
+        policies = train_seeds(loaded, config, range(seeds), out, progress=advance)
+    drawn = held_out_episodes(loaded, 64)
+    returns = [float(evaluate_policy(loaded, policy, drawn).episode_return.mean()) for policy in policies]
+    for seed, value in enumerate(returns):
+        print(f"seed {seed}: mean return {value:.2f} on 64 held-out episodes")
+    write_json(json_file, {"returns": returns, "out": str(out)})
+
+
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_DIR|SCENARIO", help="A run, or with --policy a scenario.")
+    ],
+    policy: Annotated[str | None, typer.Option(help="random, all_server, fixed or best_fixed.")] = None,
+    retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
+    episodes: Episodes = 64,
+    overrides: Overrides = [],  # noqa: B006
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a trained run, or a policy that needs no training, on held-out episodes."""
+    prepare_jax()
+    from emutune.scenario import load_scenario
+    from emutune.study.compare import baseline_policy
+    from emutune.study.evaluate import evaluate_policy, held_out_episodes
+
+    if policy is not None:
+        loaded = load_scenario(target, overrides)
+        measured = {policy: (loaded, baseline_policy(policy, loaded, retention))}
+    elif overrides:
+        raise UsageError("--set: a run is measured in the scenario it was trained in; leave --set out")
+    else:
+        measured = _policies_of(Path(target))
+    figures = {}
+    for name, (loaded, decider) in measured.items():
+        rows = evaluate_policy(loaded, decider, held_out_episodes(loaded, episodes))
+        figures[name] = {field: float(column.mean()) for field, column in rows._asdict().items()}
+        print(name + ": " + ", ".join(f"{field} {value:.4g}" for field, value in figures[name].items()))
+    write_json(json_file, figures)
+
+
+def _policies_of(run: Path) -> dict[str, Any]:
+    """Scenario and learned policy of every seed of a run."""
+    from emutune.learning.training import load_policy
+
+    checkpoints = sorted(run.glob("**/checkpoint.safetensors"))
+    if not checkpoints:
+        raise UsageError(f"{run}: holds no checkpoint; give a run directory, or --policy and a scenario")
+    policies = {}
+    for checkpoint in checkpoints:
+        learned, header = load_policy(checkpoint)
+        policies[str(checkpoint.parent)] = (header.scenario, learned)
+    return policies
+
+
+def _training_config(**values: Any) -> Any:
+    from pydantic import ValidationError
+
+    from emutune.learning.configuration import TrainingConfig
+
+    try:
+        return TrainingConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error

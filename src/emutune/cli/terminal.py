@@ -1,0 +1,82 @@
+"""What commands share at the terminal: progress, interruption, tables, figures on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from emutune.errors import UsageError
+
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "return": lambda row: f"{row['return_mean']:.2f}",
+    "95 % interval": lambda row: "{:.2f} to {:.2f}".format(*row["return_ci"]),
+    "over bound %": lambda row: f"{row['cost_over_bound_percent']:.2f}",
+    "worst seed %": lambda row: f"{row['worst_seed_cost_over_bound_percent']:.2f}",
+    "delay / random": lambda row: f"{row['delay_ratio_to_random']:.3f}",
+    "perplexity": lambda row: f"{row['perplexity_mean']:.2f}",
+    "changes per UE": lambda row: f"{row['changes_per_ue']:.2f}",
+}
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error, if that is a terminal; yields what advances it by a number."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """On Ctrl-C, say what became of the work and leave with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped; what was learned is in {out}; the same command resumes it", file=sys.stderr)
+        sys.exit(130)
+
+
+def print_comparison(figures: Mapping[str, Any]) -> None:
+    """The table of ``compare``; headings wrap in a narrow terminal, figures never do."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=heading == "perplexity")
+    for name, row in figures["policies"].items():
+        table.add_row(name, *(column(row) for column in _COLUMNS.values()))
+    Console().print(table)
+    bound = figures["bound"]
+    print(
+        f"certified bound: {bound['return_mean']:.2f} on {bound['episodes']} episodes, "
+        f"N = {figures['ues']}, {figures['seeds']} seeds of each learned policy"
+    )
+
+
+def write_json(path: Path | None, figures: Any) -> None:
+    """Write the figures of a command, whole or not at all.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if path is None:
+        return
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UsageError(f"--json {path}: cannot be written: {error.strerror}") from error
