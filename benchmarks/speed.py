@@ -70,16 +70,15 @@ def world(episodes=2048, repeats=5):
 
     from emutune.policies import Random
     from emutune.scenario import load_scenario
-    from emutune.study.evaluate import _draw, _episode_keys, _run_batch
+    from emutune.study.evaluate import draw_episodes, run_episodes
     from emutune.world import build_world
 
     scenario = load_scenario("paper")
     numbers = build_world(scenario)
-    play = jax.jit(lambda world, keys: _run_batch(world, Random(), _draw(world, keys), keys)[0].sum())
-    batches = [
-        jax.device_put((numbers, _episode_keys(index, episodes)), device)
-        for index, device in enumerate(jax.devices())
-    ]
+    play = jax.jit(
+        lambda world, stream: run_episodes(world, Random(), draw_episodes(world, stream, episodes))[0].sum()
+    )
+    batches = [jax.device_put((numbers, index), device) for index, device in enumerate(jax.devices())]
 
     def run(batch):
         for _ in range(repeats):
@@ -96,7 +95,7 @@ def command():
 
     def train():
         with tempfile.TemporaryDirectory() as directory:
-            arguments = ["train", "paper", "--network", "flat", "--out", directory]
+            arguments = ["train", "paper", "--out", directory]
             return timed(lambda: subprocess.run([*COMMAND, *arguments], check=True, capture_output=True))
 
     def show_help():
@@ -106,7 +105,7 @@ def command():
     show_help()
     return {
         "help_seconds": statistics.median(show_help() for _ in range(REPEATS)),
-        "second_train_flat_seconds": statistics.median(train() for _ in range(REPEATS)),
+        "second_train_seconds": statistics.median(train() for _ in range(REPEATS)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from emutune.world import (
 # Held-out episodes share no key with training (seeds 0, 1, ...) nor with the search for a fixed policy.
 _HELD_OUT_KEY = 0x4E1D0007
 _SEARCH_KEY = 0x5EA2C400
+_POLICY_KEY = _HELD_OUT_KEY + 1
 
 
 class EpisodeFigures(NamedTuple):
@@ -43,13 +45,12 @@ class EpisodeFigures(NamedTuple):
 
 def held_out_episodes(scenario: Scenario, count: int) -> Episode:
     """The first ``count`` held-out episodes of a scenario; more of them begin with the same ones."""
-    return _draw(build_world(scenario), _episode_keys(_HELD_OUT_KEY, count))
+    return draw_episodes(build_world(scenario), _HELD_OUT_KEY, count)
 
 
 def evaluate_policy(scenario: Scenario, policy: Policy, episodes: Episode) -> EpisodeFigures:
     """Run a policy through a batch of episodes."""
-    count = episodes.complexity.shape[0]
-    figures = _run_batch(build_world(scenario), policy, episodes, _episode_keys(_HELD_OUT_KEY + 1, count))
+    figures = run_episodes(build_world(scenario), policy, episodes)
     return EpisodeFigures(*(np.asarray(part, np.float64) for part in figures))
 
 
@@ -58,9 +59,8 @@ def search_best_fixed(scenario: Scenario, episodes: int = 32) -> Fixed:
     world = build_world(scenario)
     low, high = scenario.level_bounds
     levels = jnp.arange(low, high + 1) / scenario.model.layers
-    keys = _episode_keys(_SEARCH_KEY, episodes)
-    drawn = _draw(world, keys)
-    returns = jax.vmap(lambda level: _run_batch(world, Fixed(level), drawn, keys)[0].mean())(levels)
+    drawn = draw_episodes(world, _SEARCH_KEY, episodes)
+    returns = jax.vmap(lambda level: run_episodes(world, Fixed(level), drawn)[0].mean())(levels)
     return Fixed(levels[jnp.argmax(returns)])
 
 
@@ -79,20 +79,21 @@ def decision_time_ms(scenario: Scenario, policy: Policy, repeats: int = 50) -> f
     return float(np.median(times) * 1e3)
 
 
-def _episode_keys(stream: int, count: int) -> Key[Array, "episodes"]:
-    return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(stream), index))(jnp.arange(count))
+@partial(jax.jit, static_argnums=2)
+def draw_episodes(world: World, stream: int | Array, count: int) -> Episode:
+    """The first ``count`` episodes of a stream; more of them begin with the same ones."""
+    return jax.vmap(draw_episode, (0, None))(_episode_keys(stream, count), world)
 
 
 @jax.jit
-def _draw(world: World, keys: Key[Array, "episodes"]) -> Episode:
-    return jax.vmap(draw_episode, (0, None))(keys, world)
-
-
-@jax.jit
-def _run_batch(
-    world: World, policy: Policy, episodes: Episode, keys: Key[Array, "episodes"]
-) -> tuple[Array, ...]:
+def run_episodes(world: World, policy: Policy, episodes: Episode) -> tuple[Array, ...]:
+    """The fields of ``EpisodeFigures``, of a policy whose own randomness is the same in every call."""
+    keys = _episode_keys(_POLICY_KEY, episodes.complexity.shape[0])
     return jax.vmap(_run_episode, (None, None, 0, 0))(world, policy, episodes, keys)
+
+
+def _episode_keys(stream: int | Array, count: int) -> Key[Array, "episodes"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(stream), jnp.arange(count))
 
 
 def _run_episode(world: World, policy: Policy, episode: Episode, key: Key[Array, ""]) -> tuple[Array, ...]:
