@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench docs
 
 demo: .venv/.ready  ## learn on the paper's world, compare, write a report
 	$(BIN)/emutune reproduce --quick --out runs/demo
@@ -11,6 +11,16 @@ test: .venv/.ready  ## all tests but the slow ones
 
 lint: .venv/.ready  ## style, types and import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+bench: .venv/.ready  ## the numbers of docs/results.md; about 15 minutes
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/speed.py --json runs/speed.json
+	$(BIN)/python benchmarks/quality.py --json runs/quality.json
+
+docs: .venv/.ready  ## the documentation as pages, in site/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/zensical build --clean --strict
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,13 +1,14 @@
 """Speed of training, of the world alone, of the command, and of a peer on the same environment.
 
-    python benchmarks/speed.py --json speed.json [--peer]
+    python benchmarks/speed.py --json speed.json
 
 Every figure is measured in a process of its own, one after the other. Compilation is left out of the
-``train_*`` and ``world_*`` figures: every program runs once before it is timed. ``--peer`` adds PPO of
-Stable-Baselines3 on the Gymnasium environment; it needs the ``bench`` extra.
+``train_*`` and ``world_*`` figures: every program runs once before it is timed. The peer is PPO of
+Stable-Baselines3 on the Gymnasium environment; it is left out if the ``bench`` extra is not installed.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -133,7 +134,6 @@ MEASURES = (train_flat_1_seed, train_flat_8_seeds, train_set, train_set_8_seeds,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", choices=[measure.__name__ for measure in MEASURES], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
@@ -142,7 +142,8 @@ def main() -> None:
         return
     figures: dict[str, float] = {}
     for measure in MEASURES:
-        if measure is peer and not arguments.peer:
+        if measure is peer and importlib.util.find_spec("stable_baselines3") is None:
+            print("sb3_* left out: pip install torch==2.13.0 and emutune[bench]", file=sys.stderr)
             continue
         alone = [sys.executable, __file__, "--only", measure.__name__]
         output = subprocess.run(alone, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -27,6 +27,11 @@ def test_bootstrap_interval_matches_the_normal_one():
     np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.1 * half)
 
 
+def test_seeds_that_agree_on_common_episodes_say_no_more_than_one():
+    one = np.random.default_rng(2).normal(0.0, 1.0, (1, 64))
+    assert bootstrap_interval(np.repeat(one, 10, axis=0)) == pytest.approx(bootstrap_interval(one), rel=0.1)
+
+
 def test_every_policy_meets_the_same_episodes(paper):
     many, few = held_out_episodes(paper, 5), held_out_episodes(paper, 2)
     np.testing.assert_array_equal(many.gain[:2], few.gain)
@@ -51,7 +56,7 @@ def test_the_report_holds_its_tables_and_panels(tmp_path):
     )
     curves = {name: read_curves(Path(figures["policies"][name]["run"])) for name in ("hmppo", "ippo")}
     assert curves["hmppo"]["episode_return"].shape == (2, 10)
-    page = render_report(draw_fig2(curves, [figures]), [figures], steps=500)
+    page = render_report(draw_fig2(curves, [figures]), [figures], steps=500, command="emutune reproduce")
     assert "<svg" in page
     assert not re.search(r'(src|href)="https?:', page.replace("xlink:href", "").split("</svg>")[-1])
     for name, row in figures["policies"].items():

@@ -94,7 +94,7 @@ def train_seed(
     scenario: Scenario,
     config: TrainingConfig,
     seed: int,
-    directory: Path,
+    directory: str | Path,
     *,
     progress: Progress | None = None,
     device: jax.Device | None = None,
@@ -116,14 +116,14 @@ def train_seed(
         CheckpointError: the directory holds a checkpoint of something else, or cannot be written.
     """
     with jax.default_device(device):
-        return _train(scenario, config, seed, directory, progress or (lambda steps: None))
+        return _train(scenario, config, seed, Path(directory), progress or (lambda steps: None))
 
 
 def train_seeds(
     scenario: Scenario,
     config: TrainingConfig,
     seeds: Sequence[int],
-    directory: Path,
+    directory: str | Path,
     *,
     progress: Progress | None = None,
 ) -> list[LearnedPolicy]:
@@ -164,17 +164,18 @@ def train_seeds(
         executor.shutdown(cancel_futures=True)
 
 
-def seed_directory(directory: Path, seed: int) -> Path:
+def seed_directory(directory: str | Path, seed: int) -> Path:
     """Where the files of one seed of a run are."""
-    return directory / f"seed-{seed:03d}"
+    return Path(directory) / f"seed-{seed:03d}"
 
 
-def load_policy(checkpoint: Path) -> tuple[LearnedPolicy, CheckpointHeader]:
+def load_policy(checkpoint: str | Path) -> tuple[LearnedPolicy, CheckpointHeader]:
     """The greedy policy of a checkpoint, and what it was trained for.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another format version.
     """
+    checkpoint = Path(checkpoint)
     header = read_header(checkpoint)
     template = initial_state(header.config, build_world(header.scenario), header.seed)
     state = load_checkpoint(checkpoint, header, template)

@@ -89,7 +89,7 @@ def compare(
     names: Sequence[str],
     *,
     seeds: int,
-    directory: Path,
+    directory: str | Path,
     episodes: int = 64,
     steps: int | None = None,
     retention: float | None = None,
@@ -117,7 +117,7 @@ def compare(
     for name in names:
         say(name)
         config = training_config(name, steps)
-        run = None if config is None else run_directory(directory, name, scenario, config)
+        run = None if config is None else run_directory(Path(directory), name, scenario, config)
         if config is None or run is None:
             candidates: Sequence[Policy] = [baseline_policy(name, scenario, retention)]
         else:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 COLOURS = {
     "hmppo": "#0072B2",
@@ -71,6 +72,9 @@ def draw_fig2(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     _draw_bars(panels[4], comparisons, "delay_min", "total delay (min)")
     panels[4].set_yscale("log")
+    panels[4].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[4].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[4].yaxis.set_minor_locator(NullLocator())
     _draw_bars(panels[5], comparisons, "perplexity_mean", "mean perplexity")
     panels[5].legend(fontsize=8, loc="lower right")
     for panel in panels:

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _RATIO_KEYS = {
 }
 
 
-def reproduce(directory: Path, *, quick: bool = False, progress: Progress | None = None) -> Path:
+def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress | None = None) -> Path:
     """Run the paper's experiments and write ``report.html`` with its figures and data.
 
     Args:
@@ -38,7 +39,7 @@ def reproduce(directory: Path, *, quick: bool = False, progress: Progress | None
     Returns:
         The path of the report.
     """
-    say = progress or (lambda line: None)
+    directory, say = Path(directory), progress or (lambda line: None)
     sizes, seeds, episodes = ((6, 9), 2, 16) if quick else ((6, 7, 8, 9), 10, 64)
     comparisons = []
     for ues in sizes:
@@ -60,11 +61,15 @@ def reproduce(directory: Path, *, quick: bool = False, progress: Progress | None
     (directory / "figures.json").write_text(json.dumps(comparisons, indent=2) + "\n", "utf-8")
     _write_csv(directory / "figures.csv", comparisons)
     report = directory / "report.html"
-    report.write_text(render_report(figure, comparisons, steps=LEARNED["hmppo"].steps), "utf-8")
+    command = "emutune reproduce" + (" --quick" if quick else "")
+    page = render_report(figure, comparisons, steps=LEARNED["hmppo"].steps, command=command)
+    report.write_text(page, "utf-8")
     return report
 
 
-def render_report(figure: Figure, comparisons: Sequence[Mapping[str, Any]], *, steps: int) -> str:
+def render_report(
+    figure: Figure, comparisons: Sequence[Mapping[str, Any]], *, steps: int, command: str
+) -> str:
     """One self-contained page."""
     template = Environment(autoescape=True).from_string(
         (resources.files("emutune.study") / "report.html.jinja").read_text("utf-8")
@@ -73,6 +78,8 @@ def render_report(figure: Figure, comparisons: Sequence[Mapping[str, Any]], *, s
         title="Orchestrating the paper's fleet",
         seeds=comparisons[0]["seeds"],
         steps=f"{steps:,}",
+        command=command,
+        versions=f"emutune {version('emutune')}, JAX {version('jax')}",
         episodes=comparisons[0]["bound"]["episodes"],
         figure=Markup(_svg(figure)),
         comparisons=comparisons,

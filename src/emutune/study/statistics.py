@@ -1,4 +1,4 @@
-"""Interquartile means and stratified bootstrap intervals over seeds and episodes."""
+"""Interquartile means, and bootstrap intervals over seeds and episodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def interquartile_mean(values: Float[np.ndarray, "..."]) -> float:
 def bootstrap_interval(
     values: Float[np.ndarray, "seeds episodes"], *, confidence: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float]:
-    """Percentile interval of the mean; resamples seeds, and episodes within each drawn seed.
+    """Percentile interval of the mean over both seeds and episodes.
+
+    All seeds meet the same episodes, so a resample draws seeds and, alike for all of them, episodes:
+    drawing episodes anew for each seed would take one hard episode for many.
 
     Args:
         values: one row per seed (one row for a policy that is not learned).
@@ -25,7 +28,7 @@ def bootstrap_interval(
     generator = np.random.default_rng(0)
     seeds, episodes = values.shape
     rows = generator.integers(seeds, size=(resamples, seeds, 1))
-    columns = generator.integers(episodes, size=(resamples, seeds, episodes))
+    columns = generator.integers(episodes, size=(resamples, 1, episodes))
     means = values[rows, columns].mean(axis=(1, 2))
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
