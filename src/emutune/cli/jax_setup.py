@@ -9,8 +9,8 @@ from pathlib import Path
 def prepare_jax(programmes: int = 1) -> None:
     """One device for each of the programmes that run side by side, and a compilation cache.
 
-    A device computes with one thread. More devices than programmes would cost a fifth of the speed: the
-    idle ones' threads take over parts of the running program. Settings that the user made stay.
+    A device computes with one thread. More devices than programmes cost speed: the idle ones'
+    threads take over parts of the running program. Settings that the user made stay.
 
     Args:
         programmes: how many training runs are waiting; as many devices as cores at most.
