@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-SMALL = ["--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--steps", "60000"]
+SMALL = ["--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--steps", "200000"]
 
 
 def command(out, *more):

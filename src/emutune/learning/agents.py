@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from emutune.learning.configuration import NetworkKind, TrainingConfig
 from emutune.learning.networks import Network, create_network, ue_outputs, value_output
+from emutune.policies import register_policy
 from emutune.world import Action, Observation, World, progress_feature, ue_features
 
 
@@ -88,7 +89,7 @@ def retention_log_probability(
     return -0.5 * scores**2 - log_std - 0.5 * math.log(2 * math.pi)
 
 
-@jax.tree_util.register_dataclass
+@register_policy
 @dataclass(frozen=True)
 class LearnedPolicy:
     """What training yields: decides greedily, the likelier case and the mean retention."""

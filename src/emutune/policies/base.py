@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Hashable
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar
 
+import jax
 from jaxtyping import Array, Key
 
 from emutune.world import Action, Observation, World
+
+Kind = TypeVar("Kind")
 
 
 class Policy(Protocol):
@@ -24,3 +29,23 @@ class Policy(Protocol):
             z and E of each UE, with the observation's batch axes.
         """
         ...
+
+
+def register_policy(kind: type[Kind]) -> type[Kind]:
+    """Class decorator that makes a frozen dataclass a pytree; fields marked static are not traced.
+
+    ``jax.tree_util.register_dataclass`` will not do: the structures it makes of two classes with the same
+    fields compare equal, so now and then a program compiled for one policy would answer for another.
+    """
+    traced = [field.name for field in fields(kind) if not field.metadata.get("static")]  # type: ignore[arg-type]
+    static = [field.name for field in fields(kind) if field.metadata.get("static")]  # type: ignore[arg-type]
+
+    def flatten(policy: Kind) -> tuple[tuple[Any, ...], Hashable]:
+        children, rest = ([getattr(policy, name) for name in names] for names in (traced, static))
+        return tuple(children), tuple(rest)
+
+    def unflatten(rest: Any, children: Any) -> Kind:
+        return kind(**dict(zip(static, rest, strict=True)), **dict(zip(traced, children, strict=True)))
+
+    jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+    return kind

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from emutune.policies.base import register_policy
 from emutune.world import Action, Observation, World
 
 
-@jax.tree_util.register_dataclass
+@register_policy
 @dataclass(frozen=True)
 class AllServer:
     """Every UE uploads its data at every step; no emulator is ever sent."""
@@ -22,7 +22,7 @@ class AllServer:
         return Action(jnp.ones(shape, bool), jnp.broadcast_to(world.retention_bounds[1], shape))
 
 
-@jax.tree_util.register_dataclass
+@register_policy
 @dataclass(frozen=True)
 class Fixed:
     """Every UE trains locally with one retention: it downloads once and holds what it has."""

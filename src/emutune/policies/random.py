@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Key
 
+from emutune.policies.base import register_policy
 from emutune.world import Action, Observation, World
 
 
-@jax.tree_util.register_dataclass
+@register_policy
 @dataclass(frozen=True)
 class Random:
     """A fair coin for z, and E uniform over the retention bounds."""

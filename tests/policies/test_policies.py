@@ -1,0 +1,52 @@
+"""Policies as pytrees: a compiled program must never answer for another policy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emutune.learning.agents import LearnedPolicy
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.training import initial_state
+from emutune.policies import AllServer, Fixed, Policy, Random
+from emutune.world import build_world, observe, reset
+
+
+def every_policy(scenario) -> list[Policy]:
+    learned = [
+        LearnedPolicy(
+            kind, initial_state(TrainingConfig(network=kind), build_world(scenario), 0).parameters.actors
+        )
+        for kind in ("set", "flat")
+    ]
+    return [Random(), AllServer(), Fixed(jnp.asarray(0.5)), *learned]
+
+
+def test_no_two_policies_have_the_same_structure(paper):
+    structures = [jax.tree.structure(policy) for policy in every_policy(paper)]
+    for one, other in itertools.combinations(structures, 2):
+        assert one != other
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_policy_survives_flattening(paper, index):
+    policy = every_policy(paper)[index]
+    leaves, structure = jax.tree.flatten(policy)
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is type(policy)
+    world = build_world(paper)
+    observation = observe(world, reset(jax.random.key(0), world))
+    decided = [one.decide(world, observation, jax.random.key(1)) for one in (policy, again)]
+    np.testing.assert_array_equal(decided[0].at_server, decided[1].at_server)
+    np.testing.assert_array_equal(decided[0].retention, decided[1].retention)
+
+
+def test_fixed_policies_decide_what_they_say(paper):
+    world = build_world(paper)
+    observation = observe(world, reset(jax.random.key(0), world))
+    assert AllServer().decide(world, observation, jax.random.key(1)).at_server.all()
+    fixed = Fixed(jnp.asarray(0.5)).decide(world, observation, jax.random.key(1))
+    assert not fixed.at_server.any()
+    assert (fixed.retention == 0.5).all()
