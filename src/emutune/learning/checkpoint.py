@@ -87,8 +87,7 @@ def load_checkpoint(path: Path, header: CheckpointHeader, template: TrainingStat
 
     Args:
         path: a file written by ``save_checkpoint``.
-        header: what the state must belong to; the number of steps may differ from what was saved only
-            if nothing else does.
+        header: what the state must belong to.
         template: a state of the right shapes, as training starts from.
 
     Raises:
