@@ -13,7 +13,11 @@ SMALL = ["--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--steps", "200000"]
 
 
 def command(out, *more):
-    program = "from emutune.cli.main import run; run()"
+    # A shell's background jobs ignore Ctrl-C, and so would all their children: undo that.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from emutune.cli.main import run; run()"
+    )
     return [sys.executable, "-c", program, "train", "paper", *SMALL, "--out", str(out), *more]
 
 
