@@ -20,7 +20,7 @@ CHANGES = (
     {"epochs": 2},
     {"width": 16},
     {"baseline": "as_printed"},
-    {"network": "flat", "width": 64},
+    {"network": "flat"},
 )
 
 

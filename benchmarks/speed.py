@@ -49,11 +49,11 @@ def training_seconds(seeds, **settings):
 
 
 def train_flat_1_seed():
-    return {"train_flat_1_seed_seconds": training_seconds(1, network="flat", width=64)}
+    return {"train_flat_1_seed_seconds": training_seconds(1, network="flat")}
 
 
 def train_flat_8_seeds():
-    return {"train_flat_8_seeds_steps_per_s": 8 * STEPS / training_seconds(8, network="flat", width=64)}
+    return {"train_flat_8_seeds_steps_per_s": 8 * STEPS / training_seconds(8, network="flat")}
 
 
 def train_set():

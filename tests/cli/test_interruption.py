@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from checkpoints import assert_same_bits
+
 SMALL = ["--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--steps", "200000"]
 
 
@@ -23,12 +25,6 @@ def command(out, *more):
 
 def checkpoint(out: Path, seed: int = 0) -> Path:
     return out / f"seed-{seed:03d}" / "checkpoint.safetensors"
-
-
-def assert_same_bits(one, other):
-    arrays, others = load_file(one), load_file(other)
-    assert arrays.keys() == others.keys()
-    assert all(arrays[name].tobytes() == others[name].tobytes() for name in arrays)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
+from checkpoints import assert_same_bits
 from emutune.errors import CheckpointError
 from emutune.learning import checkpoint, training
 from emutune.learning.advantages import episode_advantages
@@ -21,13 +21,6 @@ from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
 SHORT = TrainingConfig(steps=400, environments=2, minibatches=2, evaluation_episodes=2)
 SMALL = ["fleet.ues=2", "fleet.tasks=4"]
-
-
-def assert_same_bits(one, other):
-    """Every array equal to the last bit; the order of a safetensors header is not fixed."""
-    arrays, others = load_file(one), load_file(other)
-    assert arrays.keys() == others.keys()
-    assert all(arrays[name].tobytes() == others[name].tobytes() for name in arrays)
 
 
 def test_advantages_by_hand():

@@ -36,7 +36,6 @@ def train(
         network=network,
         baseline=baseline,
         **({} if steps is None else {"steps": steps}),
-        **({"width": 64} if network == "flat" else {}),
     )
     total = seeds * update_count(config, loaded.fleet.tasks) * config.environments * loaded.fleet.tasks
     with resumable(out), progress_bar("training", total) as advance:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emutune.errors import UsageError
+from emutune.files import replacing
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "return": lambda row: f"{row['return_mean']:.2f}",
@@ -73,9 +73,8 @@ def write_json(path: Path | None, figures: Any) -> None:
     """
     if path is None:
         return
-    aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     except OSError as error:
         raise UsageError(f"--json {path}: cannot be written: {error.strerror}") from error

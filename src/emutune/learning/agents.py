@@ -108,34 +108,13 @@ class LearnedPolicy:
 
 def create_actors(generator: np.random.Generator, config: TrainingConfig, ues: int) -> Actors:
     """Actors before training: cases near a coin flip, retentions near the middle of the bounds."""
-
-    def actor(features: int) -> Network:
-        return create_network(
-            generator,
-            config.network,
-            ues=ues,
-            features=features,
-            context=1,
-            width=config.width,
-            head="ue",
-            head_gain=0.01,
-        )
-
-    return Actors(actor(4), actor(3), jnp.asarray(math.log(config.initial_std), jnp.float32))
+    case, emulator = (_create(generator, config, ues, features, "ue", 0.01) for features in (4, 3))
+    return Actors(case, emulator, jnp.asarray(math.log(config.initial_std), jnp.float32))
 
 
 def create_critic(generator: np.random.Generator, config: TrainingConfig, ues: int, features: int) -> Network:
     """A critic before training."""
-    return create_network(
-        generator,
-        config.network,
-        ues=ues,
-        features=features,
-        context=1,
-        width=config.width,
-        head="value",
-        head_gain=1.0,
-    )
+    return _create(generator, config, ues, features, "value", 1.0)
 
 
 def critic_value(
@@ -143,6 +122,21 @@ def critic_value(
 ) -> Float[Array, "*batch"]:
     """A critic's output on one of the views, in standardised units of return."""
     return value_output(kind, critic, features, inputs.context)
+
+
+def _create(
+    generator: np.random.Generator, config: TrainingConfig, ues: int, features: int, head: str, gain: float
+) -> Network:
+    return create_network(
+        generator,
+        config.network,
+        ues=ues,
+        features=features,
+        context=1,
+        width=config.width,
+        head=head,
+        head_gain=gain,
+    )
 
 
 def _signed(at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:

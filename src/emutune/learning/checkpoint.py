@@ -1,13 +1,8 @@
-"""Checkpoints: safetensors with the scenario, configuration and version they belong to.
-
-A checkpoint is written aside and then renamed, so whatever interrupts the writing, a full disk too,
-the previous checkpoint stays whole.
-"""
+"""Checkpoints: safetensors with the scenario, configuration and version they belong to."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from emutune.errors import CheckpointError, ScenarioError
+from emutune.files import replacing
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.update import TrainingState
 from emutune.scenario import Scenario, dump_scenario, parse_scenario
@@ -49,12 +45,10 @@ def save_checkpoint(path: Path, header: CheckpointHeader, state: TrainingState) 
         "seed": str(header.seed),
         "jax_version": jax.__version__,
     }
-    aside = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, aside, metadata=metadata)
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            save_file(tensors, aside, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: cannot be written ({error}); free some space or choose another --out"
         ) from error

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Algorithm = Literal["hmppo", "ippo"]
 NetworkKind = Literal["set", "flat"]
 Baseline = Literal["sequential", "as_printed"]
+
+
+def _usual_width(fields: dict[str, Any]) -> int:
+    return 64 if fields.get("network") == "flat" else 32
 
 
 class TrainingConfig(BaseModel):
@@ -18,7 +22,7 @@ class TrainingConfig(BaseModel):
         algorithm: HMPPO (one critic for both agents) or IPPO (each agent has its own critic).
         network: one network shared by all UEs plus pooled context, or flat concatenated features.
         baseline: which critic input HMPPO's advantages use: s1 alone, or {s1; s2} as printed (Eq. 22).
-        width: units of each of the two hidden layers.
+        width: units of each of the two hidden layers; 32 in set networks, 64 in flat ones.
         steps: environment steps in all; rounded up to whole updates.
         environments: episodes collected for each update.
         epochs: passes over the collected steps in an update.
@@ -38,7 +42,7 @@ class TrainingConfig(BaseModel):
     algorithm: Algorithm = "hmppo"
     network: NetworkKind = "set"
     baseline: Baseline = "sequential"
-    width: Annotated[int, Field(ge=1)] = 32
+    width: int = Field(default_factory=_usual_width, ge=1)
     steps: Annotated[int, Field(ge=1)] = 100_000
     environments: Annotated[int, Field(ge=1)] = 10
     epochs: Annotated[int, Field(ge=1)] = 4

@@ -6,8 +6,9 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
 from emutune.errors import CheckpointError
+from emutune.files import replacing
 from emutune.learning.agents import LearnedPolicy, create_actors, create_critic
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
@@ -35,9 +37,9 @@ from emutune.learning.update import (
 from emutune.scenario import Scenario
 from emutune.world import Episode, World, build_world, draw_episode
 
-# Updates between two checkpoints: about half a second of work.
+# Updates between two checkpoints: a fraction of a second of work.
 CHUNK = 50
-# Keys of training never coincide with those of held-out episodes, whatever the seed.
+# Far from the seeds 0, 1, ... of training.
 _VALIDATION_KEY = 0x7A11DA7E
 
 Progress = Callable[[int], None]
@@ -240,17 +242,25 @@ def _make_directory(directory: Path) -> None:
 
 
 def _append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"
-        ) from error
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def _keep_lines(path: Path, count: int) -> None:
     """Drop metrics written after the checkpoint that training resumes from."""
-    if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:count]), "utf-8")
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    if len(lines) > count:
+        with _writing(path), replacing(path) as aside:
+            aside.write_text("".join(lines[:count]), "utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"
+        ) from error

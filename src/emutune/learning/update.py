@@ -134,12 +134,7 @@ def _standardise_values(
     config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes"]
 ) -> TrainingState:
     """Centre and scale value targets at the mean and spread of the discounted returns to go."""
-
-    def accumulate(later: Array, reward: Array) -> tuple[Array, Array]:
-        total = reward + config.discount * later
-        return total, total
-
-    _, to_go = jax.lax.scan(accumulate, jnp.zeros_like(rewards[0]), rewards, reverse=True)
+    to_go = episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
     return state._replace(value_centre=to_go.mean(), value_scale=jnp.maximum(to_go.std(), 1e-6))
 
 

@@ -7,7 +7,7 @@ Edge Tuning for AI Foundation Models" (arXiv 2310.17492); D1 to D12 to ``docs/de
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,17 +23,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Range(_Section):
+class _Interval(_Section):
+    min: float
+    max: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is above max ({self.min:g} > {self.max:g}); swap them")
+        return self
+
+
+class Range(_Interval):
     """A uniform distribution over the interval from ``min`` to ``max``, both positive."""
 
     min: Positive
     max: Positive
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if self.min > self.max:
-            raise ValueError(f"min is above max ({self.min:g} > {self.max:g}); swap them")
-        return self
 
 
 class Fleet(_Section):
@@ -59,18 +64,12 @@ class FoundationModel(_Section):
     layers: Count
 
 
-class Retention(_Section):
+class Retention(_Interval):
     """The share of layers an emulator may keep, and when a UE keeps the one it has (D9)."""
 
     min: Share
     max: Share
     hold_tolerance: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Retention:
-        if self.min > self.max:
-            raise ValueError(f"min is above max ({self.min:g} > {self.max:g}); swap them")
-        return self
 
 
 class Radio(_Section):

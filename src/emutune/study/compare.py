@@ -34,7 +34,7 @@ LEARNED = {
     "hmppo": TrainingConfig(),
 }
 STUDIES = {
-    "hmppo_flat": TrainingConfig(network="flat", width=64),
+    "hmppo_flat": TrainingConfig(network="flat"),
     "hmppo_as_printed": TrainingConfig(baseline="as_printed"),
 }
 
@@ -117,17 +117,14 @@ def compare(
     for name in names:
         say(name)
         config = training_config(name, steps)
-        run = None if config is None else run_directory(Path(directory), name, scenario, config)
-        if config is None or run is None:
-            candidates: Sequence[Policy] = [baseline_policy(name, scenario, retention)]
+        candidates: Sequence[Policy]
+        if config is None:
+            run, candidates = None, [baseline_policy(name, scenario, retention)]
         else:
-            candidates = train_seeds(
-                scenario, config, range(seeds), run, progress=_told(say, name, config, seeds)
-            )
-        policies[name] = {
-            **_figures(scenario, candidates, drawn, bounds, random),
-            "run": None if run is None else str(run),
-        }
+            run = str(run_directory(Path(directory), name, scenario, config))
+            told = _told(say, name, config, seeds)
+            candidates = train_seeds(scenario, config, range(seeds), run, progress=told)
+        policies[name] = {**_figures(scenario, candidates, drawn, bounds, random), "run": run}
     return {
         "scenario": scenario.name,
         "ues": scenario.fleet.ues,

@@ -15,6 +15,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from emutune.errors import UsageError
+from emutune.files import replacing
 from emutune.scenario import load_scenario
 from emutune.study.compare import LEARNED, Progress, compare
 from emutune.study.figures import draw_fig2, read_curves
@@ -38,6 +40,10 @@ def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress 
 
     Returns:
         The path of the report.
+
+    Raises:
+        CheckpointError: a run cannot be written, or is damaged.
+        UsageError: the results cannot be written.
     """
     directory, say = Path(directory), progress or (lambda line: None)
     sizes, seeds, episodes = ((6, 9), 2, 16) if quick else ((6, 7, 8, 9), 10, 64)
@@ -56,15 +62,27 @@ def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress 
         )
     curves = {name: read_curves(Path(comparisons[0]["policies"][name]["run"])) for name in ("hmppo", "ippo")}
     figure = draw_fig2(curves, comparisons)
-    for suffix in ("png", "svg"):
-        figure.savefig(directory / f"fig2.{suffix}", dpi=160)
-    (directory / "figures.json").write_text(json.dumps(comparisons, indent=2) + "\n", "utf-8")
-    _write_csv(directory / "figures.csv", comparisons)
-    report = directory / "report.html"
     command = "emutune reproduce" + (" --quick" if quick else "")
     page = render_report(figure, comparisons, steps=LEARNED["hmppo"].steps, command=command)
-    report.write_text(page, "utf-8")
-    return report
+    try:
+        _write_results(directory, figure, comparisons, page)
+    except OSError as error:
+        raise UsageError(f"--out {directory}: cannot be written: {error.strerror}") from error
+    return directory / "report.html"
+
+
+def _write_results(
+    directory: Path, figure: Figure, comparisons: Sequence[Mapping[str, Any]], page: str
+) -> None:
+    for suffix in ("png", "svg"):
+        with replacing(directory / f"fig2.{suffix}") as aside:
+            figure.savefig(aside, format=suffix, dpi=160)
+    with replacing(directory / "figures.json") as aside:
+        aside.write_text(json.dumps(comparisons, indent=2) + "\n", "utf-8")
+    with replacing(directory / "figures.csv") as aside:
+        _write_csv(aside, comparisons)
+    with replacing(directory / "report.html") as aside:
+        aside.write_text(page, "utf-8")
 
 
 def render_report(
