@@ -69,14 +69,19 @@ def draw_fig2(
             )
         panel.set(xlabel="environment steps", ylabel=label, title=f"{label}, N = {first['ues']}")
         panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     _draw_bars(panels[4], comparisons, "delay_min", "total delay (min)")
     panels[4].set_yscale("log")
     panels[4].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[4].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[4].yaxis.set_minor_locator(NullLocator())
     _draw_bars(panels[5], comparisons, "perplexity_mean", "mean perplexity")
-    panels[5].legend(fontsize=8, loc="lower right")
+    # One legend for all panels, outside of them: inside it would hide bars.
+    legend = {
+        label: handle
+        for panel in (panels[5], panels[0])
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=len(legend), fontsize=9)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontsize(10)
