@@ -3,6 +3,10 @@
 EmutuneError            something the user can put right; the command line prints it as one line
 ├── ScenarioError       a scenario file or override is wrong; names the field and the remedy
 ├── CheckpointError     a checkpoint is damaged, or belongs to another scenario or version
+├── ModelError          a foundation model cannot be loaded, cut or compressed
+├── DataError           text to tune on is missing, empty or unreadable
+├── AdapterError        an adapter does not belong to the model it is loaded on
+├── CatalogueError      a catalogue lacks something, or a shard of it is damaged
 ├── BoundError          a programme behind a certified bound was not solved
 └── UsageError          a call or command asks for something that does not exist
 """
@@ -20,9 +24,29 @@ class CheckpointError(EmutuneError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
+class ModelError(EmutuneError):
+    """A foundation model cannot be loaded, cut or compressed; the message says what to change."""
+
+
+class DataError(EmutuneError):
+    """Text to tune on is missing, empty or unreadable; the message names the file and the remedy."""
+
+
+class AdapterError(EmutuneError):
+    """An adapter is damaged, or belongs to another model, another layer map or another kind."""
+
+
+class CatalogueError(EmutuneError):
+    """A catalogue lacks an emulator, or a shard of it is damaged; the message names it."""
+
+
 class BoundError(EmutuneError):
     """A programme behind a certified bound was not solved; the message carries the solver's reason."""
 
 
 class UsageError(EmutuneError):
     """A policy, scenario, option or path was asked for that does not exist or cannot be used."""
+
+
+class TrainingInterruptedError(KeyboardInterrupt):
+    """Ctrl-C during training, after a checkpoint was written; the same call resumes."""

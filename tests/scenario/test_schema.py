@@ -53,7 +53,7 @@ def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
             "fading_blocks": 100,
         },
         "quality": {
-            "curve": {"quadratic": 25.2, "linear": -43.1, "constant": 31.9},
+            "curve": {"quadratic": 25.2, "linear": -43.1, "constant": 31.9, "knots": ()},
             "complexity_weight": 10.0,
             "complexity_factor": "rising",
         },
@@ -393,3 +393,37 @@ def test_paper_curve_is_lowest_inside_the_whole_range_but_outside_the_bounds(pap
     retention, perplexity = curve.lowest_between(0.2, 1.0)
     assert math.isclose(retention, 43.1 / 50.4)
     assert math.isclose(perplexity, 31.9 - 43.1**2 / (4 * 25.2))
+
+
+CURVE = "[curve]\nquadratic = 1\nlinear = -3.0\nconstant = 60.0\nknots = [[0.2, 90.0], [1, 52.5]]\n"
+
+
+def test_a_scenario_may_name_a_curve_file_beside_it(tmp_path: Path, paper: Scenario) -> None:
+    (tmp_path / "measured.toml").write_text(CURVE)
+    text = dump_scenario(paper)
+    start, end = text.index("[quality.curve]"), text.index("[reward]")
+    named = text[:start].replace("[quality]", '[quality]\ncurve = "measured.toml"') + text[end:]
+    (tmp_path / "mine.toml").write_text(named)
+    loaded = load_scenario(tmp_path / "mine.toml")
+    assert loaded.quality.curve.constant == 60.0
+    assert loaded.quality.curve(0.6) == pytest.approx(71.25)
+    assert loaded.quality.curve.lowest_between(0.3, 1.0) == (1.0, 52.5)
+    assert parse_scenario(dump_scenario(loaded)) == loaded
+    assert load_scenario("paper", [f"quality.curve={tmp_path / 'measured.toml'}"]).quality == loaded.quality
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("quadratic = 1\n", "no section curve"),
+        (CURVE.replace("0.2", "1.0"), "must rise"),
+        (CURVE.replace("90.0", "-1.0"), "must be positive"),
+    ],
+)
+def test_a_bad_curve_file_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "measured.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ScenarioError, match=said):
+        load_scenario("paper", [f"quality.curve={path}"])

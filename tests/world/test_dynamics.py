@@ -125,7 +125,8 @@ def slightly_different(path: str, value: float) -> float:
     return value * (1.1 if path.endswith(".max") else 0.9)
 
 
-STATIC = {"fleet.ues", "fleet.tasks"}
+# Knots make another program: they have tests of their own.
+STATIC = {"fleet.ues", "fleet.tasks", "quality.curve.knots"}
 TRACED = {path: v for path, v in numeric_fields(PAPER.model_dump()).items() if path not in STATIC}
 
 
@@ -308,6 +309,15 @@ def test_hold_tolerance_keeps_a_near_emulator(paper: Scenario, wanted: float, he
 )
 def test_curve_by_hand(paper: Scenario, retention: float, perplexity: float) -> None:
     assert_close(curve_perplexity(build_world(paper), jnp.asarray(retention)), perplexity)
+
+
+def test_knots_take_the_place_of_the_quadratic(paper: Scenario) -> None:
+    knots = [[0.125, 90.0], [0.5, 63.0], [1.0, 52.8]]
+    measured = edited(paper, {"quality.curve.knots": knots})
+    retentions = np.linspace(0.05, 1.0, 39)
+    expected = np.interp(retentions, *np.transpose(knots))
+    assert_close(curve_perplexity(build_world(measured), jnp.asarray(retentions, jnp.float32)), expected)
+    assert np.allclose([measured.quality.curve(value) for value in retentions], expected, rtol=1e-12)
 
 
 def test_curve_is_lowest_at_0_855(paper: Scenario) -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from emutune.cli import examine, learn
+from emutune.cli import examine, learn, tune
 from emutune.errors import EmutuneError
 
 app = typer.Typer(
@@ -24,8 +24,13 @@ for command in (
     examine.bound,
     examine.compare,
     examine.reproduce,
+    tune.calibrate,
+    tune.tune,
+    tune.plug,
 ):
     app.command()(command)
+app.add_typer(tune.catalogue, name="catalogue")
+app.add_typer(tune.reference, name="reference")
 
 
 def run() -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -38,15 +38,17 @@ def load_scenario(source: str | Path, overrides: Iterable[str] = ()) -> Scenario
 
 
 def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "scenario") -> Scenario:
-    """Validate a scenario given as TOML text; see ``load_scenario``."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(f"{source}: not valid TOML: {error}") from error
-    except RecursionError as error:
-        raise ScenarioError(f"{source}: nested too deeply; a scenario has two levels") from error
+    """Validate a scenario given as TOML text; see ``load_scenario``.
+
+    ``quality.curve`` may be the path of a curve file, as ``emutune calibrate`` writes it, seen from the
+    scenario's file or from the working directory.
+    """
+    tree = _tree(text, source)
     for override in overrides:
         _apply(tree, override)
+    quality = tree.get("quality")
+    if isinstance(quality, dict) and isinstance(quality.get("curve"), str):
+        quality["curve"] = _read_curve(quality["curve"], Path(source).parent)
     try:
         return Scenario.model_validate(tree)
     except ValidationError as error:
@@ -73,6 +75,29 @@ def _read(source: str | Path) -> str:
         ) from error
     except OSError as error:
         raise ScenarioError(f"scenario {name!r}: cannot be read: {error.strerror}") from error
+
+
+def _tree(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ScenarioError(f"{source}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ScenarioError(f"{source}: nested too deeply; a scenario has two levels") from error
+
+
+def _read_curve(name: str, beside: Path) -> Any:
+    path = beside / name if (beside / name).is_file() else Path(name)
+    try:
+        content = _tree(path.read_text("utf-8"), name)
+    except (OSError, ValueError) as error:
+        raise ScenarioError(
+            f"quality.curve: {name!r} cannot be read; write a curve file with emutune calibrate, or a table of "
+            "quadratic, linear and constant"
+        ) from error
+    if "curve" not in content:
+        raise ScenarioError(f"quality.curve: {name!r} has no section curve; write one with emutune calibrate")
+    return content["curve"]
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -192,7 +217,9 @@ def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[str
             yield from _toml_lines(value, (*path, key))
 
 
-def _toml_value(value: str | float) -> str:
+def _toml_value(value: str | float | Sequence[Any]) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
         # A JSON string is a TOML basic string, but for two things: TOML wants the delete character escaped
         # too, and knows no surrogate pairs, into which JSON's ASCII form splits characters such as emoji.

@@ -7,6 +7,7 @@ Edge Tuning for AI Foundation Models" (arXiv 2310.17492); D1 to D12 to ``docs/de
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,10 @@ Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 Weight = Annotated[float, Field(le=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
+
+
+# TOML has lists, no tuples.
+Knot = Annotated[tuple[Share, Positive], Field(strict=False)]
 
 
 class _Section(BaseModel):
@@ -85,23 +90,47 @@ class Radio(_Section):
 
 
 class Curve(_Section):
-    """Perplexity at retention E: ``quadratic * E**2 + linear * E + constant``."""
+    """Perplexity at retention E: ``quadratic * E**2 + linear * E + constant``, or between measured knots.
+
+    Attributes:
+        knots: pairs of retention and perplexity, by rising retention. If there are any, perplexity is
+            linear between them and constant outside, and the quadratic is only a description.
+    """
 
     quadratic: Number
     linear: Number
     constant: Number
+    knots: tuple[Knot, ...] = Field(default=(), strict=False)
 
     def __call__(self, retention: float) -> float:
         """Perplexity at one retention, dimensionless."""
-        return self.quadratic * retention**2 + self.linear * retention + self.constant
+        if not self.knots:
+            return self.quadratic * retention**2 + self.linear * retention + self.constant
+        if retention <= self.knots[0][0]:
+            return self.knots[0][1]
+        for (left, before), (right, after) in pairwise(self.knots):
+            if retention <= right:
+                return before + (after - before) * (retention - left) / (right - left)
+        return self.knots[-1][1]
 
     def lowest_between(self, low: float, high: float) -> tuple[float, float]:
         """The retention in [low, high] with the lowest perplexity, and that perplexity."""
-        candidates = [low, high]
-        if self.quadratic > 0 and low < (vertex := -self.linear / (2 * self.quadratic)) < high:
+        candidates = [low, high, *(knot[0] for knot in self.knots if low < knot[0] < high)]
+        if (
+            not self.knots
+            and self.quadratic > 0
+            and low < (vertex := -self.linear / (2 * self.quadratic)) < high
+        ):
             candidates.append(vertex)
         best = min(candidates, key=self)
         return best, self(best)
+
+    @model_validator(mode="after")
+    def _knots_rise(self) -> Self:
+        retentions = [knot[0] for knot in self.knots]
+        if any(later <= earlier for earlier, later in pairwise(retentions)):
+            raise ValueError("knots: their retentions must rise; sort them and drop doubles")
+        return self
 
 
 class Quality(_Section):

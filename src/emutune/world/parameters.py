@@ -39,6 +39,7 @@ class World:
     path_loss_exponent: Float[Array, ""]
     fading_quantiles: Float[Array, "knots"]
     curve: Float[Array, "3"]
+    curve_knots: Float[Array, "2 knots_of_curve"]
     complexity_weight: Float[Array, ""]
     complexity_as_printed: Bool[Array, ""]
     perplexity_weight: Float[Array, ""]
@@ -68,6 +69,7 @@ def build_world(scenario: Scenario) -> World:
         path_loss_exponent=_real(radio.path_loss_exponent),
         fading_quantiles=jnp.asarray(fading_quantiles(radio.fading_blocks), jnp.float32),
         curve=jnp.asarray([curve.quadratic, curve.linear, curve.constant], jnp.float32),
+        curve_knots=jnp.asarray(curve.knots, jnp.float32).reshape(-1, 2).T,
         complexity_weight=_real(quality.complexity_weight),
         complexity_as_printed=jnp.asarray(quality.complexity_factor == "as_printed"),
         perplexity_weight=_real(reward.perplexity_weight),

@@ -9,7 +9,10 @@ from emutune.world.parameters import World
 
 
 def curve_perplexity(world: World, retention: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Perplexity f(E) of the reference task at a retention (sec. VI-A)."""
+    """Perplexity f(E) of the reference task at a retention (sec. VI-A), or between measured knots."""
+    if world.curve_knots.shape[1]:
+        measured: Array = jnp.interp(retention, *world.curve_knots)
+        return measured
     quadratic, linear, constant = world.curve
     perplexity: Array = (quadratic * retention + linear) * retention + constant
     return perplexity

@@ -1,0 +1,1 @@
+"""Real foundation models: cut into emulators, tuned through adapters, plugged back in."""

@@ -1,0 +1,1 @@
+"""Ways to make the middle of a foundation model smaller."""

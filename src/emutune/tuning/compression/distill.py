@@ -1,0 +1,115 @@
+"""Teach the layers that stay what the layers that went used to do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from emutune.tuning.head_loss import training_loss
+from emutune.tuning.layers import keep_layers, layer_stack, replace_stack, stack_name
+from emutune.tuning.trainer import Progress, TrainerConfig, train
+
+HIDDEN_WEIGHT = 30.0
+DISTILLATION = TrainerConfig(
+    steps=400, batch=8, learning_rate=1e-4, final_rate_share=0.0, weight_decay=0.0, save_every_s=20.0
+)
+
+
+def distill(
+    full: PreTrainedModel,
+    middle: range,
+    students: Sequence[Sequence[nn.Module]],
+    batch: Callable[[int], Tensor],
+    config: TrainerConfig = DISTILLATION,
+    *,
+    mask_token: int | None = None,
+    directory: Path | None = None,
+    purpose: str = "",
+    report: Callable[[Progress], None] | None = None,
+) -> list[list[nn.Module]]:
+    """Train short stacks towards the stack they stand for, all of them in one run.
+
+    Each step trains one of them, drawn at random, with the language model's loss plus
+    ``HIDDEN_WEIGHT * mean(((t - s) / rms(t))**2)`` on the hidden states s and t after the short and the whole
+    stack. A layer that belongs to several stacks stays one layer, so nested emulators stay nested.
+
+    Args:
+        full: the whole model, the teacher; stays as it is.
+        middle: indices of the layers that the short stacks replace.
+        students: the layers of each short stack, bottom first.
+        batch: tokens (rows, length) of a step.
+        config: how to train.
+        mask_token: of a masked language model.
+        directory: where the checkpoint is kept.
+        purpose: what the checkpoint belongs to.
+        report: told after every step.
+
+    Returns:
+        New layers in place of the students'.
+    """
+    copies: dict[int, nn.Module] = {}
+    for layer in (layer for student in students for layer in student):
+        if id(layer) not in copies:
+            copies[id(layer)] = copy.deepcopy(layer).requires_grad_(True)
+    distilled = [[copies[id(layer)] for layer in student] for student in students]
+    models = [_with_middle(full, middle, layers) for layers in distilled]
+    losses = [training_loss(model, mask_token) for model in models]
+    teacher = keep_layers(full, range(middle.stop))
+
+    def loss(tokens: Tensor, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        choice = int(torch.randint(len(models), (), generator=generator))
+        with torch.no_grad(), _output_of(teacher, -1) as taught:
+            teacher.base_model(input_ids=tokens)
+        with _output_of(models[choice], middle.start + len(distilled[choice]) - 1) as learned:
+            language = losses[choice](tokens, step)
+        return language + HIDDEN_WEIGHT * hidden_distance(taught[0], learned[0])
+
+    trainable = {
+        f"{number}.{name}": parameter
+        for number, layer in enumerate(copies.values())
+        for name, parameter in layer.named_parameters()
+    }
+    train(trainable, loss, batch, config, directory=directory, purpose=purpose, report=report)
+    for layer in copies.values():
+        layer.requires_grad_(False)
+    return distilled
+
+
+def hidden_distance(taught: Tensor, learned: Tensor) -> Tensor:
+    """mean(((t - s) / rms(t))**2) with rms over the width of each token; scalar from (rows, length, width)."""
+    scale = taught.square().mean(dim=-1, keepdim=True).sqrt()
+    return ((taught - learned) / scale).square().mean()
+
+
+def _with_middle(full: PreTrainedModel, middle: range, layers: Sequence[nn.Module]) -> PreTrainedModel:
+    count = len(layer_stack(full))
+    ends = [*range(middle.start), *range(middle.stop, count)]
+    # As many of the model's own layers as there will be new ones, so that the configuration counts them.
+    model = keep_layers(full, sorted([*ends, *middle[: len(layers)]]))
+    own = list(layer_stack(model))
+    replace_stack(
+        model, stack_name(model), [*own[: middle.start], *layers, *own[middle.start + len(layers) :]]
+    )
+    return model
+
+
+@contextmanager
+def _output_of(model: PreTrainedModel, position: int) -> Iterator[list[Tensor]]:
+    """Collects the hidden states that leave a layer."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer_stack(model)[position].register_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,139 @@
+"""Plug an adapter into its foundation model and write the result as an ordinary model directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from emutune.errors import AdapterError, UsageError
+from emutune.tuning import bottleneck
+from emutune.tuning.adapters import (
+    AdapterManifest,
+    bottleneck_places,
+    check_belongs,
+    load_adapter,
+    merge_lora,
+    plug_in,
+)
+from emutune.tuning.documentation import reference_text
+from emutune.tuning.foundation import base_hash, load_model, load_tokenizer, open_foundation
+from emutune.tuning.layers import layer_stack, stack_name
+from emutune.tuning.perplexity import is_masked, perplexity
+from emutune.tuning.text import block_length, pack, split_blocks
+
+_CODE = '''"""{architecture} with bottleneck adapters, for AutoModel...from_pretrained(..., trust_remote_code=True)."""
+
+from transformers import {architecture}
+
+from .bottleneck import insert_bottlenecks
+
+
+class {architecture}WithBottlenecks({architecture}):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, projections in config.bottlenecks["layers"].items():
+            insert_bottlenecks(self.get_submodule(layer), projections, config.bottlenecks["width"])
+'''
+
+
+class Plugged(NamedTuple):
+    """Perplexity of the whole model on the test text before and after plugging in, as it was written."""
+
+    before: float
+    after: float
+
+
+def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) -> Plugged:
+    """Write a model with an adapter plugged in, once it is known to work.
+
+    Whole layers and LoRA become plain weights. Bottlenecks cannot; a directory with them carries the code
+    for them, and loads with ``trust_remote_code=True``.
+
+    Args:
+        source: the model directory that the adapter's catalogue was built from, or ``"reference"``.
+        adapter: the adapter's file.
+        out: a new directory in the Hugging Face format, in the number type of the model.
+        text: what to evaluate on; a model that is worse on it than before is not written. Python's
+            documentation, which only has to give a finite perplexity, if not given.
+
+    Raises:
+        AdapterError: the adapter belongs to another model, or makes this one worse.
+        UsageError: the directory exists already, or cannot be written.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"--out {out}: is there already and not empty; choose another directory")
+    manifest, values = load_adapter(adapter)
+    foundation, tokenizer = open_foundation(source), load_tokenizer(source)
+    check_belongs(manifest, base=base_hash(foundation), layers=len(foundation.layers))
+    blocks = split_blocks(
+        pack(reference_text() if text is None else text, tokenizer), block_length(foundation.config)
+    )
+    model = load_model(foundation)
+    before = perplexity(model, blocks["test"], mask_token=tokenizer.mask_token_id)
+    layers = {index: layer_stack(model)[index] for index in manifest.layer_map}
+    places = {index: bottleneck_places(layer) for index, layer in layers.items()}
+    plug_in(layers, manifest, values)
+    for layer in layers.values():
+        merge_lora(layer)
+    stored = next(iter(next(foundation.units()).values())).dtype
+    # What is evaluated is what is written: rounded to the model's number type.
+    model.to(stored).float()  # type: ignore[arg-type]
+    after = perplexity(model, blocks["test"], mask_token=tokenizer.mask_token_id)
+    if not math.isfinite(after) or (text is not None and after > before):
+        raise AdapterError(
+            f"{adapter}: plugged in, perplexity is {after:.4g}, it was {before:.4g} without; nothing was written: tune "
+            "it longer or at a higher retention"
+        )
+    model.to(stored)  # type: ignore[arg-type]
+    _write(model, tokenizer, manifest, places, out)
+    return Plugged(before, after)
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: object,
+    manifest: AdapterManifest,
+    places: dict[int, dict[str, int]],
+    out: Path,
+) -> None:
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)  # type: ignore[attr-defined]
+        if manifest.kind == "bottleneck":
+            _add_code(model, manifest, places, aside)
+        if out.exists():
+            out.rmdir()
+        aside.replace(out)
+    except OSError as error:
+        raise UsageError(
+            f"--out {out}: cannot be written ({error.strerror}); free some space or choose another"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _add_code(
+    model: PreTrainedModel, manifest: AdapterManifest, places: dict[int, dict[str, int]], directory: Path
+) -> None:
+    architecture, stack = type(model).__name__, stack_name(model)
+    shutil.copyfile(bottleneck.__file__, directory / "bottleneck.py")
+    (directory / "modeling_plugged.py").write_text(_CODE.format(architecture=architecture), "utf-8")
+    path = directory / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    auto = "AutoModelForMaskedLM" if is_masked(model) else "AutoModelForCausalLM"
+    config |= {
+        "architectures": [f"{architecture}WithBottlenecks"],
+        "auto_map": {auto: f"modeling_plugged.{architecture}WithBottlenecks"},
+        "bottlenecks": {
+            "width": manifest.width,
+            "layers": {f"{stack}.{index}": projections for index, projections in places.items()},
+        },
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -1,0 +1,119 @@
+"""The small foundation model that emutune ships, and how it is trained from Python's own documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from emutune.tuning.documentation import reference_text
+from emutune.tuning.layers import keep_layers
+from emutune.tuning.perplexity import perplexity, token_losses
+from emutune.tuning.text import Blocks, pack, split_blocks
+from emutune.tuning.trainer import Progress, TrainerConfig, forget, train
+
+BLOCK = 256
+_VOCABULARY = 4096
+_LAYERS = 12
+_WIDTH = 128
+_END = "<|endoftext|>"
+# A large model tolerates the loss of layers; one of three million parameters has to learn it. So some of the
+# middle layers are skipped in every step (LayerDrop: Fan, Grave and Joulin, ICLR 2020).
+_ALWAYS_KEPT = 2
+_SKIP_PROBABILITY = 0.05
+
+REFERENCE_TRAINING = TrainerConfig(
+    steps=2200, batch=8, learning_rate=2e-3, weight_decay=0.1, final_rate_share=0.02, score_every=300
+)
+
+
+def build_tokenizer(text: str, vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, bos_token=_END)
+
+
+def build_model(seed: int = 0) -> GPT2LMHeadModel:
+    """The untrained reference model: GPT-2's architecture, 12 layers of width 128, 2.9 million parameters."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=_VOCABULARY,
+        n_positions=BLOCK,
+        n_embd=_WIDTH,
+        n_layer=_LAYERS,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.05,
+        embd_pdrop=0.05,
+        attn_pdrop=0.0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+class TrainedReference(NamedTuple):
+    """How the training went, and the perplexity on text that was held back from it, as the model is stored."""
+
+    progress: Progress
+    perplexity: float
+
+
+def train_reference(
+    directory: Path,
+    config: TrainerConfig = REFERENCE_TRAINING,
+    report: Callable[[Progress], None] | None = None,
+) -> TrainedReference:
+    """Train the reference model and write it to a directory in the transformers format, in half precision.
+
+    Raises:
+        CheckpointError: the directory cannot be written, or holds the checkpoint of another run.
+    """
+    text = reference_text()
+    tokenizer = build_tokenizer(text)
+    splits = split_blocks(pack(text, tokenizer), BLOCK)
+    model = build_model(config.seed)
+
+    def loss(tokens: Tensor, step: int) -> Tensor:
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        return token_losses(keep_layers(model, _some_layers(config.seed, step)).train(), tokens).mean()
+
+    progress = train(
+        dict(model.named_parameters()),
+        loss,
+        _batches(splits["train"], config),
+        config,
+        directory=directory,
+        purpose="reference model",
+        score=lambda: perplexity(model, splits["validation"]),
+        report=report,
+    )
+    half = model.eval().half()
+    half.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    forget(directory)
+    return TrainedReference(progress, perplexity(half.float(), splits["test"]))
+
+
+def _batches(blocks: Blocks, config: TrainerConfig) -> Callable[[int], Tensor]:
+    return lambda number: blocks.batch(number, config.batch, config.seed)
+
+
+def _some_layers(seed: int, step: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    skipped = torch.rand(_LAYERS, generator=generator) < _SKIP_PROBABILITY
+    fixed: Any = {*range(_ALWAYS_KEPT), *range(_LAYERS - _ALWAYS_KEPT, _LAYERS)}
+    return [index for index in range(_LAYERS) if index in fixed or not skipped[index]]
