@@ -12,11 +12,11 @@ test: .venv/.ready  ## all tests but the slow ones
 lint: .venv/.ready  ## style, types and import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-bench: .venv/.ready  ## the numbers of docs/results.md; about 15 minutes
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+bench: .venv/.ready  ## the numbers of docs/results.md; about 35 minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/speed.py --json runs/speed.json
 	$(BIN)/python benchmarks/quality.py --json runs/quality.json
+	$(BIN)/python benchmarks/tuning.py --json runs/tuning.json
 
 docs: .venv/.ready  ## the documentation as pages, in site/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -61,7 +61,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    methods: tuple[Method, ...] = ("layer_drop",)
+    methods: tuple[Method, ...] = Field(default=("layer_drop",), min_length=1)
     order: Order = "importance"
     retentions: tuple[float, ...] | None = None
     bottom: int = Field(default=2, ge=0)
@@ -111,11 +111,12 @@ def build_catalogue(
     text = reference_text() if text is None else text
     report("hashing the model", None)
     catalogue = _with_base(foundation, out, recipe, text)
-    tokenizer.save_pretrained(out / "tokenizer")
+    catalogue.save_tokenizer(tokenizer)
     splits = split_blocks(pack(text, tokenizer, out / "work" / "tokens"), block_length(foundation.config))
     maker = _Maker(catalogue, recipe, splits["train"], splits["validation"], tokenizer.mask_token_id, report)
     maker.make()
-    catalogue.save_info(recipe=recipe.label)
+    if catalogue.info.recipe != recipe.label:
+        catalogue.save_info(recipe=recipe.label)
     return catalogue
 
 
@@ -140,6 +141,7 @@ class _Maker:
     def make(self) -> None:
         levels = [level for level in self._levels() if self.catalogue.emulator(self._name(level)) is None]
         if not levels:
+            forget(self._work())
             return
         if set(self.recipe.methods) <= {"layer_drop"}:
             for level in levels:
@@ -213,11 +215,14 @@ class _Maker:
 
     def _make_compressed(self, levels: Sequence[float]) -> None:
         full = self.catalogue.assemble(self.base)
-        variants = {level: self._pruned(full, level) for level in levels}
+        # Students are distilled together, those of emulators that an interrupted build already wrote too.
+        together = self._levels() if "distill" in self.recipe.methods else levels
+        variants = {level: self._pruned(full, level) for level in together}
         if "distill" in self.recipe.methods:
             self._distill(full, variants)
         quantised: dict[int, nn.Module] = {}
-        for level, (kept, layers, widths) in variants.items():
+        for level in levels:
+            kept, layers, widths = variants[level]
             self.report(f"writing the emulator at {self._retention(level):.3g}", None)
             if "quantize" in self.recipe.methods:
                 for layer in layers:
@@ -315,7 +320,8 @@ def _with_base(foundation: Foundation, out: Path, recipe: Recipe, text: str) -> 
     digests = [unit_digest(unit) for unit in foundation.units()]
     info = CatalogueInfo(
         base=combine_digests(foundation.config, digests),
-        config=foundation.config.to_dict(),
+        # Where the model was is no part of it.
+        config={key: value for key, value in foundation.config.to_dict().items() if key != "_name_or_path"},
         layers=len(foundation.layers),
         bottom=recipe.bottom,
         top=recipe.top,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,6 +97,24 @@ class Catalogue:
         self.info = self.info.model_copy(update=changes)
         self.directory.mkdir(parents=True, exist_ok=True)
         _write(self.directory / "catalogue.json", self.info)
+
+    def save_tokenizer(self, tokenizer: Any) -> None:
+        """Write the model's tokenizer, unless the catalogue has it.
+
+        Raises:
+            CatalogueError: it cannot be written.
+        """
+        folder = self.directory / "tokenizer"
+        if folder.is_dir():
+            return
+        aside = folder.with_name("tokenizer.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            tokenizer.save_pretrained(aside)
+            os.replace(aside, folder)
+        except Exception as error:  # the tokenizers library has no exception of its own
+            shutil.rmtree(aside, ignore_errors=True)
+            raise _unwritable(folder, error) from error
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -283,6 +302,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CatalogueError(
-            f"{path}: cannot be written ({error}); free some space or choose another --out"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> CatalogueError:
+    return CatalogueError(f"{path}: cannot be written ({error}); free some space or choose another --out")

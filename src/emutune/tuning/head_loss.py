@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from emutune.tuning.perplexity import is_masked, token_losses
+from emutune.tuning.perplexity import evaluating, is_masked, token_losses
 
 _PIECE_TOKENS = 256
 
@@ -39,12 +39,10 @@ def _head_is_last(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     if head is None or any(parameter.requires_grad for parameter in head.parameters()):
         return False
-    was_training = model.training
-    model.eval()
     tokens = torch.arange(4, device=model.device)[None]
-    logits = model(input_ids=tokens, use_cache=False).logits
-    expected = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        expected = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     return bool(torch.equal(logits, expected))
 
 

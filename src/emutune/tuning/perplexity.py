@@ -71,7 +71,7 @@ def perplexity(
     device: Any = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     vocabulary = model.config.get_text_config().vocab_size
     batch = max(1, min(batch, _LOGITS_AT_ONCE // (blocks.length * vocabulary)))
-    with _evaluating(model):
+    with evaluating(model):
         for first in range(0, len(blocks), batch):
             rows = blocks.rows(slice(first, first + batch)).to(device)
             losses = token_losses(model, rows, mask_token=mask_token, seed=first)
@@ -81,7 +81,8 @@ def perplexity(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All of a model in evaluation mode, and every part in its own mode again afterwards."""
     # Parts may be in different modes: an adapter in training on a frozen base.
     modes = {module: module.training for module in model.modules()}
     model.eval()
