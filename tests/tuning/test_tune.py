@@ -11,7 +11,7 @@ from tuning_models import LAYERS
 
 from emutune.errors import AdapterError, CatalogueError, CheckpointError, DataError, TrainingInterruptedError
 from emutune.tuning import tune as module
-from emutune.tuning.adapters import load_adapter, plug_in
+from emutune.tuning.adapters import load_adapter, plug_in, save_adapter
 from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.layers import layer_stack
 from emutune.tuning.perplexity import perplexity
@@ -135,6 +135,24 @@ def test_stop_before_the_result_is_written_trains_nothing_twice(
     again = tune(catalogue, TASK, config(), stopped, report=lambda progress: pytest.fail("trained again"))
     assert stopped.read_bytes() == whole.read_bytes()
     assert (again.before, again.emulator_before) == (first.before, first.emulator_before)
+
+
+def test_stop_after_the_result_is_written_is_no_obstacle(
+    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "adapter.safetensors"
+
+    def write_and_stop(*arguments: Any) -> None:
+        save_adapter(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_adapter", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune(catalogue, TASK, config(), out)
+    assert out.exists()
+    assert tune(catalogue, TASK, config(), out).steps == config().training.steps
+    assert list(out.with_name(out.name + ".training").glob("*/training.safetensors")) == []
 
 
 def test_stopped_run_of_other_settings_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from emutune.errors import CheckpointError, TrainingInterruptedError
 from emutune.files import replacing
 
-_FILE = "training.safetensors"
+CHECKPOINT = "training.safetensors"
 # Of every parameter; its step too, since a step in which it got no gradient does not count.
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -132,7 +132,7 @@ def train(
 
 def forget(directory: Path) -> None:
     """Remove the checkpoint of a training run, once its result is kept elsewhere."""
-    path = directory / _FILE
+    path = directory / CHECKPOINT
     for file in (path, path.with_name(path.name + ".partial")):
         file.unlink(missing_ok=True)
 
@@ -149,7 +149,7 @@ class _Run:
     ) -> None:
         self.parameters = dict(trainable)
         self.config = config
-        self.path = None if directory is None else directory / _FILE
+        self.path = None if directory is None else directory / CHECKPOINT
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
         described = json.dumps([purpose, config.model_dump(), sorted(shapes.items())])
         self.identity = hashlib.sha256(described.encode()).hexdigest()

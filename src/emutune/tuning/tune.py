@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from emutune.tuning.layers import layer_stack
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks
-from emutune.tuning.trainer import Progress, TrainerConfig, forget, train
+from emutune.tuning.trainer import CHECKPOINT, Progress, TrainerConfig, train
 
 Where = Literal["device", "server"]
 ServerModel = Literal["full", "cached"]
@@ -131,13 +132,15 @@ def tune(
         emulator=emulator.name,
     )
     before = _start_from(out, manifest, parameters)
-    result = bench.train(
-        parameters, config.training, work, f"{manifest.model_dump_json()} {_digest(text, before)}", report
-    )
+    # Whoever was stopped after the adapter was written starts from that one, and anew.
+    checkpoint = work / (before or "first")[:16]
+    purpose = f"{manifest.model_dump_json()} {_digest(text, before)}"
+    result = bench.train(parameters, config.training, checkpoint, purpose, report)
     if result.accepted:
         measured = {"perplexity_before": result.before, "perplexity": result.after}
         save_adapter(out, manifest.model_copy(update=measured), parameters)
-    forget(work)
+    for finished in work.glob(f"*/{CHECKPOINT}"):
+        shutil.rmtree(finished.parent)
     return result
 
 
