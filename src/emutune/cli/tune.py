@@ -91,7 +91,12 @@ def show_rows(opened: Any, recipe: str, json_file: Path | None) -> None:
     from emutune.tuning.manifest import missing
 
     rows, previous = [], None
-    for emulator in opened.emulators(recipe):
+    emulators = opened.emulators(recipe)
+    if not emulators:
+        raise UsageError(
+            f"{opened.directory}: no emulators of recipe {recipe!r}; run emutune catalogue build"
+        )
+    for emulator in emulators:
         rows.append(
             {
                 "name": emulator.name,
@@ -158,6 +163,12 @@ def calibrate(
 
     chosen(column, "--column", COLUMNS)
     chosen(fit, "--fit", ("quadratic", "monotone"))
+    if out.suffix == ".png":
+        raise UsageError(f"--out {out}: is where the plot would be; choose a name that ends with .toml")
+    if len({path.stem for path in task}) < len(task):
+        raise UsageError(
+            "--task: two files have the same name, by which their complexities are told apart; rename one"
+        )
     opened = open_catalogue(directory)
     text = read_text(data)
     tasks = {path.stem: read_text(path) for path in task}
@@ -257,6 +268,7 @@ def tune(
         block=block,
         training=training,
     )
+    usable(device)
     opened, text = open_catalogue(directory), read_text(data)
     with stopped_cleanly(out), stage_bar() as stage:
         result = run_tuning(
@@ -452,6 +464,19 @@ def saving(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"--out {path}: cannot be written: {error.strerror}; choose another") from error
+
+
+def usable(device: str) -> None:
+    """Refuse a device that is unknown, or that this machine does not have."""
+    import torch
+
+    chosen(device.partition(":")[0], "--device", ("cpu", "cuda"))
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {device}: cannot be used ({str(error).splitlines()[0]}); choose cpu"
+        ) from error
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import block_length, pack, split_blocks
-from emutune.tuning.trainer import Progress, TrainerConfig, forget
+from emutune.tuning.trainer import Progress, TrainerConfig
 from emutune.tuning.tune import Bench, adapter_layers
 
 Column = Literal["zero_shot", "tuned", "plugged"]
@@ -100,6 +101,9 @@ def calibrate(
     work = work / hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     done = _read_points(work)
     todo = [emulator for emulator in emulators if emulator.name not in done]
+    for name in done:
+        # Left by a run that was stopped right after it had written the point.
+        shutil.rmtree(work / name, ignore_errors=True)
     if todo:
         tokenizer = catalogue.tokenizer()
         splits = split_blocks(pack(text, tokenizer, work.parent / "tokens"), block_length(catalogue.config))
@@ -110,10 +114,11 @@ def calibrate(
             report(emulator.retention, None)
             copy_values(parameters, start)
             bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
+            checkpoint = work / emulator.name
             result = bench.train(
                 parameters,
                 training,
-                work,
+                checkpoint,
                 emulator.name,
                 lambda progress, at=emulator.retention: report(at, progress),  # type: ignore[misc]
             )
@@ -121,7 +126,7 @@ def calibrate(
                 emulator, result.emulator_before, result.emulator_after, result.after, result.tokens_per_s
             )
             _write_points(work, done)
-            forget(work)
+            shutil.rmtree(checkpoint, ignore_errors=True)
     return sorted(done.values(), key=lambda point: point.retention)
 
 
@@ -224,11 +229,20 @@ def _read_points(work: Path) -> dict[str, Point]:
     path = work / "points.json"
     if not path.exists():
         return {}
-    return {name: Point.model_validate(point) for name, point in json.loads(path.read_text("utf-8")).items()}
+    try:
+        return {
+            name: Point.model_validate(point) for name, point in json.loads(path.read_text("utf-8")).items()
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise CatalogueError(f"{path}: damaged; delete it to measure again") from error
 
 
 def _write_points(work: Path, points: Mapping[str, Point]) -> None:
-    with replacing(work / "points.json") as aside:
-        aside.write_text(
-            json.dumps({name: point.model_dump() for name, point in points.items()}, indent=1), "utf-8"
-        )
+    path = work / "points.json"
+    try:
+        with replacing(path) as aside:
+            aside.write_text(
+                json.dumps({name: point.model_dump() for name, point in points.items()}, indent=1), "utf-8"
+            )
+    except OSError as error:
+        raise CatalogueError(f"{path}: cannot be written ({error}); free some space") from error

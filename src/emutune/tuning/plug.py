@@ -65,7 +65,8 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
         AdapterError: the adapter belongs to another model, or makes this one worse.
         UsageError: the directory exists already, or cannot be written.
     """
-    if out.exists() and any(out.iterdir()):
+    out = out.absolute() if out.name in ("", "..") else out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already and not empty; choose another directory")
     manifest, values = load_adapter(adapter)
     foundation, tokenizer = open_foundation(source), load_tokenizer(source)
@@ -111,9 +112,9 @@ def _write(
         if out.exists():
             out.rmdir()
         aside.replace(out)
-    except OSError as error:
+    except Exception as error:  # the tokenizers library has no exception of its own
         raise UsageError(
-            f"--out {out}: cannot be written ({error.strerror}); free some space or choose another"
+            f"--out {out}: cannot be written ({error}); free some space or choose another"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
