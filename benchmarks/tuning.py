@@ -23,7 +23,7 @@ TASKS = ("asyncio", "email", "http", "unittest")
 SEEDS = (0, 1, 2)
 COMMAND = [sys.executable, "-c", "from emutune.cli.main import run; run()"]
 MEDIUM = {"n_layer": 24, "n_embd": 1024, "n_head": 16}
-ROWS, LENGTH, STEPS = 2, 256, 5
+ROWS, LENGTH, STEPS = 2, 256, 4
 
 
 def command(*arguments):
@@ -194,7 +194,7 @@ def emulator_step(work, kind="lora"):
     return [later - earlier for earlier, later in zip([0.0, *moments], moments, strict=False)]
 
 
-def build_memory(work, order="importance"):
+def build_memory(work, order="uniform"):
     """Peak memory of building a catalogue of the same model, over that of the imports alone, in bytes."""
     from emutune.tuning.build import Recipe, build_catalogue
 
@@ -216,7 +216,7 @@ def cost(work):
     memory = alone("build_memory", work)["result"]
     whole, half, layers = [], [], []
     peaks = {"trainer_step": 0, "emulator_step": 0}
-    for _ in range(3):
+    for _ in range(2):
         for name, into in (("trainer_step", whole), ("emulator_step", half)):
             measured = alone(name, work)
             into += measured["result"][1:]

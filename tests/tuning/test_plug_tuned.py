@@ -115,7 +115,7 @@ def test_nothing_half_written_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_add_code", fail)
-        with pytest.raises(UsageError, match="cannot be written .*No space left"):
+        with pytest.raises(UsageError, match=r"cannot be written .*No space left"):
             plug(directory / "model", directory / "bottleneck.safetensors", tmp_path / "out", TASK)
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
