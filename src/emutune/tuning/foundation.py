@@ -224,19 +224,16 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.
     Raises:
         ModelError: a tensor has another shape than its place; the message names ``what``.
     """
+    # Scales of quantised weights are buffers and keep their type.
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and name in _floating(module) else tensor
+        name: tensor.to(dtype) if tensor.is_floating_point() and name in parameters else tensor
         for name, tensor in tensors.items()
     }
     try:
         module.load_state_dict(cast, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{what}: do not fit the configuration: {_first_line(error)}") from error
-
-
-def _floating(module: nn.Module) -> set[str]:
-    # Scales of quantised weights are buffers and keep their type.
-    return {name for name, _ in module.named_parameters(remove_duplicate=False)}
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
