@@ -246,6 +246,7 @@ def alone(name, *arguments):
 def commands(work):
     """Seconds from shell to result."""
     command("reference", "tasks", "--out", work / "tasks")
+    command("catalogue", "build", "reference", "--out", work / "orders")
     email = work / "tasks" / "email.txt"
     catalogue = work / "orders"
     recipe = ("--recipe", "layer_drop-importance")

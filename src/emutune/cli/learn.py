@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from emutune.cli.jax_setup import prepare_jax
-from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps
+from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps, validated
 from emutune.cli.terminal import progress_bar, resumable, write_json
 from emutune.errors import UsageError
 
@@ -26,12 +26,14 @@ def train(
 ) -> None:
     """Learn to orchestrate a scenario."""
     prepare_jax(seeds)
+    from emutune.learning.configuration import TrainingConfig
     from emutune.learning.training import train_seeds, update_count
     from emutune.scenario import load_scenario
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     loaded = load_scenario(scenario, overrides)
-    config = _training_config(
+    config = validated(
+        TrainingConfig,
         algorithm=algorithm,
         network=network,
         baseline=baseline,
@@ -90,15 +92,3 @@ def _policies_of(run: Path) -> dict[str, Any]:
         learned, header = load_policy(checkpoint)
         policies[str(checkpoint.parent)] = (header.scenario, learned)
     return policies
-
-
-def _training_config(**values: Any) -> Any:
-    from pydantic import ValidationError
-
-    from emutune.learning.configuration import TrainingConfig
-
-    try:
-        return TrainingConfig(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error

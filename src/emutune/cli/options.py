@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
+
+from emutune.errors import UsageError
+
+Configuration = TypeVar("Configuration", bound=BaseModel)
 
 ScenarioArgument = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="A file, or a shipped name: paper.")
@@ -15,3 +20,13 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures
 Episodes = Annotated[int, typer.Option(min=1, help="Held-out episodes.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Training seeds: 0, 1, ...")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Environment steps of training.")]
+
+
+def validated(kind: type[Configuration], **values: object) -> Configuration:
+    """A configuration from options; a wrong one is named as the command calls it."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = {"methods": "compress"}.get(name := str(first["loc"][0]), name)
+        raise UsageError(f"--{field.replace('_', '-')}: {first['msg']}, got {first['input']!r}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,18 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
+def interruptible(outcome: str) -> Iterator[None]:
     """On Ctrl-C, say what became of the work and leave with status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nstopped; what was learned is in {out}; the same command resumes it", file=sys.stderr)
+        print(f"\nstopped; {outcome}", file=sys.stderr)
         sys.exit(130)
+
+
+def resumable(out: Path) -> AbstractContextManager[None]:
+    """On Ctrl-C, say how learning goes on."""
+    return interruptible(f"what was learned is in {out}; the same command resumes it")
 
 
 def print_comparison(figures: Mapping[str, Any]) -> None:

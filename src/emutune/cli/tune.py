@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emutune.cli.options import JsonFile
-from emutune.cli.terminal import print_table, stage_bar, write_json
+from emutune.cli.options import JsonFile, validated
+from emutune.cli.terminal import interruptible, print_table, stage_bar, write_json
 from emutune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def build(
         distillation=DISTILLATION.model_copy(update={"steps": distill_steps}),
     )
     text = None if data is None else read_text(data)
-    with stopped_cleanly(out), stage_bar() as stage:
+    with going_on(out), stage_bar() as stage:
         built = build_catalogue(
             model, out, recipe, text, lambda name, progress: advance(stage, name, progress, distill_steps)
         )
@@ -173,7 +172,7 @@ def calibrate(
     text = read_text(data)
     tasks = {path.stem: read_text(path) for path in task}
     training = CALIBRATION.model_copy(update={"steps": steps, "seed": seed})
-    with stopped_cleanly(directory), stage_bar() as stage:
+    with going_on(directory), stage_bar() as stage:
         points = run_calibration(
             opened,
             text,
@@ -270,7 +269,7 @@ def tune(
     )
     usable(device)
     opened, text = open_catalogue(directory), read_text(data)
-    with stopped_cleanly(out), stage_bar() as stage:
+    with going_on(out), stage_bar() as stage:
         result = run_tuning(
             opened,
             text,
@@ -313,7 +312,7 @@ def plug(
     from emutune.tuning.plug import plug as run_plug
     from emutune.tuning.text import read_text
 
-    with stage_bar() as stage:
+    with interruptible(f"{out} was not written"), stage_bar() as stage:
         stage("evaluating", 0, 1)
         plugged = run_plug(model, adapter, out, None if data is None else read_text(data))
     print(f"perplexity {plugged.before:.2f} before, {plugged.after:.2f} plugged in; written to {out}")
@@ -333,7 +332,7 @@ def build_reference(
     from emutune.tuning.reference import REFERENCE_TRAINING, train_reference
 
     config = REFERENCE_TRAINING if steps is None else REFERENCE_TRAINING.model_copy(update={"steps": steps})
-    with stopped_cleanly(out), stage_bar() as stage:
+    with going_on(out), stage_bar() as stage:
         trained = train_reference(
             out, config, lambda progress: advance(stage, "training", progress, config.steps)
         )
@@ -447,14 +446,9 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-@contextmanager
-def stopped_cleanly(out: Path) -> Iterator[None]:
-    """On Ctrl-C, say what became of the work and leave with status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nstopped; what was done is kept beside {out}; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+def going_on(out: Path) -> AbstractContextManager[None]:
+    """On Ctrl-C, say that the work can go on."""
+    return interruptible(f"what was done is kept beside {out}; the same command goes on")
 
 
 @contextmanager
@@ -491,15 +485,3 @@ def chosen(value: str, option: str, choices: tuple[str, ...]) -> None:
     """Refuse what is not among the choices."""
     if value not in choices:
         raise UsageError(f"{option}: must be one of {', '.join(choices)}, got {value!r}")
-
-
-def validated(kind: Any, **values: Any) -> Any:
-    """A configuration from options; a wrong one is named."""
-    from pydantic import ValidationError
-
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "compress" if first["loc"][0] == "methods" else str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{field}: {first['msg']}, got {first['input']!r}") from error

@@ -5,7 +5,7 @@ This file needs torch alone: it is copied into every model directory whose model
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,9 @@ class Bottleneck(nn.Module):
         return outputs + added
 
 
-def insert_bottlenecks(
-    layer: nn.Module, projections: Mapping[str, int] | Sequence[tuple[str, int]], width: int
-) -> None:
+def insert_bottlenecks(layer: nn.Module, projections: Mapping[str, int], width: int) -> None:
     """Put a bottleneck behind some projections of a layer: their dotted names, with their output widths."""
-    for name, features in dict(projections).items():
+    for name, features in projections.items():
         parent, _, attribute = name.rpartition(".")
         owner = layer.get_submodule(parent)
         base = getattr(owner, attribute)

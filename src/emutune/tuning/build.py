@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,10 +77,17 @@ class Recipe(BaseModel):
         words: dict[Method, str] = {
             "layer_drop": f"layer_drop-{self.order}",
             "prune": f"prune-{self.width_share:g}" if "layer_drop" in self.methods else "prune",
-            "distill": f"distill-{self.distillation.steps}-{self.seed}",
+            "distill": f"distill-{self.distillation.steps}-{self.seed}{self._distillation_mark}",
             "quantize": f"quantize-{self.bits}",
         }
         return "+".join(text for method, text in words.items() if method in self.methods)
+
+    @property
+    def _distillation_mark(self) -> str:
+        """Empty if only the steps differ from the default."""
+        if self.distillation == DISTILLATION.model_copy(update={"steps": self.distillation.steps}):
+            return ""
+        return "-" + hashlib.sha256(self.distillation.model_dump_json().encode()).hexdigest()[:8]
 
 
 def build_catalogue(
@@ -118,6 +125,14 @@ def build_catalogue(
     if catalogue.info.recipe != recipe.label:
         catalogue.save_info(recipe=recipe.label)
     return catalogue
+
+
+class _Variant(NamedTuple):
+    """The middle of an emulator in the making."""
+
+    kept: list[int]
+    layers: list[nn.Module]
+    widths: Widths | None
 
 
 class _Maker:
@@ -217,7 +232,7 @@ class _Maker:
         full = self.catalogue.assemble(self.base)
         # Students are distilled together, those of emulators that an interrupted build already wrote too.
         together = self._levels() if "distill" in self.recipe.methods else levels
-        variants = {level: self._pruned(full, level) for level in together}
+        variants = self._variants(full, together)
         if "distill" in self.recipe.methods:
             self._distill(full, variants)
         quantised: dict[int, nn.Module] = {}
@@ -236,21 +251,28 @@ class _Maker:
             self._save(level, entries, perplexity(model, self.validation, mask_token=self.mask_token))
         forget(self._work())
 
-    def _pruned(
-        self, full: PreTrainedModel, level: float
-    ) -> tuple[list[int], list[nn.Module], Widths | None]:
-        kept, stack = self._kept(level), layer_stack(full)
-        share = self.recipe.width_share if "layer_drop" in self.recipe.methods else level
-        if "prune" not in self.recipe.methods or share == 1:
-            return kept, [stack[index] for index in kept], None
-        self.report(f"pruning the emulator at {self._retention(level):.3g}", None)
-        tokens = self.training.first(_INFLUENCE_ROWS).rows(slice(None))
-        layers, widths = prune_layers(full, kept, share, tokens)
-        return kept, layers, widths
+    def _variants(self, full: PreTrainedModel, levels: Sequence[float]) -> dict[float, _Variant]:
+        """What each level keeps; levels of the same width share the pruned layers, too."""
+        layers: dict[float, dict[int, nn.Module]] = {1: dict(enumerate(layer_stack(full)))}
+        widths: dict[float, Widths | None] = {1: None}
+        variants = {}
+        for level in levels:
+            share = self._width_share(level)
+            if share not in layers:
+                self.report(f"pruning to {share:.3g} of the width", None)
+                tokens = self.training.first(_INFLUENCE_ROWS).rows(slice(None))
+                pruned, widths[share] = prune_layers(full, self.middle, share, tokens)
+                layers[share] = dict(zip(self.middle, pruned, strict=True))
+            kept = self._kept(level)
+            variants[level] = _Variant(kept, [layers[share][index] for index in kept], widths[share])
+        return variants
 
-    def _distill(
-        self, full: PreTrainedModel, variants: dict[float, tuple[list[int], list[nn.Module], Widths | None]]
-    ) -> None:
+    def _width_share(self, level: float) -> float:
+        if "prune" not in self.recipe.methods:
+            return 1
+        return self.recipe.width_share if "layer_drop" in self.recipe.methods else level
+
+    def _distill(self, full: PreTrainedModel, variants: dict[float, _Variant]) -> None:
         whole = list(layer_stack(full))
         # The whole model has nothing to learn from itself.
         students = {
@@ -273,8 +295,7 @@ class _Maker:
             report=lambda progress: self.report("distilling", progress),
         )
         for level, layers in zip(students, distilled, strict=True):
-            kept, _, widths = variants[level]
-            variants[level] = (kept, layers, widths)
+            variants[level] = variants[level]._replace(layers=layers)
 
     def _work(self) -> Path:
         return self.catalogue.directory / "work" / self.recipe.label
