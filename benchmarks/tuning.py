@@ -9,11 +9,11 @@ their medians are quoted.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -198,16 +198,37 @@ def build_memory(work, order="uniform"):
     """Peak memory of building a catalogue of the same model, over that of the imports alone, in bytes."""
     from emutune.tuning.build import Recipe, build_catalogue
 
-    idle = peak_bytes()
     text = "Some words about nothing in particular. " * 4000
     recipe = Recipe(retentions=(0.25, 0.5), order=order)
+    idle = own_bytes()
+    samples, done = [idle], threading.Event()
+
+    def sample():
+        while not done.wait(0.002):
+            samples.append(own_bytes())
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
     catalogue = build_catalogue(work / "medium", work / "medium-catalogue", recipe, text)
+    done.set()
+    watcher.join()
     largest = max(catalogue.base().shards.values())
-    return {"peak": peak_bytes(), "idle": idle, "largest_shard": largest}
+    return {"peak": max(samples), "idle": idle, "largest_shard": largest}
+
+
+def own_bytes():
+    """Memory of this process without pages of files, which the kernel can drop."""
+    return status_bytes("RssAnon")
 
 
 def peak_bytes():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Of this process alone: ru_maxrss starts at what the process that started it had."""
+    return status_bytes("VmHWM")
+
+
+def status_bytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def cost(work):

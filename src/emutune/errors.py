@@ -7,6 +7,8 @@ EmutuneError            something the user can put right; the command line print
 ├── DataError           text to tune on is missing, empty or unreadable
 ├── AdapterError        an adapter does not belong to the model it is loaded on
 ├── CatalogueError      a catalogue lacks something, or a shard of it is damaged
+├── FleetError          a fleet's file, certificates, credentials or data are wrong
+├── LedgerError         a ledger is damaged, or of another version
 ├── BoundError          a programme behind a certified bound was not solved
 └── UsageError          a call or command asks for something that does not exist
 """
@@ -38,6 +40,14 @@ class AdapterError(EmutuneError):
 
 class CatalogueError(EmutuneError):
     """A catalogue lacks an emulator, or a shard of it is damaged; the message names it."""
+
+
+class FleetError(EmutuneError):
+    """A fleet's file, certificate, credentials, cache or data directory cannot be used."""
+
+
+class LedgerError(EmutuneError):
+    """A ledger is damaged, or was written by a newer version."""
 
 
 class BoundError(EmutuneError):
