@@ -33,7 +33,7 @@ def refusal(*overrides: str, text: str = PAPER_TEXT) -> str:
 
 
 def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
-    tree = paper.model_dump(exclude={"name", "description"})
+    tree = paper.model_dump(exclude={"name", "description"}, exclude_none=True)
     assert tree == {
         "fleet": {
             "ues": 6,

@@ -208,7 +208,7 @@ def _model_of(annotation: Any) -> type[BaseModel]:
 
 def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[str]:
     for key, value in table.items():
-        if not isinstance(value, dict):
+        if value is not None and not isinstance(value, dict):
             yield f"{key} = {_toml_value(value)}"
     for key, value in table.items():
         if isinstance(value, dict):

@@ -63,10 +63,15 @@ class Tasks(_Section):
 
 
 class FoundationModel(_Section):
-    """The model whose emulators the UEs hold."""
+    """The model whose emulators the UEs hold.
+
+    Attributes:
+        base: hash of the real model that the scenario was measured on; a fleet with another one is refused.
+    """
 
     size_gb: Positive
     layers: Count
+    base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Retention(_Interval):
@@ -95,12 +100,15 @@ class Curve(_Section):
     Attributes:
         knots: pairs of retention and perplexity, by rising retention. If there are any, perplexity is
             linear between them and constant outside, and the quadratic is only a description.
+        untuned: perplexity of the whole model, not tuned, on the text that the curve was measured on. In a
+            real fleet a task's complexity is measured against it.
     """
 
     quadratic: Number
     linear: Number
     constant: Number
     knots: tuple[Knot, ...] = Field(default=(), strict=False)
+    untuned: Positive | None = None
 
     def __call__(self, retention: float) -> float:
         """Perplexity at one retention, dimensionless."""

@@ -196,7 +196,7 @@ def curve_file(
     lines = [
         f"# Perplexity ({column}) against retention, measured by emutune calibrate; R^2 of the quadratic "
         f"{fit.r_squared:.4f}, worst residual {fit.worst_residual:.4g}.",
-        f'base = "{catalogue.info.base}"',
+        f'base = "{catalogue.info.base}"        # for model.base',
         f"layers = {len(middle)}                 # for model.layers",
         f"size_gb = {sum(middle) / 1e9!r}        # for model.size_gb",
         "",
@@ -205,6 +205,8 @@ def curve_file(
         f"linear = {fit.linear!r}",
         f"constant = {fit.constant!r}",
     ]
+    if points[-1].retention == 1:
+        lines.append(f"untuned = {points[-1].zero_shot!r}")
     if monotone:
         knots = [[point.retention, value] for point, value in zip(points, fit.monotone, strict=True)]
         lines.append(f"knots = {json.dumps(knots)}")
