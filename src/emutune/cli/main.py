@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from emutune.cli import examine, learn, tune
+from emutune.cli import examine, fleet, join, learn, ledger, serve, tune
 from emutune.errors import EmutuneError
 
 app = typer.Typer(
@@ -27,6 +27,12 @@ for command in (
     tune.calibrate,
     tune.tune,
     tune.plug,
+    serve.serve,
+    serve.enroll,
+    serve.revoke,
+    join.join,
+    fleet.fleet,
+    ledger.ledger,
 ):
     app.command()(command)
 app.add_typer(tune.catalogue, name="catalogue")

@@ -150,7 +150,12 @@ class Blocks:
 
 def block_length(config: Any) -> int:
     """Tokens in a block for a model of some configuration: 256, or as many as it has positions."""
-    return min(_BLOCK, getattr(config.get_text_config(), "max_position_embeddings", None) or _BLOCK)
+    return fitting_block(config, _BLOCK)
+
+
+def fitting_block(config: Any, wanted: int) -> int:
+    """Tokens in a block: as many as wanted, or as the model has positions."""
+    return min(wanted, getattr(config.get_text_config(), "max_position_embeddings", None) or wanted)
 
 
 def split_blocks(tokens: np.ndarray[Any, Any], length: int) -> dict[Split, Blocks]:

@@ -1,0 +1,76 @@
+"""The command ``join``: this machine becomes a device of a fleet. Torch waits until there is something to train."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emutune.cli.options import JsonFile
+from emutune.cli.terminal import interruptible, stage_bar, write_json
+from emutune.errors import UsageError
+
+if TYPE_CHECKING:
+    from emutune.fleet.device.client import FleetClient
+
+
+def join(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of the fleet's server: https://HOST:PORT.")],
+    credentials: Annotated[Path, typer.Option(help="The file that emutune enroll made for this device.")],
+    data: Annotated[Path, typer.Option(help="Directory of texts to tune on, *.txt in UTF-8.")],
+    cache: Annotated[Path, typer.Option(help="Directory of what the device keeps.")] = Path("device"),
+    cache_mb: Annotated[int, typer.Option(min=1, help="The most that emulators may take there, MB.")] = 4096,
+    tasks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave the fleet after so many; stay until it ends, if not given."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Take part in a fleet: report tasks, fetch emulators, train adapters or let the server train them."""
+    quiet_environment()
+    from emutune.fleet.device.client import FleetClient
+    from emutune.fleet.device.network import tls_transport
+    from emutune.fleet.security import read_credentials, trusting
+
+    if not url.startswith("https://"):
+        raise UsageError(f"URL: must begin with https://, got {url!r}; emutune serve prints it")
+    loaded = read_credentials(credentials)
+    going_on = f"what was done is in {cache}; the same command goes on"
+    with interruptible(going_on), stage_bar() as stage:
+        client = FleetClient(loaded, tls_transport(trusting(loaded.ca)), url=url, remark=_printed)
+        done = asyncio.run(_run(client, data, cache, cache_mb * 1_000_000, tasks, stage))
+    print(f"{loaded.device}: {done} tasks done")
+    write_json(json_file, {"device": loaded.device, "fleet": loaded.fleet, "tasks": done})
+
+
+def quiet_environment() -> None:
+    """Keep the model libraries, once they are needed, from looking for a hub and writing between our lines."""
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+async def _run(
+    client: FleetClient,
+    data: Path,
+    cache: Path,
+    cache_bytes: int,
+    tasks: int | None,
+    stage: Callable[..., None],
+) -> int:
+    from emutune.fleet.device.agent import Telling, run_device
+
+    async with client:
+        return await run_device(client, data, cache, cache_bytes, tasks, Telling(stage, _printed))
+
+
+def _printed(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,82 @@
+"""The commands of a fleet's server: ``serve``, ``enroll`` and ``revoke``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emutune.cli.jax_setup import prepare_jax
+from emutune.cli.terminal import interruptible
+from emutune.cli.tune import quiet_libraries
+
+FleetArgument = Annotated[
+    str, typer.Argument(metavar="FLEET.toml", help="The fleet's file, or the shipped one: demo.")
+]
+
+
+def serve(
+    fleet: FleetArgument,
+    catalogue: Annotated[Path, typer.Option(help="The emulators: a catalogue's directory.")],
+    policy: Annotated[
+        str, typer.Option(help="A run's directory, or a rule: best_fixed, fixed, all_server, random.")
+    ],
+    retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,
+    verbose: Annotated[bool, typer.Option(help="Log every event to standard error.")] = False,
+) -> None:
+    """Serve a fleet: decide for every device and step, send emulators, train what is uploaded, keep the ledger."""
+    quiet_libraries()
+    prepare_jax()
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(message)s")
+    from emutune.fleet.config import load_fleet
+    from emutune.fleet.server.decide import open_decider
+    from emutune.fleet.server.run import LEDGER, run_server
+    from emutune.scenario import load_scenario
+    from emutune.tuning.catalogue import open_catalogue
+
+    config = load_fleet(fleet)
+    if port is not None:
+        config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
+    decider = open_decider(policy, load_scenario(config.scenario), retention, config.shaping.seed)
+    opened = open_catalogue(catalogue)
+    ledger = config.server.directory / LEDGER
+    with interruptible(f"the ledger {ledger} is kept; the same command goes on"):
+        asyncio.run(
+            run_server(
+                config,
+                opened,
+                decider,
+                started=lambda url: print(f"serving {config.name} at {url}", flush=True),
+                stepped=lambda step: print(f"step {step + 1} of {config.steps.count} ended", flush=True),
+            )
+        )
+    print(f"all steps are done; emutune ledger {ledger}")
+
+
+def enroll(
+    fleet: FleetArgument,
+    device: Annotated[str, typer.Argument(help="A name: lower case letters, digits, hyphens.")],
+    out: Annotated[Path | None, typer.Option(help="Credentials file; DEVICE.json if not given.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where the device reaches the server.")] = None,
+) -> None:
+    """Write the one-time credentials with which a device may join."""
+    from emutune.fleet.config import load_fleet
+    from emutune.fleet.server.run import enrol_device
+
+    path = out or Path(f"{device}.json")
+    reached = enrol_device(load_fleet(fleet), device, path, url)
+    print(f"{path}: carry it to the device, then there: emutune join {reached} --credentials {path.name}")
+
+
+def revoke(fleet: FleetArgument, device: Annotated[str, typer.Argument(help="Its name.")]) -> None:
+    """Refuse a device from now on."""
+    from emutune.fleet.config import load_fleet
+    from emutune.fleet.server.run import opened_ledger
+
+    with opened_ledger(load_fleet(fleet)) as ledger:
+        ledger.revoke(device)
+    print(f"{device} is refused from now on; emutune enroll lets it in again")

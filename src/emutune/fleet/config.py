@@ -1,0 +1,172 @@
+"""A fleet's file: where the server listens, who takes part, how a step runs."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from emutune.errors import FleetError
+from emutune.fleet.protocol import Training
+
+Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(_Section):
+    """Where the server listens and keeps its files.
+
+    Attributes:
+        directory: of ledger, certificates, uploads and adapters; seen from the fleet's file.
+        host, port: where it listens; port 0 takes a free one.
+        certificate, key: PEM files of one's own; made by a CA of the fleet's own if not given.
+    """
+
+    directory: Path = Path("fleet")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8443, ge=0, le=65535)
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together; give both or neither")
+        return self
+
+
+class Steps(_Section):
+    """How a step runs.
+
+    Attributes:
+        count: steps, after which the devices are told to stop.
+        devices: how many reports a step waits for; all enrolled devices that did not leave, if not given.
+        gather_s: a step that has at least one report starts after so long without the others.
+        deadline_s: a device that needs longer is late: the next step does not wait for it, its result is kept.
+    """
+
+    count: int = Field(default=50, ge=1, le=1_000_000)
+    devices: int | None = Field(default=None, ge=1)
+    gather_s: Positive = 30.0
+    deadline_s: Positive = 600.0
+
+
+class Shaping(_Section):
+    """Links of simulated rates (Eq. 2, 6) over a network that is faster.
+
+    Attributes:
+        enabled: off on a real network, where devices report the gain that their rates amount to.
+        time_scale: simulated seconds that pass in one second.
+        byte_scale: simulated bytes that one byte stands for.
+        seed: of distances, powers and fading.
+    """
+
+    enabled: bool = True
+    time_scale: Positive = 1.0
+    byte_scale: Positive = 1.0
+    seed: int = Field(default=0, ge=0)
+
+
+class Acceptance(_Section):
+    """Whether an adapter enters service: only if the whole model does not get worse on held-back text.
+
+    Attributes:
+        held_back: folder with the text of each device, ``NAME.txt``, and of all others, ``default.txt``; Python's
+            documentation where there is neither. The folder ``held_back`` in the server's directory if not given.
+    """
+
+    held_back: Path | None = None
+
+    def text_of(self, device: str) -> Path | None:
+        """The text that an adapter of a device is judged on; None stands for Python's documentation."""
+        if self.held_back is None:
+            return None
+        candidates = (self.held_back / f"{device}.txt", self.held_back / "default.txt")
+        return next((path for path in candidates if path.is_file()), None)
+
+
+class ServerTraining(_Section):
+    """How the server trains the tasks that are uploaded.
+
+    Attributes:
+        pool: processes of this machine, or a Ray cluster.
+        workers: tasks trained at the same time.
+        model: the whole one (D12), or the emulator that the device has.
+    """
+
+    pool: Literal["processes", "ray"] = "processes"
+    workers: int = Field(default=1, ge=1, le=1024)
+    model: Literal["full", "cached"] = "full"
+
+
+class Limits(_Section):
+    """The most that is taken from outside, in MB of 1e6 bytes."""
+
+    data_mb: Positive = 1000.0
+    adapter_mb: Positive = 500.0
+
+
+class FleetConfig(_Section):
+    """What ``FLEET.toml`` says.
+
+    Attributes:
+        scenario: the world that rules decide in and links are shaped by; a learned policy brings its own.
+    """
+
+    name: str = Field(pattern="^[0-9A-Za-z][0-9A-Za-z -]{0,63}$")
+    scenario: str = "reference"
+    server: Server = Server()
+    steps: Steps = Steps()
+    shaping: Shaping = Shaping()
+    training: Training = Training()
+    acceptance: Acceptance = Acceptance()
+    at_server: ServerTraining = ServerTraining()
+    limits: Limits = Limits()
+
+
+def load_fleet(source: str | Path) -> FleetConfig:
+    """Read a fleet's file, whose paths are seen from where it is, or the shipped one that is called ``demo``.
+
+    Raises:
+        FleetError: it cannot be read, or a field is wrong; the message names the field.
+    """
+    path = Path(source)
+    try:
+        if str(source) == "demo":
+            text = (resources.files("emutune.fleet") / "demo.toml").read_text("utf-8")
+        else:
+            text = path.read_text("utf-8")
+        config = FleetConfig.model_validate(tomllib.loads(text))
+    except FileNotFoundError as error:
+        raise FleetError(f"{path}: no such file; give one, or the shipped fleet: demo") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FleetError(f"{path}: cannot be read as TOML: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors()
+        )
+        raise FleetError(f"{path}: {problems}") from error
+    return _seen_from(config, path.parent)
+
+
+def _seen_from(config: FleetConfig, folder: Path) -> FleetConfig:
+    server, acceptance = config.server, config.acceptance
+    directory = folder / server.directory
+    held_back = acceptance.held_back
+    server = server.model_copy(
+        update={
+            "directory": directory,
+            "certificate": None if server.certificate is None else folder / server.certificate,
+            "key": None if server.key is None else folder / server.key,
+        }
+    )
+    acceptance = acceptance.model_copy(
+        update={"held_back": directory / "held_back" if held_back is None else folder / held_back}
+    )
+    return config.model_copy(update={"server": server, "acceptance": acceptance})

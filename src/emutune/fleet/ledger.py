@@ -1,0 +1,485 @@
+"""The ledger of a fleet: what was decided, what was predicted, what was measured; one SQLite file in WAL mode.
+
+Every method is one transaction that is on the disk when it returns, so what was acknowledged outlives a kill. What is
+recorded about a lease only ever grows: a repeated or late mark finds its place taken and changes nothing, and
+marks may arrive in any order. Rows are ordered by their ids; the wall clock is noted for people and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from emutune.errors import LedgerError
+from emutune.fleet.comparison import Comparison
+from emutune.fleet.database import ASIDE, Database
+from emutune.fleet.protocol import Lease, Report, Result
+from emutune.fleet.rows import AuditRow, Closed, Decision, DeviceRow, Kind, LeaseRow, State
+
+__all__ = ["AuditRow", "Closed", "Comparison", "Decision", "DeviceRow", "Kind", "LeaseRow", "Ledger", "State"]
+
+# What comes later in these takes the place of what stands before it, never the other way round. That makes the
+# outcome of several marks a maximum, which is the same in whatever order they arrive.
+_STATES = ("open", "expired", "failed", "late", "done")
+_OUTCOMES = ("failed", "received", "trained")
+_NOT_SHOWN = {"outcome", "judged"}
+_Message = TypeVar("_Message", bound=BaseModel)
+
+
+class Ledger(Database):
+    """An open ledger; usable from the thread that opened it.
+
+    Args:
+        path: the file; made if it is not there, brought to this version if an older one wrote it.
+        now: the wall clock; noted for people, never used for ordering.
+
+    Raises:
+        LedgerError: the file is damaged, no ledger, or was written by a newer emutune. Every method raises it where
+            the file cannot be written, or a device, lease or step is unknown; nothing is then changed.
+    """
+
+    # Facts about the fleet
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Note a fact about the whole fleet, such as the base model's hash, in the place of what was noted."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                (key, value),
+            )
+
+    def meta(self, key: str) -> str | None:
+        """A fact that was noted, or None."""
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else str(row["value"])
+
+    # Devices
+
+    def add_device(self, name: str, token_sha256: str) -> bool:
+        """Issue credentials to a device; True if they are new.
+
+        New credentials end the validity of the device's earlier ones, and of their revocation.
+
+        Raises:
+            LedgerError: the token belongs to another device.
+        """
+        with self._transaction() as database:
+            known = self._one("SELECT device FROM credentials WHERE token_sha256 = ?", token_sha256)
+            if known is not None and known["device"] != name:
+                raise LedgerError(f"device {name}: its token belongs to another device; draw a new one")
+            if known is not None:
+                return False
+            time = self._time()
+            database.execute("INSERT OR IGNORE INTO devices (name, added_at) VALUES (?, ?)", (name, time))
+            database.execute(
+                "INSERT INTO credentials (device, token_sha256, issued_at) VALUES (?, ?, ?)",
+                (name, token_sha256, time),
+            )
+        return True
+
+    def enrol(self, name: str, token_sha256: str, key_sha256: str) -> bool:
+        """Bind a key to a device's token, once; True if the key is now, or was already, the device's.
+
+        False if the token is not the one last issued to the device, was revoked or was used with another key,
+        or if the key is another device's.
+        """
+        with self._transaction() as database:
+            last = self._one("SELECT * FROM credentials WHERE device = ? ORDER BY id DESC LIMIT 1", name)
+            if last is None or last["revoked"] or last["token_sha256"] != token_sha256:
+                return False
+            if last["key_sha256"] is None:
+                if self._one("SELECT 1 FROM credentials WHERE key_sha256 = ?", key_sha256) is not None:
+                    return False
+                database.execute(
+                    "UPDATE credentials SET key_sha256 = ?, enrolled_at = ? WHERE id = ?",
+                    (key_sha256, self._time(), last["id"]),
+                )
+            elif last["key_sha256"] != key_sha256:
+                return False
+            database.execute("UPDATE devices SET has_left = 0 WHERE name = ?", (name,))
+        return True
+
+    def device_of_key(self, key_sha256: str) -> str | None:
+        """The device whose key this is; None if it is nobody's, or not valid any more."""
+        row = self._one(
+            "SELECT device FROM credentials AS mine WHERE key_sha256 = ? AND revoked = 0"
+            " AND id = (SELECT max(id) FROM credentials WHERE device = mine.device)",
+            key_sha256,
+        )
+        return None if row is None else str(row["device"])
+
+    def revoke(self, name: str) -> None:
+        """End the validity of a device's token and key."""
+        with self._transaction() as database:
+            self._known("device", "SELECT 1 FROM devices WHERE name = ?", name)
+            database.execute("UPDATE credentials SET revoked = 1 WHERE device = ?", (name,))
+
+    def leave(self, device: str) -> None:
+        """A device takes no part until it enrols again, or reports a new task."""
+        with self._transaction() as database:
+            self._known("device", "SELECT 1 FROM devices WHERE name = ?", device)
+            database.execute("UPDATE devices SET has_left = 1 WHERE name = ?", (device,))
+
+    def devices(self) -> list[DeviceRow]:
+        """All devices, in the order in which they were added."""
+        rows = self._all(
+            "SELECT devices.*, token_sha256, key_sha256, revoked FROM devices JOIN credentials"
+            " ON credentials.id = (SELECT max(id) FROM credentials WHERE device = devices.name)"
+            " ORDER BY devices.id"
+        )
+        return [
+            DeviceRow(
+                name=row["name"],
+                token_sha256=row["token_sha256"],
+                key_sha256=row["key_sha256"],
+                revoked=bool(row["revoked"]),
+                left=bool(row["has_left"]),
+                added_at=row["added_at"],
+            )
+            for row in rows
+        ]
+
+    # Reports
+
+    def report(self, device: str, report: Report) -> bool:
+        """A device has a task; True the first time, and the first time counts."""
+        with self._transaction() as database:
+            self._known("device", "SELECT 1 FROM devices WHERE name = ?", device)
+            cursor = database.execute(
+                "INSERT INTO reports (device, task, message, received_at) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (device, task) DO NOTHING",
+                (device, report.task, report.model_dump_json(), self._time()),
+            )
+            if cursor.rowcount:
+                database.execute("UPDATE devices SET has_left = 0 WHERE name = ?", (device,))
+            return cursor.rowcount > 0
+
+    def open_reports(self) -> list[tuple[str, Report]]:
+        """Each device's last report, if nothing was decided about its task and the device takes part.
+
+        In the order of the reports.
+        """
+        rows = self._all(
+            "SELECT reports.device, message FROM reports JOIN devices ON devices.name = reports.device"
+            " WHERE reports.id IN (SELECT max(id) FROM reports GROUP BY device) AND has_left = 0"
+            " AND 0 = (SELECT revoked FROM credentials WHERE device = reports.device ORDER BY id DESC LIMIT 1)"
+            " AND NOT EXISTS (SELECT 1 FROM leases WHERE kind <> 'stop'"
+            " AND leases.device = reports.device AND leases.task = reports.task)"
+            " ORDER BY reports.id"
+        )
+        return [(row["device"], self._read(Report, row["message"])) for row in rows]
+
+    def report_of(self, device: str, task: str) -> Report:
+        """What a device reported about a task.
+
+        Raises:
+            LedgerError: it did not.
+        """
+        row = self._one("SELECT message FROM reports WHERE device = ? AND task = ?", device, task)
+        if row is None:
+            raise LedgerError(f"device {device}: reported no task {task}")
+        return self._read(Report, row["message"])
+
+    # Steps and leases
+
+    def begin_step(self, step: int, decided: Sequence[Decision]) -> bool:
+        """Record a step and its leases, all or none; False if they are recorded already.
+
+        Raises:
+            LedgerError: the step is recorded with other leases, a lease or the lease of a task is recorded
+                already, or a decision and its ``lease_json`` differ.
+        """
+        for decision in decided:
+            self._agree(step, decision)
+        with self._transaction() as database:
+            if self._one("SELECT 1 FROM steps WHERE number = ?", step) is not None:
+                known = {row["lease"] for row in self._all("SELECT lease FROM leases WHERE step = ?", step)}
+                if known != {decision.lease for decision in decided}:
+                    raise LedgerError(f"step {step}: is recorded with other leases; go on after last_step()")
+                return False
+            time = self._time()
+            database.execute("INSERT INTO steps (number, begun_at) VALUES (?, ?)", (step, time))
+            for decision in decided:
+                self._known("device", "SELECT 1 FROM devices WHERE name = ?", decision.device)
+                values = decision.model_dump() | {"step": step, "opened_at": time}
+                values["message"] = values.pop("lease_json")
+                names = ", ".join(values)
+                places = ", ".join(f":{name}" for name in values)
+                database.execute(f"INSERT INTO leases ({names}) VALUES ({places})", values)
+        return True
+
+    def end_step(self, step: int, delay_s: float) -> bool:
+        """A step is over; True the first time.
+
+        Args:
+            step: which.
+            delay_s: how long it took, Eq. 8, in seconds, as far as it was known; ``comparison`` goes by the leases.
+        """
+        with self._transaction() as database:
+            self._known("step", "SELECT 1 FROM steps WHERE number = ?", step)
+            cursor = database.execute(
+                "UPDATE steps SET delay_s = ?, ended_at = ? WHERE number = ? AND ended_at IS NULL",
+                (_finite(delay_s), self._time(), step),
+            )
+            return cursor.rowcount > 0
+
+    def last_step(self) -> int:
+        """The number of the last step that was begun; -1 before the first."""
+        row = self._one("SELECT number FROM steps ORDER BY id DESC LIMIT 1")
+        return -1 if row is None else int(row["number"])
+
+    def step_ended(self, step: int) -> bool:
+        """Whether ``end_step`` was recorded."""
+        return self._one("SELECT 1 FROM steps WHERE number = ? AND ended_at IS NOT NULL", step) is not None
+
+    def step_leases(self, step: int) -> list[LeaseRow]:
+        """The leases of a step, in the order of the decisions."""
+        return [
+            self._lease_row(row) for row in self._all("SELECT * FROM leases WHERE step = ? ORDER BY id", step)
+        ]
+
+    def open_lease(self, device: str) -> Lease | None:
+        """The device's open lease, the last if there are several."""
+        row = self._one(
+            "SELECT message FROM leases WHERE device = ? AND state = 'open' ORDER BY id DESC LIMIT 1", device
+        )
+        return None if row is None else self._read(Lease, row["message"])
+
+    def open_leases(self) -> list[LeaseRow]:
+        """All leases that nothing has closed."""
+        # Named, since the planner would rather read the whole table in the order of its ids.
+        rows = self._all("SELECT * FROM leases INDEXED BY leases_open WHERE state = 'open' ORDER BY id")
+        return [self._lease_row(row) for row in rows]
+
+    def lease(self, device: str, lease: str) -> LeaseRow | None:
+        """A lease, open or not, if it is this device's."""
+        row = self._one("SELECT * FROM leases WHERE lease = ? AND device = ?", lease, device)
+        return None if row is None else self._lease_row(row)
+
+    def last_transfer(self, device: str) -> LeaseRow | None:
+        """The device's last lease whose bytes have moved."""
+        row = self._one(
+            "SELECT * FROM leases WHERE device = ? AND transferred_bytes > 0 ORDER BY id DESC LIMIT 1", device
+        )
+        return None if row is None else self._lease_row(row)
+
+    # Progress of a lease
+
+    def data_complete(self, lease: str) -> bool:
+        """The data of an upload are whole and verified; True the first time."""
+        return self._mark(lease, "data_complete = 1", "data_complete = 0")
+
+    def transferred(self, lease: str, seconds: float, bytes: int) -> bool:
+        """The bytes that a lease names have moved; True the first time, and the first time counts."""
+        return self._mark(
+            lease, "transferred_s = ?, transferred_bytes = ?", "transferred_bytes IS NULL", seconds, bytes
+        )
+
+    def adapter(self, lease: str, sha256: str, bytes: int) -> bool:
+        """An adapter was trained under a lease; True the first time.
+
+        The first one counts: after False, the lease's row says which adapter that was.
+        """
+        return self._mark(
+            lease, "adapter_sha256 = ?, adapter_bytes = ?", "adapter_sha256 IS NULL", sha256, bytes
+        )
+
+    def evaluation(self, lease: str, before: float, after: float, accepted: bool) -> bool:
+        """The whole model was evaluated with the lease's adapter; True the first time, and the first time counts.
+
+        An accepted adapter is thereby the one in service, in the place of the one that it was compared with, even if
+        it comes late and that one is of a newer lease.
+
+        Args:
+            lease: whose adapter.
+            before: perplexity without it; one that is not finite is noted as none.
+            after: perplexity with it, likewise.
+            accepted: whether the adapter is to be used.
+        """
+        return self._mark(
+            lease,
+            "before = ?, after = ?, accepted = ?, judged = 1 + ifnull((SELECT max(judged) FROM leases AS other"
+            " WHERE other.device = leases.device AND other.accepted = 1), 0)",
+            "accepted IS NULL",
+            _finite(before),
+            _finite(after),
+            accepted,
+        )
+
+    def result(self, lease: str, result: Result) -> bool:
+        """A device says how a lease went; True if that is news.
+
+        The first result counts, but that success comes after a failure is kept in its place.
+        """
+        below = _OUTCOMES[: _OUTCOMES.index(result.outcome)]
+        return self._mark(
+            lease,
+            "outcome = ?, result = ?",
+            f"(outcome IS NULL OR outcome IN ({_places(below)}))",
+            result.outcome,
+            result.model_dump_json(),
+            below=below,
+        )
+
+    def close_lease(self, lease: str, state: Closed) -> bool:
+        """Close a lease; True if that is news.
+
+        Of several states the one counts that says most: expired, failed, late, done. So a result after the
+        deadline makes an expired lease a late one, and an expiry after the result changes nothing.
+        """
+        below = _STATES[: _STATES.index(state)]
+        return self._mark(
+            lease,
+            "state = ?, closed_at = ?",
+            f"state IN ({_places(below)})",
+            state,
+            self._time(),
+            below=below,
+        )
+
+    def in_service(self, device: str) -> str | None:
+        """SHA-256 of the adapter that serves a device: the last that was accepted."""
+        row = self._one(
+            "SELECT adapter_sha256 FROM leases WHERE device = ? AND accepted = 1"
+            " AND adapter_sha256 IS NOT NULL ORDER BY judged DESC LIMIT 1",
+            device,
+        )
+        return None if row is None else str(row["adapter_sha256"])
+
+    # What people and tests read
+
+    def audit(self, event: str, device: str | None, lease: str | None, detail: str) -> None:
+        """Note a security event or a deletion of data; one about a lease is noted once."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR IGNORE INTO audit (event, device, lease, detail, at) VALUES (?, ?, ?, ?, ?)",
+                (event, device, lease, detail, self._time()),
+            )
+
+    def audit_rows(self) -> list[AuditRow]:
+        """What was noted, in the order in which it was."""
+        return [AuditRow(**row) for row in self._all("SELECT * FROM audit ORDER BY id")]
+
+    def totals(self) -> dict[str, int]:
+        """Counters that are the same for two runs that did the same work, however they were interrupted.
+
+        ``steps``; ``leases.KIND.STATE``; ``bytes.KIND``, moved for leases of a kind, and ``bytes.adapter``;
+        ``adapters.accepted`` and ``adapters.rejected``. A counter of nothing is left out, but for the steps.
+        """
+        totals = {"steps": int(self._all("SELECT count(*) AS n FROM steps")[0]["n"])}
+        for row in self._all("SELECT kind, state, count(*) AS n FROM leases GROUP BY kind, state"):
+            totals[f"leases.{row['kind']}.{row['state']}"] = row["n"]
+        for row in self._all("SELECT kind, total(transferred_bytes) AS n FROM leases GROUP BY kind"):
+            totals[f"bytes.{row['kind']}"] = int(row["n"])
+        totals["bytes.adapter"] = int(self._all("SELECT total(adapter_bytes) AS n FROM leases")[0]["n"])
+        for row in self._all(
+            "SELECT accepted, count(*) AS n FROM leases WHERE accepted IS NOT NULL GROUP BY accepted"
+        ):
+            totals["adapters.accepted" if row["accepted"] else "adapters.rejected"] = row["n"]
+        return {name: count for name, count in sorted(totals.items()) if count or name == "steps"}
+
+    def comparison(self) -> list[Comparison]:
+        """What was predicted of every lease, beside what was measured; in the order of the leases."""
+        return [
+            Comparison(
+                step=row["step"],
+                device=row["device"],
+                lease=row["lease"],
+                task=row["task"],
+                kind=row["kind"],
+                state=row["state"],
+                at_server=bool(row["at_server"]),
+                retention=row["retention"],
+                emulator_name=row["emulator_name"],
+                gain=row["gain"],
+                complexity=row["complexity"],
+                rate_bps=row["rate_bps"],
+                predicted_bytes=row["predicted_bytes"],
+                measured_bytes=row["transferred_bytes"],
+                predicted_delay_s=row["predicted_delay_s"],
+                measured_delay_s=row["transferred_s"],
+                predicted_perplexity=row["predicted_perplexity"],
+                measured_perplexity=row["after"],
+                perplexity_before=row["before"],
+                adapter_sha256=row["adapter_sha256"],
+                accepted=_flag(row["accepted"]),
+            )
+            for row in self._all("SELECT * FROM leases ORDER BY id")
+        ]
+
+    # The database
+
+    def _mark(
+        self, lease: str, assignments: str, condition: str, *values: object, below: Sequence[str] = ()
+    ) -> bool:
+        """Change a lease's row if a condition holds; the values are those of the assignments."""
+        with self._transaction() as database:
+            self._known("lease", "SELECT 1 FROM leases WHERE lease = ?", lease)
+            cursor = database.execute(
+                f"UPDATE leases SET {assignments} WHERE lease = ? AND {condition}", (*values, lease, *below)
+            )
+            return cursor.rowcount > 0
+
+    def _agree(self, step: int, decision: Decision) -> None:
+        """Refuse a decision that the device would be told otherwise."""
+        try:
+            message = Lease.model_validate_json(decision.lease_json)
+        except ValidationError as error:
+            raise LedgerError(f"lease {decision.lease}: lease_json is no Lease: {_first(error)}") from error
+        told = (message.step, message.lease, message.kind, message.task)
+        if told != (step, decision.lease, decision.kind, decision.task):
+            raise LedgerError(
+                f"lease {decision.lease}: step, lease, kind and task are {told} in lease_json; make them those"
+                f" decided, {(step, decision.lease, decision.kind, decision.task)}"
+            )
+
+    def _lease_row(self, row: sqlite3.Row) -> LeaseRow:
+        """A lease with its messages read."""
+        values = {name: row[name] for name in row.keys() if name not in _NOT_SHOWN}  # noqa: SIM118
+        result = row["result"]
+        return LeaseRow(
+            **values
+            | {
+                "message": self._read(Lease, row["message"]),
+                "result": None if result is None else self._read(Result, result),
+                "at_server": bool(row["at_server"]),
+                "data_complete": bool(row["data_complete"]),
+                "accepted": _flag(row["accepted"]),
+            }
+        )
+
+    def _read(self, kind: type[_Message], text: str) -> _Message:
+        """A message that was recorded."""
+        try:
+            return kind.model_validate_json(text)
+        except ValidationError as error:
+            raise LedgerError(
+                f"{self.path}: is damaged: {kind.__name__}: {_first(error)}; {ASIDE}"
+            ) from error
+
+    def _known(self, what: str, query: str, key: str | int) -> None:
+        """Refuse what the ledger does not hold."""
+        if self._one(query, key) is None:
+            raise LedgerError(f"{what} {key}: is not in {self.path}; record it first")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _first(error: ValidationError) -> str:
+    """What is wrong with a message, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _flag(value: int | None) -> bool | None:
+    return None if value is None else bool(value)
+
+
+def _places(values: Sequence[str]) -> str:
+    return ", ".join("?" * len(values))

@@ -1,0 +1,203 @@
+"""A whole fleet on this machine: the server and every device a process of its own, over TLS on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from emutune.errors import FleetError
+from emutune.files import replacing
+from emutune.fleet.config import FleetConfig
+from emutune.fleet.server.run import enrol_device, opened_ledger
+
+COMMAND = (sys.executable, "-c", "from emutune.cli.main import run; run()")
+_START_S = 120.0
+# Every fifth paragraph of a task's text is kept from the device, for the server to judge adapters on.
+_HELD_BACK = 5
+
+
+@dataclass(frozen=True)
+class LocalDevice:
+    """Where a device of this machine keeps its things."""
+
+    name: str
+    directory: Path
+
+    @property
+    def credentials(self) -> Path:
+        """Its credentials file."""
+        return self.directory / "credentials.json"
+
+    @property
+    def data(self) -> Path:
+        """Its tasks' texts."""
+        return self.directory / "data"
+
+    @property
+    def cache(self) -> Path:
+        """Its emulator."""
+        return self.directory / "cache"
+
+    def command(self, url: str) -> list[str]:
+        """What runs it."""
+        options = ("--credentials", self.credentials, "--data", self.data, "--cache", self.cache)
+        return [*COMMAND, "join", url, *map(str, options)]
+
+
+def local_devices(config: FleetConfig, count: int) -> list[LocalDevice]:
+    """Devices ``ue1``, ``ue2``, ... below the server's directory."""
+    root = config.server.directory / "devices"
+    return [LocalDevice(f"ue{number}", root / f"ue{number}") for number in range(1, count + 1)]
+
+
+def write_documentation_tasks(config: FleetConfig, devices: Sequence[LocalDevice]) -> None:
+    """Give each device that has no text one about Python, and the server what is held back of it."""
+    from emutune.tuning.documentation import TASKS, task_text
+
+    held_back = config.acceptance.held_back
+    for number, device in enumerate(devices):
+        if device.data.is_dir() and any(device.data.glob("*.txt")):
+            continue
+        task = TASKS[number % len(TASKS)]
+        paragraphs = task_text(task).split("\n\n")
+        kept = [text for number, text in enumerate(paragraphs) if number % _HELD_BACK]
+        _write(device.data / f"{task}.txt", "\n\n".join(kept))
+        if held_back is not None and not (held_back / f"{device.name}.txt").exists():
+            _write(held_back / f"{device.name}.txt", "\n\n".join(paragraphs[::_HELD_BACK]))
+
+
+def enrol_missing(config: FleetConfig, devices: Sequence[LocalDevice], url: str) -> None:
+    """Credentials for every device that has none."""
+    with opened_ledger(config) as ledger:
+        known = {row.name for row in ledger.devices() if not row.revoked}
+    for device in devices:
+        if device.name not in known or not device.credentials.exists():
+            enrol_device(config, device.name, device.credentials, url)
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind((host, 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that are ended with the block, each given a moment to put its things away."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        yield running
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in running:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[str]:
+    """Start a process of the fleet; what it says goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # Every process computes with one thread: several of more threads than cores only wait for each other.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+
+
+def wait_for_server(process: subprocess.Popen[str], log: Path, url: str) -> None:
+    """Until it answers.
+
+    Raises:
+        FleetError: it ended instead; the message is its own.
+    """
+    host, _, port = url.removeprefix("https://").partition(":")
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise FleetError(f"the server ended: {_last_line(log)}")
+        with socket.socket() as probe:
+            probe.settimeout(0.2)
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.05)
+    raise FleetError(f"the server did not start within {_START_S:g} s; see {log}")
+
+
+def run_local_fleet(
+    source: str | Path, config: FleetConfig, devices: Sequence[LocalDevice], catalogue: Path, policy: str
+) -> None:
+    """Run a fleet on this machine until its steps are done.
+
+    Args:
+        source: the fleet's file, as the server is to read it.
+        config: what it says.
+        devices: who takes part.
+        catalogue: the emulators.
+        policy: a run's directory, or a rule's name.
+
+    Raises:
+        FleetError: the server ended early; the message is its own.
+    """
+    host = config.server.host
+    port = config.server.port or free_port(host)
+    url = f"https://{host}:{port}"
+    logs = config.server.directory / "logs"
+    write_documentation_tasks(config, devices)
+    enrol_missing(config, devices, url)
+    serve = [*COMMAND, "serve", str(source), "--catalogue", str(catalogue), "--policy", policy]
+    with processes() as running:
+        server = start([*serve, "--port", str(port)], logs / "server.log")
+        running.append(server)
+        wait_for_server(server, logs / "server.log", url)
+        for device in devices:
+            running.append(start(device.command(url), logs / f"{device.name}.log"))
+        while server.poll() is None:
+            _check_devices(devices, running[1:], logs)
+            time.sleep(0.1)
+        if server.returncode:
+            raise FleetError(f"the server ended: {_last_line(logs / 'server.log')}")
+        for process in running:
+            process.wait(30)
+
+
+def _check_devices(
+    devices: Sequence[LocalDevice], running: Sequence[subprocess.Popen[str]], logs: Path
+) -> None:
+    """A device that the user has to do something about ends all; one that was killed is lost, as in the field."""
+    for device, process in zip(devices, running, strict=True):
+        if process.poll() == 2:
+            raise FleetError(f"device {device.name} ended: {_last_line(logs / f'{device.name}.log')}")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("emutune: ") if lines else f"see {log}"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as aside:
+            aside.write_text(text, "utf-8")
+    except OSError as error:
+        raise FleetError(f"{path}: cannot be written ({error.strerror}); free some space") from error

@@ -1,0 +1,244 @@
+"""Files that come in: data of uploads, piece by piece over any number of requests, and adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anyio import CancelScope
+from anyio.to_thread import run_sync
+from fastapi import Request
+from safetensors import SafetensorError, safe_open
+
+from emutune.fleet.protocol import Received
+from emutune.fleet.server.bodies import gathered, pieces
+from emutune.fleet.server.refusals import Refused
+
+HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The data that a lease waits for.
+
+    Attributes:
+        lease: which; a name that was looked up.
+        size: bytes of the whole.
+        sha256: of the whole.
+        taken: whether the data arrived whole and were taken over; that must outlive a kill.
+        take: takes the file of the whole, verified data over, by moving or copying it; may be called again
+            until ``taken`` says so.
+    """
+
+    lease: str
+    size: int
+    sha256: str
+    taken: Callable[[], bool]
+    take: Callable[[Path], Awaitable[None]]
+
+
+@dataclass
+class _Upload:
+    """One upload: only the latest request that goes on with it may write."""
+
+    turn: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Uploads:
+    """Data of leases as they arrive: ``LEASE.part``, and once they are whole and verified ``LEASE.data``.
+
+    What arrived survives a kill at any moment.
+
+    Args:
+        directory: where they are.
+        damaged: told of which lease the data were another than expected.
+    """
+
+    def __init__(self, directory: Path, damaged: Callable[[str], None]) -> None:
+        self._directory, self._damaged = directory, damaged
+        self._open: dict[str, _Upload] = {}
+
+    async def received(self, expected: Expected) -> Received:
+        """How far an upload is; a request that still writes to it ends, since nobody waits for it."""
+        upload = self._take_turn(expected)
+        async with upload.lock:
+            return await self._settle(expected)
+
+    async def append(self, request: Request, expected: Expected, offset: int) -> Received:
+        """Write a request's body to where an upload ends.
+
+        Whatever arrived before a connection broke or a disk was full stays.
+
+        Raises:
+            Refused: 409 if the upload ends elsewhere or another request goes on with it; 413 if there is
+                more than the upload lacks, of which nothing is kept.
+            OSError: the disk is full.
+        """
+        upload = self._take_turn(expected)
+        turn = upload.turn
+        async with upload.lock:
+            have = (await self._settle(expected)).bytes
+        if offset != have:
+            raise Refused(409, f"the server has {have} bytes; go on from there")
+        if offset < expected.size:
+            await self._write(request, expected, upload, turn, offset)
+        else:
+            async for _ in pieces(request, 0):
+                pass
+        async with upload.lock:
+            return await self._settle(expected)
+
+    async def _write(
+        self, request: Request, expected: Expected, upload: _Upload, turn: int, offset: int
+    ) -> None:
+        at, path = offset, self._part(expected)
+        file = await run_sync(_open_part, path)
+        try:
+            async for piece in gathered(pieces(request, expected.size - offset)):
+                async with upload.lock:
+                    if upload.turn != turn:
+                        raise Refused(409, "another request goes on with this upload")
+                    await run_sync(_write_all, file, piece, at)
+                at += len(piece)
+        except Refused as refused:
+            if refused.status_code == 413 and upload.turn == turn:
+                os.ftruncate(file, offset)
+                at = offset
+            raise
+        finally:
+            if at == 0 and upload.turn == turn:
+                path.unlink(missing_ok=True)
+            with CancelScope(shield=True):
+                await run_sync(_sync_and_close, file)
+
+    async def _settle(self, expected: Expected) -> Received:
+        """How far it is; what has become whole is verified and taken over."""
+        part, data = self._part(expected), self._directory / f"{expected.lease}.data"
+        if expected.taken():
+            # A kill may have come before whoever copied the file could remove it.
+            data.unlink(missing_ok=True)
+            self._open.pop(expected.lease, None)
+            return Received(bytes=expected.size, complete=True)
+        if not data.exists():
+            have = part.stat().st_size if part.exists() else 0
+            if have < expected.size:
+                return Received(bytes=have, complete=False)
+            if have > expected.size or await run_sync(_sha256, part) != expected.sha256:
+                self._damaged(expected.lease)
+                part.unlink()
+                return Received(bytes=0, complete=False)
+            await run_sync(_move, part, data)
+        await expected.take(data)
+        return Received(bytes=expected.size, complete=True)
+
+    def _take_turn(self, expected: Expected) -> _Upload:
+        upload = self._open.setdefault(expected.lease, _Upload())
+        upload.turn += 1
+        return upload
+
+    def _part(self, expected: Expected) -> Path:
+        return self._directory / f"{expected.lease}.part"
+
+
+async def receive_adapter(request: Request, directory: Path, limit: int) -> tuple[Path, bool]:
+    """Write a request's body as ``directory/SHA256.safetensors``, if it is a safetensors file.
+
+    Returns:
+        The path, and whether it is new.
+
+    Raises:
+        Refused: 413 if it is too long, 422 if it is no safetensors file or has too long a header.
+        OSError: the disk is full; nothing is left behind.
+    """
+    aside = directory / f"{uuid.uuid4().hex}.partial"
+    digest, at, start = hashlib.sha256(), 0, b""
+    file = await run_sync(_open_part, aside)
+    try:
+        try:
+            async for piece in gathered(pieces(request, limit)):
+                start = start if len(start) >= 9 else (start + piece)[:9]
+                _check_start(start, limit)
+                await run_sync(_write_all, file, piece, at)
+                digest.update(piece)
+                at += len(piece)
+        finally:
+            with CancelScope(shield=True):
+                await run_sync(_sync_and_close, file)
+        await run_sync(_check_safetensors, aside)
+        path = directory / f"{digest.hexdigest()}.safetensors"
+        new = not path.exists()
+        await run_sync(_move, aside, path)
+        return path, new
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def _check_start(start: bytes, limit: int) -> None:
+    """Refuse a header that is too long before any of it is kept."""
+    length = int.from_bytes(start[:8], "little")
+    if len(start) >= 8 and not 2 <= length <= min(HEADER_BYTES, limit):
+        raise Refused(422, f"no safetensors file: its header must have at most {HEADER_BYTES} bytes")
+    if len(start) >= 9 and start[8:9] != b"{":
+        raise Refused(422, "no safetensors file: its header is no JSON object")
+
+
+def _check_safetensors(path: Path) -> None:
+    """Read a file's header and compare it with the file's length.
+
+    Raises:
+        Refused: 422.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, HEADER_BYTES))
+        if not 2 <= length <= HEADER_BYTES or len(header) != length:
+            raise ValueError("the file ends within its header")
+        if not isinstance(json.loads(header), dict):
+            raise ValueError("the header is no JSON object")
+        with safe_open(path, "np") as opened:
+            opened.keys()
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise Refused(422, f"no safetensors file: {ascii(str(error))[:200]}") from error
+
+
+def _open_part(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _write_all(file: int, piece: bytes, at: int) -> None:
+    view = memoryview(piece)
+    while view:
+        written = os.pwrite(file, view, at)
+        view, at = view[written:], at + written
+
+
+def _sync_and_close(file: int) -> None:
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _move(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    _sync_directory(target.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    file = os.open(directory, os.O_RDONLY)
+    _sync_and_close(file)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,197 @@
+"""From reports to leases: what each device is told to do in a step, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from emutune.errors import FleetError
+from emutune.fleet.config import FleetConfig
+from emutune.fleet.protocol import Lease, Report
+from emutune.fleet.rows import Decision
+from emutune.fleet.server.decide import Candidate, Choice, Decider, Forecast
+from emutune.fleet.server.links import DrawnLink, middle_gain
+from emutune.tuning.catalogue import Catalogue
+from emutune.tuning.manifest import Emulator, missing
+
+MegaBytes = 1e6
+
+
+class Leasing:
+    """What decisions need to know beside the reports.
+
+    Args:
+        config: the fleet's file.
+        catalogue: the emulators.
+        decider: the policy.
+        complexity: c of a device that could not measure it, because it holds no emulator.
+        last_gain: what a device's last transfer says of its link; None if there was none.
+        in_service: SHA-256 of the adapter in service of a device.
+
+    Raises:
+        FleetError: the catalogue is that of another model than the scenario's, or lacks its emulators.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        catalogue: Catalogue,
+        decider: Decider,
+        complexity: Callable[[str], float],
+        last_gain: Callable[[str], float | None],
+        in_service: Callable[[str], str | None],
+    ) -> None:
+        self._config, self._catalogue, self._decider = config, catalogue, decider
+        self._complexity, self._last_gain, self._in_service = complexity, last_gain, in_service
+        self._scenario = decider.scenario
+        self.emulators = _usable_emulators(catalogue, decider)
+        self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
+
+    def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
+        """Decide a step; the same for the same step and reports."""
+        candidates = [self._candidate(step, device, report) for device, report in reports]
+        choices = self._decider.decide(step, candidates)
+        choices = [
+            self._allowed(choice, report) for choice, (_, report) in zip(choices, reports, strict=True)
+        ]
+        wanted = [self._emulator(choice.layers) for choice in choices]
+        moved = [
+            report.data_bytes if choice.at_server else self._missing(report, emulator)
+            for choice, emulator, (_, report) in zip(choices, wanted, reports, strict=True)
+        ]
+        scaled = [bytes_ * self._config.shaping.byte_scale for bytes_ in moved]
+        predicted = self._decider.forecast(candidates, choices, scaled)
+        rates = self._rates(step, reports, candidates, choices, scaled)
+        return [
+            self._decision(step, *row)
+            for row in zip(reports, candidates, choices, wanted, moved, predicted, rates, strict=True)
+        ]
+
+    def _candidate(self, step: int, device: str, report: Report) -> Candidate:
+        shaping, scenario = self._config.shaping, self._scenario
+        link = DrawnLink(scenario, shaping.seed, device)
+        gain = link.gain(step - 1) if shaping.enabled else report.gain or self._last_gain(device)
+        held = self._held(report)
+        return Candidate(
+            gain=middle_gain(scenario) if gain is None else gain,
+            complexity=self.complexity_of(device, report),
+            data_bytes=report.data_bytes * shaping.byte_scale,
+            cached_layers=0 if held is None else round(held.retention * scenario.model.layers),
+            transmit_power_w=link.transmit_power_w,
+        )
+
+    def complexity_of(self, device: str, report: Report) -> float:
+        """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
+        untuned = self._scenario.quality.curve.untuned or self._base_perplexity
+        if report.perplexity_ratio is None or untuned is None or self._base_perplexity is None:
+            return self._complexity(device)
+        ratio = report.perplexity_ratio * self._base_perplexity / untuned
+        return self._scenario.quality.complexity_weight * (ratio - 1)
+
+    def _allowed(self, choice: Choice, report: Report) -> Choice:
+        """What the device's cache and the server's limits leave of a choice."""
+        fitting = [e for e in self.emulators if e.bytes <= report.cache_bytes] or self.emulators[:1]
+        layers = self._scenario.model.layers
+        most = round(max(emulator.retention for emulator in fitting) * layers)
+        within_limit = report.data_bytes <= self._config.limits.data_mb * MegaBytes
+        return Choice(choice.at_server and within_limit, min(choice.layers, most))
+
+    def _emulator(self, layers: int) -> Emulator:
+        retention = layers / self._scenario.model.layers
+        return min(self.emulators, key=lambda emulator: abs(emulator.retention - retention))
+
+    def _held(self, report: Report) -> Emulator | None:
+        return next((emulator for emulator in self.emulators if emulator.name == report.emulator), None)
+
+    def _missing(self, report: Report, wanted: Emulator) -> int:
+        return sum(missing(self._held(report), wanted).values())
+
+    def _rates(
+        self,
+        step: int,
+        reports: Sequence[tuple[str, Report]],
+        candidates: Sequence[Candidate],
+        choices: Sequence[Choice],
+        scaled: Sequence[float],
+    ) -> list[float | None]:
+        """What each link carries in this step, in bits/s of wall time: with the gain during it, not before it."""
+        shaping = self._config.shaping
+        if not shaping.enabled:
+            return [None] * len(reports)
+        during = [
+            Candidate(
+                **{
+                    **vars(candidate),
+                    "gain": DrawnLink(self._scenario, shaping.seed, device).gain(step),
+                }
+            )
+            for candidate, (device, _) in zip(candidates, reports, strict=True)
+        ]
+        actual = self._decider.forecast(during, choices, scaled)
+        scale = shaping.time_scale / shaping.byte_scale
+        return [
+            forecast.rate_bps * scale if bytes_ else None
+            for forecast, bytes_ in zip(actual, scaled, strict=True)
+        ]
+
+    def _decision(
+        self,
+        step: int,
+        reported: tuple[str, Report],
+        candidate: Candidate,
+        choice: Choice,
+        emulator: Emulator,
+        moved: int,
+        forecast: Forecast,
+        rate_bps: float | None,
+    ) -> Decision:
+        device, report = reported
+        local = not choice.at_server
+        lease = Lease(
+            lease=f"{step}-{device}",
+            step=step,
+            kind="train" if local else "upload",
+            task=report.task,
+            emulator=json.loads(emulator.model_dump_json()) if local else None,
+            start=self._in_service(device),
+            training=self._config.training.model_copy(update={"seed": self._config.training.seed + step}),
+            rate_bps=rate_bps,
+            deadline_s=self._config.steps.deadline_s,
+        )
+        return Decision(
+            device=device,
+            task=report.task,
+            lease=lease.lease,
+            kind=lease.kind,
+            retention=emulator.retention if local else None,
+            at_server=choice.at_server,
+            emulator_name=emulator.name if local else None,
+            lease_json=lease.model_dump_json(),
+            predicted_bytes=moved,
+            predicted_delay_s=forecast.delay_s,
+            predicted_perplexity=forecast.perplexity,
+            gain=candidate.gain,
+            complexity=candidate.complexity,
+            rate_bps=rate_bps,
+        )
+
+
+def _usable_emulators(catalogue: Catalogue, decider: Decider) -> list[Emulator]:
+    """The catalogue's emulators within the scenario's bounds, by rising retention."""
+    scenario = decider.scenario
+    if scenario.model.base not in (None, catalogue.info.base):
+        raise FleetError(
+            f"{catalogue.directory}: was made from the model {catalogue.info.base[:12]}, but the policy's scenario "
+            f"{scenario.name!r} was measured on {str(scenario.model.base)[:12]}; build a catalogue of that model, or "
+            "train in a scenario of this one (emutune calibrate)"
+        )
+    low, high = (level / scenario.model.layers for level in scenario.level_bounds)
+    within: Any = [e for e in catalogue.emulators() if low - 1e-9 <= e.retention <= high + 1e-9]
+    if not within:
+        raise FleetError(
+            f"{catalogue.directory}: holds no emulator with a retention of {low:.3g} to {high:.3g}, the bounds of "
+            f"scenario {scenario.name!r}; build with --retentions inside them"
+        )
+    emulators: list[Emulator] = within
+    return emulators

@@ -1,0 +1,291 @@
+"""What is done on each route of the protocol; the devices that ask are authenticated here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Header, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from emutune.errors import AdapterError
+from emutune.fleet.config import Limits
+from emutune.fleet.protocol import (
+    Enrolment,
+    FleetInfo,
+    Identifier,
+    Lease,
+    Received,
+    Report,
+    Result,
+    Sha256,
+    Transferred,
+)
+from emutune.fleet.rows import LeaseRow
+from emutune.fleet.server import bodies, refusals
+from emutune.fleet.server.blobs import send_file
+from emutune.fleet.server.hub import Hub
+from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
+from emutune.fleet.server.refusals import Refused
+from emutune.fleet.shaping import TokenBucket
+
+log = logging.getLogger(__name__)
+
+BucketOf = Callable[[str, Lease], TokenBucket | None]
+LONGEST_WAIT_S = 30.0
+_LOOK_AGAIN_S = 0.1
+_TOKENIZER_FILE = "^[0-9A-Za-z_][0-9A-Za-z._-]{0,127}$"
+
+_bearer = HTTPBearer(
+    auto_error=False, description="The hexadecimal key that the device drew and enrolled with."
+)
+
+
+class Doorkeeper(refusals.Auditor, Protocol):
+    """What the routes need of the ledger."""
+
+    def enrol(self, name: str, token_sha256: str, key_sha256: str) -> bool:
+        """Whether the token is the device's, and not used with another key."""
+        ...
+
+    def device_of_key(self, key_sha256: str) -> str | None:
+        """Whose key it is; None if nobody's or of a revoked device."""
+        ...
+
+    def open_lease(self, device: str) -> Lease | None:
+        """The lease that the device works on."""
+        ...
+
+    def lease(self, device: str, lease: str) -> LeaseRow | None:
+        """How far a lease is; ``data_complete`` once the hub has taken its data over."""
+        ...
+
+
+class Shared:
+    """What the routes share."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        ledger: Doorkeeper,
+        catalogue: Path,
+        work: Path,
+        limits: Limits,
+        bucket_of: BucketOf,
+    ) -> None:
+        self.hub, self.ledger, self.catalogue, self.bucket_of = hub, ledger, catalogue, bucket_of
+        self._fetching: dict[str, Lease] = {}
+        self.adapters = work / "adapters"
+        self.data_bytes, self.adapter_bytes = int(limits.data_mb * 1e6), int(limits.adapter_mb * 1e6)
+        uploads = work / "uploads"
+        for folder in (self.adapters, uploads):
+            folder.mkdir(parents=True, exist_ok=True)
+        for cut_short in self.adapters.glob("*.partial"):
+            cut_short.unlink()
+        self.uploads = Uploads(uploads, self._damaged)
+
+    def link_of(self, device: str) -> TokenBucket | None:
+        """The link of the lease that a device fetches an emulator for, also when that lease has become late."""
+        current = self.ledger.open_lease(device)
+        if current is not None and current.kind == "train":
+            self._fetching[device] = current
+        lease = self._fetching.get(device)
+        return None if lease is None else self.bucket_of(device, lease)
+
+    def expected(self, device: str, lease: str) -> Expected:
+        """The data that an upload lease waits for."""
+        size, sha256 = self.hub.data_size(device, lease)
+
+        def taken() -> bool:
+            row = self.ledger.lease(device, lease)
+            return row is not None and row.data_complete
+
+        async def take(path: Path) -> None:
+            await self.hub.data_received(device, lease, path)
+
+        return Expected(lease, size, sha256, taken, take)
+
+    def _damaged(self, lease: str) -> None:
+        detail = "the data that arrived have another SHA-256 than reported; they are to be sent again"
+        log.warning("lease %s: %s", lease, detail)
+        self.ledger.audit("damaged upload", None, lease, detail)
+
+
+def _shared(request: Request) -> Shared:
+    shared: Shared = request.app.state.fleet
+    return shared
+
+
+Fleet = Annotated[Shared, Depends(_shared)]
+
+
+async def _device(
+    request: Request,
+    fleet: Fleet,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> str:
+    """Who asks. Every request costs one hash and one look-up, whatever key it brings."""
+    key = "" if credentials is None else credentials.credentials
+    name = fleet.ledger.device_of_key(hashlib.sha256(key.encode()).hexdigest())
+    if name is None or not key:
+        raise Refused(401, "the key is missing, unknown or revoked", {"WWW-Authenticate": "Bearer"})
+    request.state.device = name
+    return name
+
+
+Device = Annotated[str, Depends(_device)]
+
+
+async def _lease(
+    request: Request, fleet: Fleet, device: Device, lease: Annotated[Identifier, InPath()]
+) -> Lease:
+    """The lease of the path, if it is the asking device's; whether it is another's stays unsaid."""
+    found = fleet.hub.lease_of(device, lease)
+    if found is None:
+        raise Refused(404, f"{device} has no lease {lease}")
+    request.state.lease = lease
+    return found
+
+
+async def _upload(lease: Annotated[Lease, Depends(_lease)]) -> Lease:
+    if lease.kind != "upload":
+        raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which sends no data")
+    return lease
+
+
+Leased = Annotated[Lease, Depends(_lease)]
+Uploading = Annotated[Lease, Depends(_upload)]
+Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Seconds to wait for an answer to come.")]
+RangeHeader = Annotated[str | None, Header(alias="Range", description="`bytes=N-` goes on from byte N.")]
+
+
+async def enrolment(request: Request, fleet: Fleet) -> None:
+    """A device takes its place with the token from its credentials file."""
+    asked = await bodies.message(request, Enrolment)
+    token_sha256 = hashlib.sha256(asked.token.encode()).hexdigest()
+    if not fleet.ledger.enrol(asked.device, token_sha256, asked.key_sha256):
+        raise Refused(403, f"{asked.device}: the token is unknown or was used with another key")
+    log.info("%s enrolled", asked.device)
+
+
+async def fleet_info(fleet: Fleet, device: Device) -> FleetInfo:
+    """What a device has to know before its first task."""
+    return fleet.hub.info()
+
+
+async def reports(request: Request, fleet: Fleet, device: Device) -> None:
+    """A device has a task."""
+    await fleet.hub.reported(device, await bodies.message(request, Report))
+
+
+async def lease(fleet: Fleet, device: Device, wait: Wait = 0.0) -> Any:
+    """The device's lease, as soon as there is one."""
+    found = await fleet.hub.next_lease(device, wait)
+    return Response(status_code=204) if found is None else found
+
+
+async def shard(
+    request: Request,
+    fleet: Fleet,
+    device: Device,
+    sha256: Annotated[Sha256, InPath()],
+    range_: RangeHeader = None,
+) -> Response:
+    """A shard of the catalogue, over the link of the lease that the device works on."""
+    path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
+    return await send_file(request, path, fleet.link_of(device), tag=sha256)
+
+
+async def tokenizer(
+    request: Request,
+    fleet: Fleet,
+    device: Device,
+    name: Annotated[str, InPath(pattern=_TOKENIZER_FILE)],
+    range_: RangeHeader = None,
+) -> Response:
+    """A file of the catalogue's tokenizer."""
+    sha256 = fleet.hub.info().tokenizer.get(name)
+    if sha256 is None:
+        raise Refused(404, "the tokenizer has no such file; GET /v1/fleet names them")
+    return await send_file(request, fleet.catalogue / "tokenizer" / name, tag=sha256)
+
+
+async def get_adapter(
+    request: Request,
+    fleet: Fleet,
+    device: Device,
+    lease: Leased,
+    wait: Wait = 0.0,
+    range_: RangeHeader = None,
+) -> Response:
+    """The adapter that training starts from, or with ``upload`` the one that the server trained."""
+    may_come = lease.kind == "upload" or lease.start is not None
+    until = time.monotonic() + wait
+    while (path := fleet.hub.start_adapter(device, lease.lease)) is None:
+        if not may_come or time.monotonic() >= until:
+            return Response(status_code=204)
+        await asyncio.sleep(_LOOK_AGAIN_S)
+    return await send_file(request, path)
+
+
+async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+    """The adapter that the device trained."""
+    if lease.kind != "train":
+        raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which takes no adapter")
+    path, new = await receive_adapter(request, fleet.adapters, fleet.adapter_bytes)
+    row = fleet.ledger.lease(device, lease.lease)
+    first = None if row is None else row.adapter_sha256
+    if first is not None and path.stem != first:
+        log.info("%s: lease %s has an adapter; another one does not count", device, lease.lease)
+        if new:
+            path.unlink(missing_ok=True)
+        return
+    try:
+        await fleet.hub.adapter_received(device, lease.lease, path)
+    except AdapterError:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
+
+
+async def get_data(fleet: Fleet, device: Device, lease: Uploading) -> Received:
+    """How far an upload is; ends a request that still writes to it."""
+    return await fleet.uploads.received(fleet.expected(device, lease.lease))
+
+
+async def patch_data(
+    request: Request,
+    fleet: Fleet,
+    device: Device,
+    lease: Uploading,
+    offset: Annotated[int, Query(ge=0, le=1 << 50, description="The byte that the body starts with.")],
+) -> Received:
+    """The bytes of an upload from ``offset`` on; when it is whole, its SHA-256 is checked.
+
+    If that is not the one reported, the upload starts again: the answer is ``{"bytes": 0, "complete": false}``.
+    """
+    expected = fleet.expected(device, lease.lease)
+    if expected.size > fleet.data_bytes:
+        raise Refused(413, f"a task may have at most {fleet.data_bytes} bytes of data here")
+    return await fleet.uploads.append(request, expected, offset)
+
+
+async def transferred(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+    """The device has what its lease names, or has sent it."""
+    await fleet.hub.transferred(device, lease.lease, await bodies.message(request, Transferred))
+
+
+async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+    """The device is done with a lease."""
+    await fleet.hub.result(device, lease.lease, await bodies.message(request, Result))
+
+
+async def leave(fleet: Fleet, device: Device) -> None:
+    """The device takes no part any more."""
+    await fleet.hub.left(device)

@@ -1,0 +1,211 @@
+"""What the server computes with torch, in processes of its own: training uploaded tasks, judging adapters.
+
+A job is a JSON object, and so is its outcome; both are the same whichever process does the job, and a job
+that is done again comes to the same outcome. ``python -m emutune.fleet.server.worker`` reads jobs from
+standard input, one a line, and writes an outcome for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from emutune.errors import EmutuneError
+from emutune.fleet.protocol import Training
+
+_HELD_BACK_BLOCKS = 24
+
+
+class TrainJob(BaseModel):
+    """Train an adapter on a text.
+
+    Attributes:
+        emulator: name of the emulator to train against; the whole model's is ``base``.
+        start: adapter from which training starts.
+        out: where the adapter goes.
+        work: where checkpoints are kept; whoever does the job again goes on from there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["train"] = "train"
+    catalogue: Path
+    emulator: str
+    text: Path
+    start: Path | None
+    out: Path
+    work: Path
+    training: Training
+
+
+class JudgeJob(BaseModel):
+    """Perplexity of the whole model on held-back text, with each of some adapters plugged in; None is without."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["judge"] = "judge"
+    catalogue: Path
+    text: Path | None
+    block: int
+    adapters: tuple[Path | None, ...]
+
+
+Job = Annotated[TrainJob | JudgeJob, Field(discriminator="kind")]
+_JOB: TypeAdapter[TrainJob | JudgeJob] = TypeAdapter(Job)
+
+
+def run_job(job: TrainJob | JudgeJob) -> dict[str, Any]:
+    """Do a job.
+
+    Raises:
+        EmutuneError: its text, adapter or catalogue is not usable.
+    """
+    return _train(job) if isinstance(job, TrainJob) else _judge(job)
+
+
+def _train(job: TrainJob) -> dict[str, Any]:
+    from emutune.tuning.adapters import (
+        AdapterManifest,
+        attach,
+        check_belongs,
+        copy_values,
+        load_adapter,
+        save_adapter,
+    )
+    from emutune.tuning.catalogue import open_catalogue
+    from emutune.tuning.text import fitting_block, pack, read_text, split_blocks
+    from emutune.tuning.trainer import TrainerConfig
+    from emutune.tuning.tune import Bench, adapter_layers
+
+    catalogue = open_catalogue(job.catalogue)
+    emulator, tokenizer, info = catalogue.emulator(job.emulator), catalogue.tokenizer(), catalogue.info
+    assert emulator is not None
+    splits = split_blocks(
+        pack(read_text(job.text), tokenizer), fitting_block(catalogue.config, job.training.block)
+    )
+    full = catalogue.assemble(catalogue.base())
+    training = job.training
+    width = 0 if training.adapter == "layers" else training.width
+    parameters = attach(adapter_layers(catalogue, full), training.adapter, width, training.seed)
+    manifest = AdapterManifest(
+        base=info.base,
+        layers=info.layers,
+        layer_map=info.adapter_layers,
+        kind=training.adapter,
+        width=width,
+        retention=emulator.retention,
+        emulator=emulator.name,
+    )
+    if job.start is not None:
+        found, values = load_adapter(job.start)
+        check_belongs(found, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
+        copy_values(parameters, values)
+    config = TrainerConfig(
+        steps=training.steps,
+        batch=training.batch,
+        learning_rate=training.learning_rate,
+        seed=training.seed,
+        score_every=max(1, training.steps // 2),
+    )
+    bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
+    result = bench.train(parameters, config, job.work, job.model_dump_json(exclude={"work"}))
+    save_adapter(job.out, manifest, parameters)
+    return {"before": result.before, "after": result.after}
+
+
+def _judge(job: JudgeJob) -> dict[str, Any]:
+    model, splits, mask_token = _whole_model(job.catalogue, job.text, job.block)
+    return {"perplexity": [_plugged_perplexity(model, path, splits, mask_token) for path in job.adapters]}
+
+
+@lru_cache(maxsize=4)
+def _whole_model(catalogue_directory: Path, text: Path | None, block: int) -> Any:
+    from emutune.tuning.text import fitting_block, pack, read_text
+
+    tokenizer, model = _opened(catalogue_directory)
+    words = _documentation() if text is None else read_text(text)
+    blocks = _held_back(pack(words, tokenizer), fitting_block(model.config, block))
+    return model, blocks, tokenizer.mask_token_id
+
+
+def _documentation() -> str:
+    from emutune.tuning.documentation import reference_text
+
+    return reference_text()
+
+
+@lru_cache(maxsize=1)
+def _opened(directory: Path) -> Any:
+    from emutune.tuning.catalogue import open_catalogue
+
+    catalogue = open_catalogue(directory)
+    return catalogue.tokenizer(), catalogue.assemble(catalogue.base())
+
+
+def _held_back(tokens: Any, block: int) -> Any:
+    """Blocks from all over the text, as many as one answer is worth waiting for."""
+    import numpy as np
+
+    from emutune.errors import DataError
+    from emutune.tuning.text import Blocks
+
+    count = len(tokens) // block
+    if not count:
+        raise DataError(
+            f"acceptance: held-back text has {len(tokens)} tokens, fewer than a block of {block}; give more text"
+        )
+    numbers = np.unique(np.linspace(0, count - 1, min(count, _HELD_BACK_BLOCKS)).astype(int))
+    return Blocks(tokens, block, numbers)
+
+
+def _plugged_perplexity(model: Any, adapter: Path | None, blocks: Any, mask_token: int | None) -> float:
+    import copy
+
+    from emutune.tuning.adapters import check_belongs, load_adapter, plug_in
+    from emutune.tuning.layers import keep_layers, layer_stack, replace_stack, stack_name
+    from emutune.tuning.perplexity import perplexity
+
+    if adapter is None:
+        return perplexity(model, blocks, mask_token=mask_token)
+    manifest, values = load_adapter(adapter)
+    layers = list(layer_stack(model))
+    check_belongs(manifest, base=manifest.base, layers=len(layers))
+    plugged = keep_layers(model, range(len(layers)))
+    own = {index: copy.deepcopy(layers[index]) for index in manifest.layer_map}
+    plug_in(own, manifest, values)
+    replace_stack(plugged, stack_name(plugged), [own.get(i, layer) for i, layer in enumerate(layers)])
+    return perplexity(plugged, blocks, mask_token=mask_token)
+
+
+def outcome_of(line: str | bytes) -> dict[str, Any]:
+    """Do a job given as JSON; an error that the user can put right becomes ``{"error": message}``."""
+    try:
+        return run_job(_JOB.validate_json(line))
+    except EmutuneError as error:
+        return {"error": str(error)}
+
+
+def main() -> None:
+    """Do jobs until standard input ends."""
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    for line in sys.stdin:
+        print(json.dumps(outcome_of(line)), flush=True)
+
+
+def _die_with(parent: int) -> None:
+    """A server that is started again gives the job to another process; two must not work on one checkpoint."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The loop of a fleet, with real agents and real training, over requests carried in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_fleet import WholeFleet, catalogue_at
+
+from emutune.errors import FleetError
+from emutune.fleet.ledger import Ledger
+from emutune.tuning.adapters import load_adapter
+from emutune.tuning.catalogue import Catalogue
+
+NAMES = ("ue1", "ue2")
+# What a run comes to whoever is interrupted.
+STEADY = ("steps", "leases", "bytes.train", "bytes.upload")
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    return catalogue_at(tmp_path_factory.mktemp("model"))
+
+
+def fleet_of(folder: Path, catalogue: Catalogue, **options: Any) -> WholeFleet:
+    fleet = WholeFleet(folder, catalogue, **options)
+    for name in NAMES:
+        fleet.add_device(name)
+    return fleet
+
+
+async def run(fleet: WholeFleet, names: tuple[str, ...] = NAMES) -> list[int]:
+    async with fleet.server() as work:
+        done, _ = await asyncio.gather(asyncio.gather(*map(fleet.device, names)), work)
+    return done
+
+
+def steady(ledger: Ledger) -> dict[str, int]:
+    return {name: value for name, value in ledger.totals().items() if name.startswith(STEADY)}
+
+
+def test_devices_fetch_train_and_return_adapters_for_every_step(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue)
+    assert asyncio.run(run(fleet)) == [3, 3]
+    with fleet.ledger() as ledger:
+        rows = [row for step in range(3) for row in ledger.step_leases(step)]
+        assert ledger.totals().get("leases.train.done") == len(rows) == 6, rows
+        assert not ledger.open_leases()
+        for row in rows:
+            assert row.transferred_bytes == row.predicted_bytes
+            assert row.result is not None
+            assert row.result.outcome == "trained"
+            assert row.adapter_sha256 == row.result.adapter
+            assert row.accepted == (row.after <= row.before)
+        # An emulator crosses the link once; as long as the policy keeps it, nothing is sent again.
+        assert [bool(row.transferred_bytes) for row in rows] == [True, True, False, False, False, False]
+
+
+def test_server_trains_what_is_uploaded_and_deletes_the_data(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue, policy="all_server", count=2)
+    assert asyncio.run(run(fleet)) == [2, 2]
+    directory = fleet.config.server.directory
+    with fleet.ledger() as ledger:
+        rows = [row for step in range(2) for row in ledger.step_leases(step)]
+        assert ledger.totals()["leases.upload.done"] == len(rows) == 4
+        for row in rows:
+            text = tmp_path / row.device / "data" / "text.txt"
+            assert row.transferred_bytes == row.predicted_bytes == text.stat().st_size
+            assert row.result is not None
+            assert row.result.adapter == row.adapter_sha256
+        deleted = [row.lease for row in ledger.audit_rows() if row.event == "data deleted"]
+        assert sorted(deleted) == sorted(row.lease for row in rows)
+    words = (tmp_path / "ue1" / "data" / "text.txt").read_bytes()[:200]
+    left = [path for path in directory.glob("**/*") if path.is_file() and "held_back" not in path.parts]
+    assert left
+    assert not [path for path in left if words in path.read_bytes()]
+
+
+def test_training_goes_on_from_the_adapter_in_service(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue)
+    asyncio.run(run(fleet))
+    with fleet.ledger() as ledger:
+        serving: dict[str, str | None] = dict.fromkeys(NAMES)
+        for step in range(3):
+            for row in ledger.step_leases(step):
+                assert row.message.start == serving[row.device]
+                if row.accepted:
+                    serving[row.device] = row.adapter_sha256
+        assert {name: ledger.in_service(name) for name in NAMES} == serving
+    for sha256 in filter(None, serving.values()):
+        manifest, _ = load_adapter(fleet.config.server.directory / "adapters" / f"{sha256}.safetensors")
+        assert manifest.base == catalogue.info.base
+
+
+def test_adapter_that_makes_the_model_worse_stays_out_of_service(
+    tmp_path: Path, catalogue: Catalogue
+) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=1)
+    worse = {"perplexity": [10.0, 10.5]}
+
+    async def judged(job: Any) -> dict[str, Any]:
+        return worse if job.kind == "judge" and len(job.adapters) == 2 else {"perplexity": [10.0]}
+
+    async def scenario() -> None:
+        async with fleet.server() as work:
+            fleet.hub._judge.run = judged
+            await asyncio.gather(*map(fleet.device, NAMES), work)
+
+    asyncio.run(scenario())
+    with fleet.ledger() as ledger:
+        assert [row.accepted for row in ledger.step_leases(0)] == [False, False]
+        assert [ledger.in_service(name) for name in NAMES] == [None, None]
+
+
+def test_straggler_is_late_and_its_result_is_kept(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=2)
+    steps = fleet.config.steps.model_copy(update={"deadline_s": 1.5, "gather_s": 0.5})
+    fleet.config = fleet.config.model_copy(update={"steps": steps})
+
+    async def scenario() -> None:
+        async with fleet.server() as work:
+            quick = asyncio.create_task(fleet.device("ue1"))
+            fleet.carrier.hold("ue2", "result", 4.0)
+            slow = asyncio.create_task(fleet.device("ue2"))
+            await asyncio.gather(work, quick, slow)
+
+    asyncio.run(scenario())
+    with fleet.ledger() as ledger:
+        first = {row.device: row for row in ledger.step_leases(0)}
+        assert first["ue2"].state == "late"
+        assert first["ue2"].accepted is not None
+        assert ledger.last_step() == 1
+
+
+def test_device_joins_and_leaves_between_steps(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=3)
+    steps = fleet.config.steps.model_copy(update={"gather_s": 1.0})
+    fleet.config = fleet.config.model_copy(update={"steps": steps})
+
+    async def scenario() -> list[int]:
+        async with fleet.server() as work:
+            staying = asyncio.create_task(fleet.device("ue1"))
+            leaving = asyncio.create_task(fleet.device("ue2", tasks=1))
+            done = await asyncio.gather(staying, leaving)
+            await work
+        return done
+
+    assert asyncio.run(scenario()) == [3, 1]
+    with fleet.ledger() as ledger:
+        assert {row.device for row in ledger.step_leases(2)} == {"ue1"}
+
+
+@pytest.mark.parametrize("policy", ["fixed", "all_server"])
+def test_server_that_goes_and_comes_back_loses_nothing_and_counts_nothing_twice(
+    tmp_path: Path, catalogue: Catalogue, policy: str
+) -> None:
+    whole = fleet_of(tmp_path / "whole", catalogue, policy=policy)
+    asyncio.run(run(whole))
+    with whole.ledger() as ledger:
+        expected = steady(ledger)
+    broken = fleet_of(tmp_path / "broken", catalogue, policy=policy)
+    moments = random.Random(7)
+
+    async def scenario() -> int:
+        devices = [asyncio.create_task(broken.device(name)) for name in NAMES]
+        starts = 0
+        while not all(device.done() for device in devices):
+            starts += 1
+            async with broken.server() as work:
+                await asyncio.wait([work], timeout=moments.uniform(0.05, 0.8) + 0.05 * starts)
+                if work.done():
+                    work.result()
+                    await asyncio.wait(devices, timeout=2)
+        return starts
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) > 1
+    with broken.ledger() as ledger:
+        assert steady(ledger) == expected
+
+
+def test_catalogue_of_another_model_is_refused(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue)
+    other = fleet.decider.scenario.model.model_copy(update={"base": "0" * 64})
+    fleet.decider.scenario = fleet.decider.scenario.model_copy(update={"model": other})
+
+    async def scenario() -> None:
+        async with fleet.server():
+            pass
+
+    with pytest.raises(FleetError, match="was made from the model"):
+        asyncio.run(scenario())
+
+
+def test_device_whose_cache_is_small_gets_an_emulator_that_fits(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=1)
+    sizes = [emulator.bytes for emulator in catalogue.emulators()]
+
+    async def scenario() -> None:
+        async with fleet.server() as work:
+            await asyncio.gather(work, fleet.device("ue1"), fleet.device("ue2", cache_bytes=sizes[1]))
+
+    asyncio.run(scenario())
+    with fleet.ledger() as ledger:
+        by_device = {row.device: row for row in ledger.step_leases(0)}
+    assert by_device["ue2"].emulator_name == catalogue.emulators()[1].name
+    assert (
+        json.loads(by_device["ue1"].message.model_dump_json())["emulator"]["retention"]
+        > by_device["ue2"].retention
+    )
