@@ -3,8 +3,10 @@ BIN := .venv/bin
 
 .PHONY: demo test lint bench docs
 
-demo: .venv/.ready  ## learn on the paper's world, compare, write a report
+demo: .venv/.ready  ## learn on the paper's world, compare, write a report; learn for a fleet and run it
 	$(BIN)/emutune reproduce --quick --out runs/demo
+	$(BIN)/emutune train reference --out runs/policy
+	$(BIN)/emutune fleet demo --devices 3 --policy runs/policy --fresh
 
 test: .venv/.ready  ## all tests but the slow ones
 	$(BIN)/python -m pytest
@@ -17,6 +19,7 @@ bench: .venv/.ready  ## the numbers of docs/results.md; about 35 minutes
 	$(BIN)/python benchmarks/speed.py --json runs/speed.json
 	$(BIN)/python benchmarks/quality.py --json runs/quality.json
 	$(BIN)/python benchmarks/tuning.py --json runs/tuning.json
+	$(BIN)/python benchmarks/fleet.py --json runs/fleet.json
 
 docs: .venv/.ready  ## the documentation as pages, in site/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
