@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from emutune.learning.configuration import NetworkKind, TrainingConfig
 from emutune.learning.networks import Network, create_network, ue_outputs, value_output
 from emutune.policies import register_policy
-from emutune.world import Action, Observation, World, progress_feature, ue_features
+from emutune.world import Action, Observation, World, feature_count, progress_feature, ue_features
 
 
 class Actors(NamedTuple):
@@ -31,7 +31,7 @@ class Actors(NamedTuple):
 class Inputs(NamedTuple):
     """Network inputs of a batch of states: s1 of every UE, and the context shared by all."""
 
-    features: Float[Array, "*batch ues 4"]
+    features: Float[Array, "*batch ues features"]
     context: Float[Array, "*batch 1"]
 
 
@@ -40,18 +40,19 @@ def network_inputs(world: World, observation: Observation) -> Inputs:
     return Inputs(ue_features(world, observation), progress_feature(observation)[..., None])
 
 
-def view_s1(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues 4"]:
-    """What agent 1 sees: gain, complexity, data, cached retention."""
+def view_s1(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
+    """What agent 1 sees: gain, complexity, data, cached retention, and what there is of families."""
     return inputs.features
 
 
-def view_s2(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues 3"]:
-    """What agent 2 sees: cached retention, a1, complexity."""
+def view_s2(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
+    """What agent 2 sees: cached retention, a1, complexity, and what there is of families."""
     cached, complexity = inputs.features[..., 3], inputs.features[..., 1]
-    return jnp.stack([cached, _signed(at_server), complexity], axis=-1)
+    own = jnp.stack([cached, _signed(at_server), complexity], axis=-1)
+    return jnp.concatenate([own, inputs.features[..., 4:]], axis=-1) if inputs.features.shape[-1] > 4 else own
 
 
-def view_both(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues 5"]:
+def view_both(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
     """{s1; s2}, the critic's input as printed (Eq. 22), each feature once."""
     return jnp.concatenate([inputs.features, _signed(at_server)[..., None]], axis=-1)
 
@@ -106,9 +107,12 @@ class LearnedPolicy:
         )
 
 
-def create_actors(generator: np.random.Generator, config: TrainingConfig, ues: int) -> Actors:
+def create_actors(generator: np.random.Generator, config: TrainingConfig, world: World) -> Actors:
     """Actors before training: cases near a coin flip, retentions near the middle of the bounds."""
-    case, emulator = (_create(generator, config, ues, features, "ue", 0.01) for features in (4, 3))
+    seen = feature_count(world)
+    case, emulator = (
+        _create(generator, config, world.ues, features, "ue", 0.01) for features in (seen, seen - 1)
+    )
     return Actors(case, emulator, jnp.asarray(math.log(config.initial_std), jnp.float32))
 
 

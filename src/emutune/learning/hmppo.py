@@ -18,10 +18,10 @@ View = Callable[[Inputs, Bool[Array, "*batch ues"]], Float[Array, "*batch ues fe
 
 
 class Critic(NamedTuple):
-    """What one critic sees, and how many features of each UE that is."""
+    """What one critic sees, and how many features of each UE that is more than those of s1."""
 
     view: View
-    features: int
+    more_features: int
 
 
 class CriticPlan(NamedTuple):
@@ -39,6 +39,6 @@ def critic_plan(config: TrainingConfig) -> CriticPlan:
     default the one critic sees s1 alone; ``baseline="as_printed"`` keeps the printed input.
     """
     if config.algorithm == "ippo":
-        return CriticPlan((Critic(view_s1, 4), Critic(view_s2, 3)), case=0, emulator=1)
-    critic = Critic(view_both, 5) if config.baseline == "as_printed" else Critic(view_s1, 4)
+        return CriticPlan((Critic(view_s1, 0), Critic(view_s2, -1)), case=0, emulator=1)
+    critic = Critic(view_both, 1) if config.baseline == "as_printed" else Critic(view_s1, 0)
     return CriticPlan((critic,), case=0, emulator=0)

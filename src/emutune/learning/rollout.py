@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,22 @@ from emutune.learning.agents import (
 from emutune.learning.configuration import NetworkKind
 from emutune.world import (
     Action,
+    Cache,
     Episode,
     Outcome,
+    Task,
     World,
     all_tasks,
-    cache_feature,
+    cache_features,
     choose_layers,
     empty_cache,
+    join_features,
     observe_task,
     progress_feature,
     serve,
     task_features,
+    updated_cache,
+    usable_layers,
 )
 
 
@@ -62,22 +67,25 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
     """
     tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
     steps, count = jnp.arange(world.tasks), episodes.complexity.shape[0]
-    empty = jnp.broadcast_to(empty_cache(world), (count, world.ues))
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, world.ues)), empty_cache(world))
     observations = jax.vmap(observe_task, (None, None, 0, 0))(world, empty, tasks, steps)
     known = task_features(world, observations)
     context = jnp.broadcast_to(progress_feature(observations)[:, None, None], (world.tasks, count, 1))
     std = jnp.exp(actors.log_std)
 
-    def decide(cached: Array, now: tuple[Array, Array, Noise]) -> tuple[Array, tuple[Array, ...]]:
-        known, context, noise = now
-        held = cache_feature(world, cached / world.model_layers)[..., None]
-        inputs = Inputs(jnp.concatenate([known, held], axis=-1), context)
+    def decide(cached: Cache, now: tuple[Array, Array, Noise, Task, Array]) -> tuple[Cache, tuple[Any, ...]]:
+        known, context, noise, task, step = now
+        held = cache_features(world, observe_task(world, cached, task, step))
+        inputs = Inputs(join_features(known, held), context)
         at_server = case_logits(kind, actors, inputs) > noise.case
         unclipped = retention_means(kind, actors, inputs, at_server) + std * noise.emulator
-        layers = choose_layers(world, to_retention(world, unclipped), cached)
-        return jnp.where(at_server, cached, layers), (cached, inputs.features, at_server, unclipped)
+        usable = usable_layers(cached, task.family)
+        layers = choose_layers(world, to_retention(world, unclipped), usable, task.family)
+        after = updated_cache(cached, task.family, layers, at_server)
+        return after, (cached, inputs.features, at_server, unclipped)
 
-    _, (cached, features, at_server, unclipped) = jax.lax.scan(decide, empty, (known, context, noise))
+    every = (known, context, noise, tasks, steps)
+    _, (cached, features, at_server, unclipped) = jax.lax.scan(decide, empty, every)
     action = Action(at_server, to_retention(world, unclipped))
     every_step = jax.vmap(jax.vmap(serve, (None, 0, 0, 0)), (None, 0, 0, 0))
     _, outcome = every_step(world, cached, tasks, action)

@@ -35,7 +35,7 @@ from emutune.learning.update import (
     train_update,
 )
 from emutune.scenario import Scenario
-from emutune.world import Episode, World, build_world, draw_episode
+from emutune.world import Episode, World, build_world, draw_episode, feature_count
 
 # Updates between two checkpoints: a fraction of a second of work.
 CHUNK = 50
@@ -54,9 +54,9 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
     """Networks, optimisers and random state before training; a function of its arguments alone."""
     generator = np.random.default_rng(seed)
     parameters = Parameters(
-        create_actors(generator, config, world.ues),
+        create_actors(generator, config, world),
         [
-            create_critic(generator, config, world.ues, critic.features)
+            create_critic(generator, config, world.ues, feature_count(world) + critic.more_features)
             for critic in critic_plan(config).critics
         ],
     )
