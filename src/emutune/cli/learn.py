@@ -53,7 +53,10 @@ def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN_DIR|SCENARIO", help="A run, or with --policy a scenario.")
     ],
-    policy: Annotated[str | None, typer.Option(help="random, all_server, fixed or best_fixed.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="One that needs no training, such as best_fixed."),
+    ] = None,
     retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
     episodes: Episodes = 64,
     overrides: Overrides = [],  # noqa: B006

@@ -25,10 +25,17 @@ from emutune.study.evaluate import (
     held_out_episodes,
     search_best_fixed,
 )
+from emutune.study.search import search_count_table, search_hold, search_lookahead
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
 from emutune.world import Episode
 
-BASELINES = ("random", "all_server", "fixed", "best_fixed")
+BASELINES = ("random", "all_server", "fixed", "best_fixed", "hold", "count_table", "lookahead")
+_SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
+    "best_fixed": search_best_fixed,
+    "hold": search_hold,
+    "count_table": search_count_table,
+    "lookahead": search_lookahead,
+}
 LEARNED = {
     "ippo": TrainingConfig(algorithm="ippo"),
     "hmppo": TrainingConfig(),
@@ -71,8 +78,8 @@ def baseline_policy(name: str, scenario: Scenario, retention: float | None = Non
         return Random()
     if name == "all_server":
         return AllServer()
-    if name == "best_fixed":
-        return search_best_fixed(scenario)
+    if name in _SEARCHED:
+        return _SEARCHED[name](scenario)
     if name != "fixed":
         raise UsageError(
             f"policy: no policy {name!r} that needs no training; choose from {', '.join(BASELINES)}"

@@ -30,7 +30,7 @@ from emutune.world import (
 
 # Held-out episodes share no key with training (seeds 0, 1, ...) nor with the search for a fixed policy.
 _HELD_OUT_KEY = 0x4E1D0007
-_SEARCH_KEY = 0x5EA2C400
+SEARCH_KEY = 0x5EA2C400
 _POLICY_KEY = _HELD_OUT_KEY + 1
 
 
@@ -61,7 +61,7 @@ def search_best_fixed(scenario: Scenario, episodes: int = 32) -> Fixed:
     levels = jnp.asarray(
         sorted({layers / one.layers for one in scenario.models for layers in range(one.fewest, one.most + 1)})
     )
-    drawn = draw_episodes(world, _SEARCH_KEY, episodes)
+    drawn = draw_episodes(world, SEARCH_KEY, episodes)
     returns = jax.vmap(lambda level: run_episodes(world, Fixed(level), drawn)[0].mean())(levels)
     return Fixed(levels[jnp.argmax(returns)])
 
