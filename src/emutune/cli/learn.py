@@ -17,7 +17,8 @@ def train(
     scenario: ScenarioArgument,
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
     algorithm: Annotated[str, typer.Option(help="hmppo or ippo.")] = "hmppo",
-    network: Annotated[str, typer.Option(help="set or flat.")] = "set",
+    network: Annotated[str, typer.Option(help="set, flat or ranked.")] = "set",
+    credit: Annotated[str, typer.Option(help="fleet or marginal.")] = "fleet",
     baseline: Annotated[str, typer.Option(help="sequential or as_printed.")] = "sequential",
     seeds: Seeds = 1,
     steps: Steps = None,
@@ -37,6 +38,7 @@ def train(
         algorithm=algorithm,
         network=network,
         baseline=baseline,
+        credit=credit,
         **({} if steps is None else {"steps": steps}),
     )
     total = seeds * update_count(config, loaded.fleet.tasks) * config.environments * loaded.fleet.tasks

@@ -12,8 +12,10 @@ from emutune.learning.agents import (
     Actors,
     Inputs,
     case_logits,
+    lone_times,
     retention_means,
-    to_retention,
+    wanted_retention,
+    with_ranks,
 )
 from emutune.learning.configuration import NetworkKind
 from emutune.world import (
@@ -51,6 +53,7 @@ class Trajectory(NamedTuple):
     at_server: Bool[Array, "tasks episodes ues"]
     unclipped: Float[Array, "tasks episodes ues"]
     outcome: Outcome
+    task: Task
 
 
 def draw_noise(key: Key[Array, ""], shape: tuple[int, int, int]) -> Noise:
@@ -75,21 +78,24 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
 
     def decide(cached: Cache, now: tuple[Array, Array, Noise, Task, Array]) -> tuple[Cache, tuple[Any, ...]]:
         known, context, noise, task, step = now
-        held = cache_features(world, observe_task(world, cached, task, step))
-        inputs = Inputs(join_features(known, held), context)
+        observation = observe_task(world, cached, task, step)
+        features = join_features(known, cache_features(world, observation))
+        lone = lone_times(kind, world, observation)
+        inputs = Inputs(with_ranks(kind, world, observation, features), context, lone)
         at_server = case_logits(kind, actors, inputs) > noise.case
         unclipped = retention_means(kind, actors, inputs, at_server) + std * noise.emulator
         usable = usable_layers(cached, task.family)
-        layers = choose_layers(world, to_retention(world, unclipped), usable, task.family)
+        wanted = wanted_retention(kind, world, unclipped, observation.cached_retention)
+        layers = choose_layers(world, wanted, usable, task.family)
         after = updated_cache(cached, task.family, layers, at_server)
-        return after, (cached, inputs.features, at_server, unclipped)
+        return after, (cached, inputs, at_server, unclipped, wanted)
 
     every = (known, context, noise, tasks, steps)
-    _, (cached, features, at_server, unclipped) = jax.lax.scan(decide, empty, every)
-    action = Action(at_server, to_retention(world, unclipped))
+    _, (cached, inputs, at_server, unclipped, wanted) = jax.lax.scan(decide, empty, every)
+    action = Action(at_server, wanted)
     every_step = jax.vmap(jax.vmap(serve, (None, 0, 0, 0)), (None, 0, 0, 0))
     _, outcome = every_step(world, cached, tasks, action)
-    return Trajectory(Inputs(features, context), at_server, unclipped, outcome)
+    return Trajectory(inputs, at_server, unclipped, outcome, tasks)
 
 
 class Summary(NamedTuple):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from emutune.errors import CheckpointError
 from emutune.files import replacing
-from emutune.learning.agents import LearnedPolicy, create_actors, create_critic
+from emutune.learning.agents import LearnedPolicy, create_actors, create_critic, input_count
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.hmppo import critic_plan
@@ -35,7 +35,7 @@ from emutune.learning.update import (
     train_update,
 )
 from emutune.scenario import Scenario
-from emutune.world import Episode, World, build_world, draw_episode, feature_count
+from emutune.world import Episode, World, build_world, draw_episode
 
 # Updates between two checkpoints: a fraction of a second of work.
 CHUNK = 50
@@ -56,7 +56,9 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
     parameters = Parameters(
         create_actors(generator, config, world),
         [
-            create_critic(generator, config, world.ues, feature_count(world) + critic.more_features)
+            create_critic(
+                generator, config, world.ues, input_count(config.network, world) + critic.more_features
+            )
             for critic in critic_plan(config).critics
         ],
     )
