@@ -17,38 +17,44 @@ from emutune.study.evaluate import evaluate_policy, held_out_episodes
 UES, TASKS, LAYERS = 2, 3, 3
 
 
-def enumerated_optimum(scenario, gain, complexity, data_bits, power):
+def enumerated_optimum(scenario, gain, complexity, data_bits, power, family=None):
     """Cheapest of all decision sequences, by Eq. 1 to 9 in plain loops."""
-    low, high = scenario.level_bounds
-    choices = [0, *range(low, high + 1)]  # 0: at the server
+    family = np.zeros((TASKS, UES), int) if family is None else family
+    choices = [[0, *range(model.fewest, model.most + 1)] for model in scenario.models]  # 0: at the server
     best = np.inf
-    fleets = list(itertools.product(choices, repeat=UES))
-    for plan in itertools.product(fleets, repeat=TASKS):
-        cached, cost = [0] * UES, 0.0
+    fleets = [list(itertools.product(*(choices[f] for f in row))) for row in family]
+    for plan in itertools.product(*fleets):
+        cached, cost = [(0, 0)] * UES, 0.0
         for t, chosen in enumerate(plan):
-            cost += step_cost(scenario, gain[t], complexity[t], data_bits[t], power, chosen, cached)
-            cached = [c or old for c, old in zip(chosen, cached, strict=True)]
+            held = [old if of == f else 0 for (of, old), f in zip(cached, family[t], strict=True)]
+            cost += step_cost(scenario, gain[t], complexity[t], data_bits[t], power, family[t], chosen, held)
+            cached = [(f, c) if c else old for c, f, old in zip(chosen, family[t], cached, strict=True)]
         best = min(best, cost)
     return best
 
 
-def step_cost(scenario, gain, complexity, data_bits, power, chosen, cached):
-    radio, curve, iota = scenario.radio, scenario.quality.curve, scenario.quality.complexity_weight
+def step_cost(scenario, gain, complexity, data_bits, power, family, chosen, held):
+    radio, iota = scenario.radio, scenario.quality.complexity_weight
     noise = 10 ** ((radio.noise_dbm_per_hz - 30) / 10)
     uploads = sum(c == 0 for c in chosen)
-    downloads = sum(c not in (0, old) for c, old in zip(chosen, cached, strict=True))
+    sent = [
+        0 if c in (0, old) else max(c - old, 0) if scenario.delta_download else c
+        for c, old in zip(chosen, held, strict=True)
+    ]
+    downloads = sum(layers > 0 for layers in sent)
     delays, perplexities = [0.0], []
     for n, c in enumerate(chosen):
-        retention = c / scenario.model.layers if c else 1.0
+        model = scenario.models[family[n]]
+        retention = c / model.layers if c else 1.0
         divisor = complexity[n] if scenario.quality.complexity_factor == "as_printed" else iota
-        perplexities.append(curve(retention) * (complexity[n] + iota) / divisor)
+        perplexities.append(model.curve(retention) * (complexity[n] + iota) / divisor)
         if c == 0:
             share = radio.uplink_bandwidth_hz / uploads
             delays.append(data_bits[n] / (share * np.log2(1 + power[n] * gain[n] / (noise * share))))
-        elif c != cached[n]:
+        elif sent[n]:
             share = radio.downlink_bandwidth_hz / downloads
             snr = radio.downlink_power_w / downloads * gain[n] / (noise * share)
-            delays.append(8e9 * scenario.model.size_gb * retention / (share * np.log2(1 + snr)))
+            delays.append(8e9 * model.size_gb * sent[n] / model.layers / (share * np.log2(1 + snr)))
     weights = scenario.reward
     return (
         -weights.perplexity_weight * np.mean(perplexities) - weights.delay_weight_per_min * max(delays) / 60
@@ -89,6 +95,50 @@ def test_never_exceeds_the_enumerated_optimum():
         assert linear >= 0.5 * optimum
 
     check()
+
+
+@pytest.mark.parametrize("delta", ["false", "true"])
+def test_never_exceeds_the_enumerated_optimum_with_families(delta):
+    other = "{size_gb = 5.4, layers = 4, curve = {quadratic = 0.0, linear = -9.0, constant = 24.0}}"
+
+    @settings(max_examples=8)
+    @given(st.integers(0, 2**32 - 1), st.sampled_from([-0.001, -0.015, -0.1]), st.sampled_from([1e5, 3e6]))
+    def check(seed, delay_weight, uplink_hz):
+        scenario = load_scenario(
+            "families",
+            [
+                f"fleet.ues={UES}",
+                f"fleet.tasks={TASKS}",
+                "model.layers=3",
+                "retention.max=0.75",
+                f"families.others=[{other}]",
+                f"download.delta={delta}",
+                f"reward.delay_weight_per_min={delay_weight}",
+                f"radio.uplink_bandwidth_hz={uplink_hz}",
+            ],
+        )
+        draw = np.random.default_rng(seed)
+        shape = (TASKS, UES)
+        gain = draw.uniform(50, 500, shape) ** -2
+        complexity, data = draw.uniform(1, 10, shape), draw.uniform(2.4e9, 4e9, shape)
+        power, family = draw.uniform(0.2, 1, UES), draw.integers(0, 2, shape)
+        optimum = enumerated_optimum(scenario, gain, complexity, data, power, family)
+        costs = episode_costs(scenario, gain, complexity, data, power, family)
+        linear, integer = cost_bound(costs), cost_bound(costs, "integer")
+        assert linear <= integer + 1e-5 * abs(integer)
+        assert integer <= optimum
+        assert linear >= 0.5 * optimum
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["families", "delta"])
+def test_no_policy_beats_it_with_families(name):
+    scenario = load_scenario(name, ["fleet.ues=3", "fleet.tasks=8"])
+    episodes = held_out_episodes(scenario, 2)
+    bounds = certified_bounds(scenario, episodes)
+    for policy in (Random(), Fixed(jax.numpy.float32(0.75))):
+        assert (evaluate_policy(scenario, policy, episodes).episode_return < bounds).all()
 
 
 @pytest.mark.parametrize("ues", [6, 9])

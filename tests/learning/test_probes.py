@@ -51,11 +51,11 @@ def test_a_bandit_without_delay_costs_takes_the_best_retention(tmp_path):
 def test_a_bandit_in_which_agent_2_must_depend_on_a1(tmp_path, monkeypatch):
     # Small data belongs to the server. Training on the UE wants retention 0.8 while the other UE is at the
     # server, else 0.2: agent 2 sees no data sizes, so all it can go by is what agent 1 decided.
-    def pay(world, cached_layers, task, action):
+    def pay(world, cache, task, action):
         misplaced = action.at_server != (task.data_bits < world.data_bits.mean())
         wanted = jnp.where(action.at_server[::-1], 0.8, 0.2)
         error = jnp.where(action.at_server, 0.0, (action.retention - wanted) ** 2)
-        cached, outcome = serve(world, cached_layers, task, action)
+        cached, outcome = serve(world, cache, task, action)
         return cached, outcome._replace(reward=-(error + 0.2 * misplaced).mean())
 
     monkeypatch.setattr(rollout, "serve", pay)
@@ -65,7 +65,9 @@ def test_a_bandit_in_which_agent_2_must_depend_on_a1(tmp_path, monkeypatch):
     policy = train_seed(scenario, config, 0, tmp_path)
     jax.clear_caches()
     world = build_world(scenario)
-    inputs = network_inputs(world, jax.vmap(lambda key: observe(world, reset(key, world)))(KEYS))
+    inputs = network_inputs(
+        config.network, world, jax.vmap(lambda key: observe(world, reset(key, world)))(KEYS)
+    )
     for other_at_server, wanted in ((True, 0.8), (False, 0.2)):
         at_server = jnp.broadcast_to(jnp.array([False, other_at_server]), (len(KEYS), 2))
         means = retention_means(config.network, policy.actors, inputs, at_server)

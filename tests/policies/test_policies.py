@@ -10,7 +10,7 @@ import pytest
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import initial_state
-from emutune.policies import AllServer, Fixed, Policy, Random
+from emutune.policies import AllServer, CountTable, Fixed, Hold, Policy, Random, plan_lookahead
 from emutune.world import build_world, observe, reset
 
 
@@ -21,7 +21,10 @@ def every_policy(scenario) -> list[Policy]:
         )
         for kind in ("set", "flat")
     ]
-    return [Random(), AllServer(), Fixed(jnp.asarray(0.5)), *learned]
+    hold = Hold(jnp.asarray(0.5), jnp.asarray(0.5))
+    lookahead = plan_lookahead(scenario, build_world(scenario), jnp.float32(0.5), jnp.float32(0.5))
+    table = CountTable(25, jnp.zeros(7, int), jnp.array([0.2, 0.8]))
+    return [Random(), AllServer(), Fixed(jnp.asarray(0.5)), hold, lookahead, table, *learned]
 
 
 def test_no_two_policies_have_the_same_structure(paper):
@@ -30,7 +33,7 @@ def test_no_two_policies_have_the_same_structure(paper):
         assert one != other
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(8))
 def test_a_policy_survives_flattening(paper, index):
     policy = every_policy(paper)[index]
     leaves, structure = jax.tree.flatten(policy)

@@ -427,3 +427,60 @@ def test_a_bad_curve_file_is_named(tmp_path: Path, content: str | None, said: st
         path.write_text(content)
     with pytest.raises(ScenarioError, match=said):
         load_scenario("paper", [f"quality.curve={path}"])
+
+
+# --- optional features --------------------------------------------------------------------------------------
+
+
+def test_features_are_off_in_the_paper_s_world(paper: Scenario) -> None:
+    assert paper.families is None
+    assert paper.download is None
+    assert len(paper.models) == 1
+    assert not paper.delta_download
+    assert "families" not in dump_scenario(paper)
+
+
+def test_families_default_to_the_scenario_s_curve() -> None:
+    other = "{size_gb = 4.0, layers = 12, curve = {quadratic = 0.0, linear = -1.0, constant = 9.0}}"
+    scenario = load_scenario("families", [f"families.others=[{other}, {{size_gb = 2.0, layers = 8}}]"])
+    first, second, third = scenario.models
+    assert (first.size_gb, first.layers, first.fewest, first.most) == (10.8, 16, 3, 13)
+    assert (second.size_gb, second.layers, second.fewest, second.most) == (4.0, 12, 3, 9)
+    assert (third.fewest, third.most) == (2, 6)
+    assert second.curve(0.5) == 8.5
+    assert first.curve == third.curve == scenario.quality.curve
+    assert parse_scenario(dump_scenario(scenario)) == scenario
+
+
+def test_a_family_may_name_a_curve_file(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text("[curve]\nquadratic = 0.0\nlinear = -2.0\nconstant = 20.0\n")
+    text = dump_scenario(load_scenario("paper"))
+    text += (
+        '\n[families]\npersistence = 0.5\nothers = [{ size_gb = 1.0, layers = 8, curve = "small.toml" }]\n'
+    )
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    assert load_scenario(path).models[1].curve(0.5) == 19.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("families.persistence=1.5", r"families\.persistence: must be at most 1, got 1\.5"),
+        ("families.persistance=0.5", r"families\.persistance: unknown field; did you mean persistence\?"),
+        ("families.others=[]", r"families\.others: .*at least 1"),
+        ("families.others=[{size_gb=1.0, layer=3}]", r"families\.others\.0\.layer: .*did you mean layers\?"),
+        (
+            "families.others=[{size_gb=1.0, layers=1}]",
+            r"no whole number of the 1 layers lies between .*families\.others\.0\.layers",
+        ),
+        (
+            "families.others=[{size_gb=1.0, layers=8, curve={quadratic=0.0, linear=-9.0, constant=8.0}}]",
+            r"families\.others\.0\.curve: perplexity falls to -1",
+        ),
+        ("download.delta=1", r"download\.delta: must be true or false, got 1"),
+    ],
+)
+def test_what_is_wrong_with_a_feature_is_named(override: str, message: str) -> None:
+    with pytest.raises(ScenarioError, match=message):
+        load_scenario("families", [override])

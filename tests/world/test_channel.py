@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from worlds import edited
 
 from emutune.scenario import Scenario
 from emutune.world import build_world, draw_episode
 from emutune.world.channel import draw_fading, fading_quantiles, path_gain
+from worlds import edited
 
 BLOCKS = (2, 10, 100, 10_000)
 DRAWS = 200_000

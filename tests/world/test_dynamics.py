@@ -13,11 +13,11 @@ import oracle
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from worlds import Situation, as_oracle, edited, situations
 
 from emutune.scenario import Scenario, load_scenario
 from emutune.world import (
     Action,
+    Cache,
     Outcome,
     State,
     Task,
@@ -31,6 +31,7 @@ from emutune.world import (
 )
 from emutune.world.link import shared_rate_bps
 from emutune.world.quality import complexity_factor, curve_perplexity
+from worlds import Situation, as_oracle, edited, situations
 
 PAPER = load_scenario("paper")
 RELATIVE = 1e-5
@@ -69,7 +70,7 @@ def test_step_agrees_with_the_oracle(ues: int) -> None:
         expected = oracle.serve(
             as_oracle(situation.scenario), situation.fleet, situation.at_server, situation.wanted
         )
-        assert_agree(state.cached_layers, outcome, expected, situation.scenario.model.layers)
+        assert_agree(state.cache.layers, outcome, expected, situation.scenario.model.layers)
         assert state.step == 1
 
     agrees()
@@ -97,7 +98,7 @@ def test_whole_episode_agrees_with_the_oracle(paper: Scenario, hold_tolerance: f
         state, outcome = step_compiled(
             world, state, Action(jnp.asarray(at_server), jnp.asarray(wanted, jnp.float32))
         )
-        assert_agree(state.cached_layers, outcome, expected, 32)
+        assert_agree(state.cache.layers, outcome, expected, 32)
         cached = np.array(expected.cached_layers)
     assert state.step == scenario.fleet.tasks
 
@@ -111,7 +112,7 @@ def numeric_fields(tree: dict[str, object], path: tuple[str, ...] = ()) -> dict[
     for name, value in tree.items():
         if isinstance(value, dict):
             found |= numeric_fields(value, (*path, name))
-        elif not isinstance(value, str):
+        elif not isinstance(value, str | None):
             found[".".join((*path, name))] = value
     return found
 
@@ -188,7 +189,8 @@ def serve_equal(
     world = build_world(edited(scenario, {"fleet.ues": ues}))
     task = Task(*(jnp.full(ues, value) for value in (gain, gain, complexity, 400 * 8e6, 0.5)))
     action = Action(jnp.full(ues, at_server), jnp.full(ues, wanted))
-    return serve_compiled(world, jnp.full(ues, cached, jnp.int32), task, action)
+    cache, outcome = serve_compiled(world, Cache(jnp.full(ues, cached, jnp.int32)), task, action)
+    return cache.layers, outcome
 
 
 @settings(max_examples=30)
@@ -229,7 +231,7 @@ def test_uplink_and_downlink_do_not_slow_each_other(paper: Scenario) -> None:
     world = build_world(edited(paper, {"fleet.ues": 2}))
     task = Task(*(jnp.full(2, value) for value in (1e-4, 1e-4, 10.0, 3.2e9, 0.5)))
     mixed = Action(jnp.array([True, False]), jnp.full(2, 0.8))
-    _, outcome = serve_compiled(world, jnp.zeros(2, jnp.int32), task, mixed)
+    _, outcome = serve_compiled(world, Cache(jnp.zeros(2, jnp.int32)), task, mixed)
     _, upload = serve_equal(paper, at_server=True)
     _, download = serve_equal(paper, at_server=False)
     assert_close(outcome.delay_s, [upload.step_delay_s, download.step_delay_s])
@@ -371,11 +373,11 @@ def test_download_to_100_metres_by_hand(paper: Scenario) -> None:
 
 def test_nobody_transmits_when_everyone_holds(paper: Scenario) -> None:
     state = State(
-        reset_compiled(jax.random.key(0), build_world(paper)).episode, jnp.full(6, 16), jnp.asarray(0)
+        reset_compiled(jax.random.key(0), build_world(paper)).episode, Cache(jnp.full(6, 16)), jnp.asarray(0)
     )
     everyone_holds = Action(jnp.zeros(6, bool), jnp.full(6, 0.5))
     after, outcome = step_compiled(build_world(paper), state, everyone_holds)
     assert outcome.step_delay_s == 0
     assert not outcome.switched.any()
     assert_close(outcome.reward, -0.092 * outcome.perplexity.mean())
-    np.testing.assert_array_equal(after.cached_layers, state.cached_layers)
+    np.testing.assert_array_equal(after.cache.layers, state.cache.layers)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from worlds import edited
 
 from emutune.scenario import Range, Scenario, load_scenario
 from emutune.world import (
     Action,
+    Cache,
     Episode,
     Observation,
     Outcome,
@@ -33,6 +33,7 @@ from emutune.world import (
     step,
     ue_features,
 )
+from worlds import edited
 
 PAPER = load_scenario("paper")
 
@@ -71,8 +72,8 @@ def assert_trees_equal(left: object, right: object) -> None:
 def test_an_episode_starts_at_step_0_with_empty_caches(world: World) -> None:
     state = reset_compiled(jax.random.key(0), world)
     assert state.step == 0
-    assert not state.cached_layers.any()
-    assert_trees_equal(state.cached_layers, empty_cache(world))
+    assert not state.cache.layers.any()
+    assert_trees_equal(state.cache, empty_cache(world))
 
 
 @pytest.mark.parametrize(("ues", "tasks"), [(1, 1), (6, 50)])
@@ -86,7 +87,8 @@ def test_shapes_of_an_episode(ues: int, tasks: int) -> None:
 def test_same_key_same_episode_other_key_other_episode(world: World) -> None:
     first = reset_compiled(jax.random.key(1), world)
     assert_trees_equal(first, reset_compiled(jax.random.key(1), world))
-    for mine, other in zip(first.episode, reset_compiled(jax.random.key(2), world).episode, strict=True):
+    others = jax.tree.leaves(reset_compiled(jax.random.key(2), world).episode)
+    for mine, other in zip(jax.tree.leaves(first.episode), others, strict=True):
         assert not jnp.any(mine == other)
 
 
@@ -215,11 +217,11 @@ def test_scan_over_all_tasks_equals_steps(world: World) -> None:
     def serve_next(cached: jax.Array, inputs: tuple) -> tuple[jax.Array, Outcome]:
         return serve(world, cached, *inputs)
 
-    cached, scanned = jax.lax.scan(serve_next, start.cached_layers, (all_tasks(start.episode), actions))
+    cached, scanned = jax.lax.scan(serve_next, start.cache, (all_tasks(start.episode), actions))
     states, outcomes = play(
         world, 9, [jax.tree.map(lambda x, t=t: x[t], actions) for t in range(world.tasks)]
     )
-    assert_trees_equal(cached, states[-1].cached_layers)
+    assert_trees_equal(cached, states[-1].cache)
     stepped = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outcomes)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), scanned, stepped)
 
@@ -252,7 +254,7 @@ def test_the_gain_of_the_coming_task_stays_hidden(world: World) -> None:
 
 def test_observing_a_state_is_observing_its_task(world: World) -> None:
     state = reset_compiled(jax.random.key(0), world)
-    parts = observe_task(world, state.cached_layers, current_task(state), state.step)
+    parts = observe_task(world, state.cache, current_task(state), state.step)
     assert_trees_equal(observe(world, state), parts)
 
 
@@ -261,7 +263,7 @@ def test_observing_a_state_is_observing_its_task(world: World) -> None:
 def test_features_stay_within_their_range(seed: int, t: int, cached: int) -> None:
     world = build_world(PAPER)
     start = reset_compiled(jax.random.key(seed), world)
-    state = start._replace(step=jnp.asarray(t, jnp.int32), cached_layers=jnp.full(6, cached, jnp.int32))
+    state = start._replace(step=jnp.asarray(t, jnp.int32), cache=Cache(jnp.full(6, cached, jnp.int32)))
     observation = observe_compiled(world, state)
     gain, complexity, data, retention = np.moveaxis(ue_features(world, observation), -1, 0)
     for feature in (complexity, data, retention):
@@ -279,6 +281,7 @@ def fleet_of_two(near: float, far: float) -> Observation:
         data_bits=jnp.array([2.4e9, 4e9]),
         cached_retention=jnp.array([0.0, 0.8]),
         progress=jnp.asarray(1.0),
+        transmit_power_w=jnp.array([0.2, 1.0]),
     )
 
 

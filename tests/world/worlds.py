@@ -11,7 +11,7 @@ import oracle
 from hypothesis import strategies as st
 
 from emutune.scenario import Scenario
-from emutune.world import Action, Episode, State
+from emutune.world import Action, Cache, Episode, State
 
 
 def edited(scenario: Scenario, changes: dict[str, object]) -> Scenario:
@@ -69,7 +69,8 @@ class Situation:
             data_bits=jnp.asarray(self.fleet.data_bytes * 8, jnp.float32)[None],
             transmit_power_w=jnp.asarray(self.fleet.power_w, jnp.float32),
         )
-        return State(episode, jnp.asarray(self.fleet.cached_layers, jnp.int32), jnp.asarray(0, jnp.int32))
+        cache = Cache(jnp.asarray(self.fleet.cached_layers, jnp.int32))
+        return State(episode, cache, jnp.asarray(0, jnp.int32))
 
     @property
     def action(self) -> Action:

@@ -37,10 +37,15 @@ def certified_bounds(
     if method not in ("linear", "integer"):
         raise UsageError(f"method: must be 'linear' or 'integer', got {method!r}")
     bounds = []
-    for gain, complexity, data_bits, power_w in zip(
-        *(np.asarray(part, np.float64) for part in episodes), strict=True
-    ):
-        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w)
+    family = None if episodes.family is None else np.asarray(episodes.family)
+    drawn = [
+        np.asarray(part, np.float64)
+        for part in (episodes.gain, episodes.complexity, episodes.data_bits, episodes.transmit_power_w)
+    ]
+    for index in range(len(drawn[0])):
+        gain, complexity, data_bits, power_w = (part[index] for part in drawn)
+        of_episode = None if family is None else family[index]
+        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w, of_episode)
         bounds.append(-cost_bound(costs, method, time_limit_s))
         if progress is not None:
             progress(1)

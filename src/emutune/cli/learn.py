@@ -17,7 +17,8 @@ def train(
     scenario: ScenarioArgument,
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
     algorithm: Annotated[str, typer.Option(help="hmppo or ippo.")] = "hmppo",
-    network: Annotated[str, typer.Option(help="set or flat.")] = "set",
+    network: Annotated[str, typer.Option(help="set, flat or ranked.")] = "set",
+    credit: Annotated[str, typer.Option(help="fleet or marginal.")] = "fleet",
     baseline: Annotated[str, typer.Option(help="sequential or as_printed.")] = "sequential",
     seeds: Seeds = 1,
     steps: Steps = None,
@@ -37,6 +38,7 @@ def train(
         algorithm=algorithm,
         network=network,
         baseline=baseline,
+        credit=credit,
         **({} if steps is None else {"steps": steps}),
     )
     total = seeds * update_count(config, loaded.fleet.tasks) * config.environments * loaded.fleet.tasks
@@ -53,7 +55,10 @@ def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN_DIR|SCENARIO", help="A run, or with --policy a scenario.")
     ],
-    policy: Annotated[str | None, typer.Option(help="random, all_server, fixed or best_fixed.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="One that needs no training, such as best_fixed."),
+    ] = None,
     retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
     episodes: Episodes = 64,
     overrides: Overrides = [],  # noqa: B006

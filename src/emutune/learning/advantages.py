@@ -8,12 +8,12 @@ from jaxtyping import Array, Float
 
 
 def episode_advantages(
-    rewards: Float[Array, "tasks episodes"],
-    values: Float[Array, "tasks episodes"],
+    rewards: Float[Array, "tasks *episodes"],
+    values: Float[Array, "tasks *episodes"],
     discount: float,
     trace_decay: float,
-) -> Float[Array, "tasks episodes"]:
-    """Advantages of every step of complete episodes.
+) -> Float[Array, "tasks *episodes"]:
+    """Advantages of every step of complete episodes, or of every UE in them.
 
     An episode's end is the end of the world's horizon and progress is observed, so the value after the
     last task is exactly zero: nothing is bootstrapped.
@@ -22,8 +22,8 @@ def episode_advantages(
     errors = rewards + discount * following - values
 
     def accumulate(
-        later: Float[Array, "episodes"], error: Float[Array, "episodes"]
-    ) -> tuple[Float[Array, "episodes"], Float[Array, "episodes"]]:
+        later: Float[Array, "*episodes"], error: Float[Array, "*episodes"]
+    ) -> tuple[Float[Array, "*episodes"], Float[Array, "*episodes"]]:
         advantage = error + discount * trace_decay * later
         return advantage, advantage
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Key
 from emutune.learning.configuration import NetworkKind, TrainingConfig
 from emutune.learning.networks import Network, create_network, ue_outputs, value_output
 from emutune.policies import register_policy
-from emutune.world import Action, Observation, World, progress_feature, ue_features
+from emutune.world import Action, Observation, World, feature_count, progress_feature, ue_features
+from emutune.world.parameters import bits_of
 
 
 class Actors(NamedTuple):
@@ -29,29 +30,132 @@ class Actors(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Network inputs of a batch of states: s1 of every UE, and the context shared by all."""
+    """Network inputs of a batch of states: s1 of every UE, and the context shared by all.
 
-    features: Float[Array, "*batch ues 4"]
+    ``lone`` holds, for ranked networks, the time of each UE's upload and of the largest emulator's download,
+    alone on the link and in units of the latter at the fleet's middle distance.
+    """
+
+    features: Float[Array, "*batch ues features"]
     context: Float[Array, "*batch 1"]
+    lone: Float[Array, "*batch ues 2"] | None = None
 
 
-def network_inputs(world: World, observation: Observation) -> Inputs:
+def network_inputs(kind: NetworkKind, world: World, observation: Observation) -> Inputs:
     """Features of a batch of observations, as every network takes them."""
-    return Inputs(ue_features(world, observation), progress_feature(observation)[..., None])
+    features = with_ranks(kind, world, observation, ue_features(world, observation))
+    return Inputs(features, progress_feature(observation)[..., None], lone_times(kind, world, observation))
 
 
-def view_s1(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues 4"]:
-    """What agent 1 sees: gain, complexity, data, cached retention."""
+def lone_times(
+    kind: NetworkKind, world: World, observation: Observation
+) -> Float[Array, "*batch ues 2"] | None:
+    """``Inputs.lone``."""
+    if kind != "ranked":
+        return None
+    noise, gain = world.noise_w_per_hz, observation.previous_gain
+    middle = world.distance_m.mean() ** -world.path_loss_exponent
+
+    def seconds(bits: Array, hz: Array, received_w: Array) -> Array:
+        return bits / (hz * jnp.log1p(received_w / (noise * hz)))
+
+    largest = world.retention_bounds[1] * bits_of(world, observation.family)
+    unit = seconds(
+        world.retention_bounds[1] * world.model_bits,
+        world.downlink_bandwidth_hz,
+        world.downlink_power_w * middle,
+    )
+    up = seconds(observation.data_bits, world.uplink_bandwidth_hz, observation.transmit_power_w * gain)
+    down = seconds(largest, world.downlink_bandwidth_hz, world.downlink_power_w * gain)
+    return jnp.stack([up, down], axis=-1) / unit
+
+
+def input_count(kind: NetworkKind, world: World) -> int:
+    """Features of each UE that networks of a kind take."""
+    return feature_count(world) + (5 if kind == "ranked" else 0)
+
+
+def more_in_s2(kind: NetworkKind) -> int:
+    """How many features s2 has more than s1."""
+    return 0 if kind == "ranked" else -1
+
+
+def with_ranks(
+    kind: NetworkKind,
+    world: World,
+    observation: Observation,
+    features: Float[Array, "*batch ues features"],
+) -> Float[Array, "*batch ues more"]:
+    """Features and, for ranked networks, who waits, how many do, a UE's rank among them, and lone times.
+
+    UEs in the same state must do different things where links are shared. A network that all UEs share can
+    tell them apart by rank: the first waits for the fastest upload.
+    """
+    if kind != "ranked":
+        return features
+    waits = observation.cached_retention <= 0
+    lone = lone_times(kind, world, observation)
+    assert lone is not None
+    lone_s = jnp.where(waits, lone[..., 0], jnp.inf)
+    faster = lone_s[..., None, :] < lone_s[..., :, None]
+    count = waits.sum(-1, keepdims=True) * jnp.ones_like(lone_s)
+    rank = jnp.where(waits, faster.sum(-1), world.ues)
+    spread = 2.0 / world.ues
+    more = jnp.stack([_signed(waits), spread * count - 1, spread * rank - 1], axis=-1)
+    return jnp.concatenate([features, more, lone], axis=-1)
+
+
+def wanted_retention(
+    kind: NetworkKind,
+    world: World,
+    unclipped: Float[Array, "*batch ues"],
+    usable: Float[Array, "*batch ues"],
+) -> Float[Array, "*batch ues"]:
+    """The retention that agent 2 wants; ranked networks keep a usable emulator as it is."""
+    wanted = to_retention(world, unclipped)
+    return jnp.where(usable > 0, usable, wanted) if kind == "ranked" else wanted
+
+
+def decides_retention(
+    kind: NetworkKind, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
+) -> Float[Array, "*batch ues"]:
+    """1 where agent 2's draw had an effect: on the UE, and for ranked networks with nothing usable held."""
+    local = 1.0 - at_server
+    return local * (inputs.features[..., 3] <= 0) if kind == "ranked" else local
+
+
+def view_s1(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
+    """What agent 1 sees: gain, complexity, data, cached retention, and what there is of families."""
     return inputs.features
 
 
-def view_s2(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues 3"]:
-    """What agent 2 sees: cached retention, a1, complexity."""
+def view_s2(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
+    """What agent 2 sees: cached retention, a1, complexity, and what there is of families."""
     cached, complexity = inputs.features[..., 3], inputs.features[..., 1]
-    return jnp.stack([cached, _signed(at_server), complexity], axis=-1)
+    own = jnp.stack([cached, _signed(at_server), complexity], axis=-1)
+    if inputs.features.shape[-1] == 4:
+        return own
+    seen = jnp.concatenate([own, inputs.features[..., 4:]], axis=-1)
+    if inputs.lone is None:
+        return seen
+    return jnp.concatenate([seen, _fitting_share(inputs, at_server)[..., None]], axis=-1)
 
 
-def view_both(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues 5"]:
+def _fitting_share(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+    """Share of the largest emulator that arrives before the slowest upload does, from 0 to 2.
+
+    So much of the downlink costs nothing, since both links run at the same time.
+    """
+    assert inputs.lone is not None
+    up, down = inputs.lone[..., 0], inputs.lone[..., 1]
+    downloads = (~at_server & (inputs.features[..., 3] <= 0)).sum(-1, keepdims=True)
+    uploads = at_server.sum(-1, keepdims=True)
+    slowest = uploads * jnp.where(at_server, up, 0.0).max(-1, keepdims=True)
+    share = slowest / (jnp.maximum(downloads, 1) * down)
+    return jnp.where(uploads > 0, jnp.minimum(share, 2.0), 2.0)
+
+
+def view_both(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
     """{s1; s2}, the critic's input as printed (Eq. 22), each feature once."""
     return jnp.concatenate([inputs.features, _signed(at_server)[..., None]], axis=-1)
 
@@ -99,29 +203,33 @@ class LearnedPolicy:
 
     def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
         """See ``Policy.decide``."""
-        inputs = network_inputs(world, observation)
+        inputs = network_inputs(self.kind, world, observation)
         at_server = case_logits(self.kind, self.actors, inputs) > 0
-        return Action(
-            at_server, to_retention(world, retention_means(self.kind, self.actors, inputs, at_server))
-        )
+        means = retention_means(self.kind, self.actors, inputs, at_server)
+        return Action(at_server, wanted_retention(self.kind, world, means, observation.cached_retention))
 
 
-def create_actors(generator: np.random.Generator, config: TrainingConfig, ues: int) -> Actors:
+def create_actors(generator: np.random.Generator, config: TrainingConfig, world: World) -> Actors:
     """Actors before training: cases near a coin flip, retentions near the middle of the bounds."""
-    case, emulator = (_create(generator, config, ues, features, "ue", 0.01) for features in (4, 3))
+    seen = input_count(config.network, world)
+    case, emulator = (
+        _create(generator, config, world.ues, features, "ue", 0.01)
+        for features in (seen, seen + more_in_s2(config.network))
+    )
     return Actors(case, emulator, jnp.asarray(math.log(config.initial_std), jnp.float32))
 
 
 def create_critic(generator: np.random.Generator, config: TrainingConfig, ues: int, features: int) -> Network:
-    """A critic before training."""
-    return _create(generator, config, ues, features, "value", 1.0)
+    """A critic before training; it values every UE on its own where credit is marginal."""
+    return _create(generator, config, ues, features, "ue" if config.credit == "marginal" else "value", 1.0)
 
 
 def critic_value(
-    kind: NetworkKind, critic: Network, features: Float[Array, "*batch ues features"], inputs: Inputs
-) -> Float[Array, "*batch"]:
-    """A critic's output on one of the views, in standardised units of return."""
-    return value_output(kind, critic, features, inputs.context)
+    config: TrainingConfig, critic: Network, features: Float[Array, "*batch ues features"], inputs: Inputs
+) -> Float[Array, "..."]:
+    """A critic's output on one of the views, in standardised units of return; per UE if credit is."""
+    output = ue_outputs if config.credit == "marginal" else value_output
+    return output(config.network, critic, features, inputs.context)
 
 
 def _create(

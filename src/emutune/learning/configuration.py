@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Algorithm = Literal["hmppo", "ippo"]
-NetworkKind = Literal["set", "flat"]
+NetworkKind = Literal["set", "flat", "ranked"]
+Credit = Literal["fleet", "marginal"]
 Baseline = Literal["sequential", "as_printed"]
 
 
@@ -21,6 +22,9 @@ class TrainingConfig(BaseModel):
     Attributes:
         algorithm: HMPPO (one critic for both agents) or IPPO (each agent has its own critic).
         network: one network shared by all UEs plus pooled context, or flat concatenated features.
+            ``"ranked"`` is the first that also sees where each UE stands among those that wait for an
+            emulator, by how fast its upload would be, and that keeps usable emulators.
+        credit: what an action is praised for: the fleet's reward, or what the UE itself adds to it.
         baseline: which critic input HMPPO's advantages use: s1 alone, or {s1; s2} as printed (Eq. 22).
         width: units of each of the two hidden layers; 32 in set networks, 64 in flat ones.
         steps: environment steps in all; rounded up to whole updates.
@@ -42,6 +46,7 @@ class TrainingConfig(BaseModel):
     algorithm: Algorithm = "hmppo"
     network: NetworkKind = "set"
     baseline: Baseline = "sequential"
+    credit: Credit = "fleet"
     width: int = Field(default_factory=_usual_width, ge=1)
     steps: Annotated[int, Field(ge=1)] = 100_000
     environments: Annotated[int, Field(ge=1)] = 10

@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from emutune.learning.agents import Inputs, view_both, view_s1, view_s2
+from emutune.learning.agents import Inputs, more_in_s2, view_both, view_s1, view_s2
 from emutune.learning.configuration import TrainingConfig
 
 View = Callable[[Inputs, Bool[Array, "*batch ues"]], Float[Array, "*batch ues features"]]
 
 
 class Critic(NamedTuple):
-    """What one critic sees, and how many features of each UE that is."""
+    """What one critic sees, and how many features of each UE that is more than those of s1."""
 
     view: View
-    features: int
+    more_features: int
 
 
 class CriticPlan(NamedTuple):
@@ -39,6 +39,8 @@ def critic_plan(config: TrainingConfig) -> CriticPlan:
     default the one critic sees s1 alone; ``baseline="as_printed"`` keeps the printed input.
     """
     if config.algorithm == "ippo":
-        return CriticPlan((Critic(view_s1, 4), Critic(view_s2, 3)), case=0, emulator=1)
-    critic = Critic(view_both, 5) if config.baseline == "as_printed" else Critic(view_s1, 4)
+        return CriticPlan(
+            (Critic(view_s1, 0), Critic(view_s2, more_in_s2(config.network))), case=0, emulator=1
+        )
+    critic = Critic(view_both, 1) if config.baseline == "as_printed" else Critic(view_s1, 0)
     return CriticPlan((critic,), case=0, emulator=0)

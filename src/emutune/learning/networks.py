@@ -35,9 +35,16 @@ def ue_outputs(
     """One output per UE: the case logits, or the means of the retentions."""
     if kind == "flat":
         return _flat_layers(network, features, context)
+    return set_outputs(network, features, context)[..., 0]
+
+
+def set_outputs(
+    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
+) -> Float[Array, "*batch ues outputs"]:
+    """Several outputs per UE of a network that all UEs share."""
     hidden, pooled = _set_hidden(network, features, context)
     last = network[-1]
-    return (_times(hidden, last.own) + (pooled @ last.pooled + last.bias)[..., None, :])[..., 0]
+    return _times(hidden, last.own) + (pooled @ last.pooled + last.bias)[..., None, :]
 
 
 def value_output(
@@ -64,6 +71,7 @@ def create_network(
     width: int,
     head: str,
     head_gain: float,
+    outputs: int = 1,
 ) -> Network:
     """Orthogonal weights and zero biases, drawn with NumPy.
 
@@ -78,6 +86,7 @@ def create_network(
         width: units of each of the two hidden layers.
         head: ``"ue"`` for one output per UE, ``"value"`` for one in all.
         head_gain: scale of the last layer's weights.
+        outputs: of each UE; a flat network has one.
     """
     hidden_gain = 2**0.5
     if kind == "flat":
@@ -90,7 +99,7 @@ def create_network(
     return [
         _layer(generator, features, features + context, width, hidden_gain),
         _layer(generator, width, width, width, hidden_gain),
-        _layer(generator, width if head == "ue" else 0, width, 1, head_gain),
+        _layer(generator, width if head == "ue" else 0, width, outputs, head_gain),
     ]
 
 

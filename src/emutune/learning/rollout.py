@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,30 @@ from emutune.learning.agents import (
     Actors,
     Inputs,
     case_logits,
+    lone_times,
     retention_means,
-    to_retention,
+    wanted_retention,
+    with_ranks,
 )
 from emutune.learning.configuration import NetworkKind
 from emutune.world import (
     Action,
+    Cache,
     Episode,
     Outcome,
+    Task,
     World,
     all_tasks,
-    cache_feature,
+    cache_features,
     choose_layers,
     empty_cache,
+    join_features,
     observe_task,
     progress_feature,
     serve,
     task_features,
+    updated_cache,
+    usable_layers,
 )
 
 
@@ -46,6 +53,7 @@ class Trajectory(NamedTuple):
     at_server: Bool[Array, "tasks episodes ues"]
     unclipped: Float[Array, "tasks episodes ues"]
     outcome: Outcome
+    task: Task
 
 
 def draw_noise(key: Key[Array, ""], shape: tuple[int, int, int]) -> Noise:
@@ -62,26 +70,32 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
     """
     tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
     steps, count = jnp.arange(world.tasks), episodes.complexity.shape[0]
-    empty = jnp.broadcast_to(empty_cache(world), (count, world.ues))
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, world.ues)), empty_cache(world))
     observations = jax.vmap(observe_task, (None, None, 0, 0))(world, empty, tasks, steps)
     known = task_features(world, observations)
     context = jnp.broadcast_to(progress_feature(observations)[:, None, None], (world.tasks, count, 1))
     std = jnp.exp(actors.log_std)
 
-    def decide(cached: Array, now: tuple[Array, Array, Noise]) -> tuple[Array, tuple[Array, ...]]:
-        known, context, noise = now
-        held = cache_feature(world, cached / world.model_layers)[..., None]
-        inputs = Inputs(jnp.concatenate([known, held], axis=-1), context)
+    def decide(cached: Cache, now: tuple[Array, Array, Noise, Task, Array]) -> tuple[Cache, tuple[Any, ...]]:
+        known, context, noise, task, step = now
+        observation = observe_task(world, cached, task, step)
+        features = join_features(known, cache_features(world, observation))
+        lone = lone_times(kind, world, observation)
+        inputs = Inputs(with_ranks(kind, world, observation, features), context, lone)
         at_server = case_logits(kind, actors, inputs) > noise.case
         unclipped = retention_means(kind, actors, inputs, at_server) + std * noise.emulator
-        layers = choose_layers(world, to_retention(world, unclipped), cached)
-        return jnp.where(at_server, cached, layers), (cached, inputs.features, at_server, unclipped)
+        usable = usable_layers(cached, task.family)
+        wanted = wanted_retention(kind, world, unclipped, observation.cached_retention)
+        layers = choose_layers(world, wanted, usable, task.family)
+        after = updated_cache(cached, task.family, layers, at_server)
+        return after, (cached, inputs, at_server, unclipped, wanted)
 
-    _, (cached, features, at_server, unclipped) = jax.lax.scan(decide, empty, (known, context, noise))
-    action = Action(at_server, to_retention(world, unclipped))
+    every = (known, context, noise, tasks, steps)
+    _, (cached, inputs, at_server, unclipped, wanted) = jax.lax.scan(decide, empty, every)
+    action = Action(at_server, wanted)
     every_step = jax.vmap(jax.vmap(serve, (None, 0, 0, 0)), (None, 0, 0, 0))
     _, outcome = every_step(world, cached, tasks, action)
-    return Trajectory(Inputs(features, context), at_server, unclipped, outcome)
+    return Trajectory(inputs, at_server, unclipped, outcome, tasks)
 
 
 class Summary(NamedTuple):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from emutune.errors import CheckpointError
 from emutune.files import replacing
-from emutune.learning.agents import LearnedPolicy, create_actors, create_critic
+from emutune.learning.agents import LearnedPolicy, create_actors, create_critic, input_count
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.hmppo import critic_plan
@@ -54,9 +54,11 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
     """Networks, optimisers and random state before training; a function of its arguments alone."""
     generator = np.random.default_rng(seed)
     parameters = Parameters(
-        create_actors(generator, config, world.ues),
+        create_actors(generator, config, world),
         [
-            create_critic(generator, config, world.ues, critic.features)
+            create_critic(
+                generator, config, world.ues, input_count(config.network, world) + critic.more_features
+            )
             for critic in critic_plan(config).critics
         ],
     )

@@ -17,10 +17,12 @@ from emutune.learning.agents import (
     case_log_probability,
     case_logits,
     critic_value,
+    decides_retention,
     retention_log_probability,
     retention_means,
 )
 from emutune.learning.configuration import TrainingConfig
+from emutune.learning.credit import marginal_costs
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.networks import Network
 from emutune.learning.rollout import Noise, Summary, Trajectory, collect, draw_noise, summarise
@@ -57,9 +59,9 @@ class Samples(NamedTuple):
     unclipped: Float[Array, "samples ues"]
     case_log_probability: Float[Array, "samples ues"]
     retention_log_probability: Float[Array, "samples ues"]
-    case_advantage: Float[Array, "samples"]
-    emulator_advantage: Float[Array, "samples"]
-    targets: Float[Array, "samples critics"]
+    case_advantage: Float[Array, "samples ..."]
+    emulator_advantage: Float[Array, "samples ..."]
+    targets: Float[Array, "samples ... critics"]
 
 
 class Diagnostics(NamedTuple):
@@ -115,10 +117,10 @@ def train_update(
     trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
     state = jax.lax.cond(
         state.update == 0,
-        lambda: _standardise_values(config, state, trajectory.outcome.reward),
+        lambda: _standardise_values(config, state, _rewards(config, world, trajectory)),
         lambda: state,
     )
-    samples, explained_variance = _make_samples(config, state, trajectory)
+    samples, explained_variance = _make_samples(config, world, state, trajectory)
     rate = config.learning_rate * (1 - state.update / updates)
     networks, optimiser, diagnostics = _epochs(config, state, samples, keys[2], rate)
     new_state = state._replace(
@@ -130,8 +132,18 @@ def train_update(
     return new_state, Metrics(training, evaluation, health)
 
 
+def _rewards(
+    config: TrainingConfig, world: World, trajectory: Trajectory
+) -> Float[Array, "tasks episodes ..."]:
+    """What the critics predict: the fleet's reward, or what each UE adds to it."""
+    if config.credit == "fleet":
+        return trajectory.outcome.reward
+    every_step = jax.vmap(jax.vmap(marginal_costs, (None, 0, 0, 0)), (None, 0, 0, 0))
+    return -every_step(world, trajectory.task, trajectory.at_server, trajectory.outcome)
+
+
 def _standardise_values(
-    config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes"]
+    config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes ..."]
 ) -> TrainingState:
     """Centre and scale value targets at the mean and spread of the discounted returns to go."""
     to_go = episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
@@ -162,16 +174,17 @@ def _explore_and_evaluate(
 
 
 def _make_samples(
-    config: TrainingConfig, state: TrainingState, trajectory: Trajectory
+    config: TrainingConfig, world: World, state: TrainingState, trajectory: Trajectory
 ) -> tuple[Samples, Float[Array, ""]]:
     """Advantages, value targets and old log-probabilities of a batch of episodes."""
     kind, actors, plan = config.network, state.parameters.actors, critic_plan(config)
     inputs, at_server = trajectory.inputs, trajectory.at_server
+    rewards = _rewards(config, world, trajectory)
     advantages, targets = [], []
     for critic, network in zip(plan.critics, state.parameters.critics, strict=True):
-        standard = critic_value(kind, network, critic.view(inputs, at_server), inputs)
+        standard = critic_value(config, network, critic.view(inputs, at_server), inputs)
         values = state.value_centre + state.value_scale * standard
-        advantage = episode_advantages(trajectory.outcome.reward, values, config.discount, config.trace_decay)
+        advantage = episode_advantages(rewards, values, config.discount, config.trace_decay)
         advantages.append(advantage)
         targets.append((advantage + values - state.value_centre) / state.value_scale)
     explained = 1 - advantages[0].var() / (targets[0].var() * state.value_scale**2 + 1e-8)
@@ -249,16 +262,16 @@ def _loss(
         retention_log_probability(means, actors.log_std, batch.unclipped) - batch.retention_log_probability
     )
     # A UE at the server has no retention to choose: its draw had no effect and gets no credit.
-    local = 1.0 - batch.at_server
-    everyone = jnp.ones_like(local)
+    chosen = decides_retention(kind, inputs, batch.at_server)
+    everyone = jnp.ones_like(chosen)
     case_loss = clipped_loss(case_change, batch.case_advantage, everyone, config.clip)
-    emulator_loss = clipped_loss(retention_change, batch.emulator_advantage, local, config.clip)
+    emulator_loss = clipped_loss(retention_change, batch.emulator_advantage, chosen, config.clip)
     case_entropy = (jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)).mean()
     entropy = case_entropy + actors.log_std
     value_loss = jnp.asarray(0.0)
     for index, (critic, network) in enumerate(zip(plan.critics, parameters.critics, strict=True)):
-        values = critic_value(kind, network, critic.view(inputs, batch.at_server), inputs)
-        value_loss += jnp.mean((values - batch.targets[:, index]) ** 2)
+        values = critic_value(config, network, critic.view(inputs, batch.at_server), inputs)
+        value_loss += jnp.mean((values - batch.targets[..., index]) ** 2)
     ratio = jnp.exp(case_change)
     diagnostics = jnp.stack(
         [
@@ -273,13 +286,13 @@ def _loss(
 
 def clipped_loss(
     log_ratio: Float[Array, "samples ues"],
-    advantage: Float[Array, "samples"],
+    advantage: Float[Array, "samples ..."],
     weight: Float[Array, "samples ues"],
     clip: float,
 ) -> Float[Array, ""]:
     """The clipped objective of Eq. 21, negated: ratios per UE, averaged over the UEs that count."""
     ratio = jnp.exp(log_ratio)
-    shared = advantage[:, None]
+    shared = advantage if advantage.ndim > 1 else advantage[:, None]
     objective = jnp.minimum(ratio * shared, jnp.clip(ratio, 1 - clip, 1 + clip) * shared)
     return -jnp.sum(objective * weight) / jnp.maximum(jnp.sum(weight), 1.0)
 

@@ -1,7 +1,20 @@
 """Ways to decide that need no learning, all behind one protocol."""
 
 from emutune.policies.base import Policy, register_policy
+from emutune.policies.count_table import CountTable
 from emutune.policies.fixed import AllServer, Fixed
+from emutune.policies.hold import Hold
+from emutune.policies.lookahead import Lookahead, plan_lookahead
 from emutune.policies.random import Random
 
-__all__ = ["AllServer", "Fixed", "Policy", "Random", "register_policy"]
+__all__ = [
+    "AllServer",
+    "CountTable",
+    "Fixed",
+    "Hold",
+    "Lookahead",
+    "Policy",
+    "Random",
+    "plan_lookahead",
+    "register_policy",
+]

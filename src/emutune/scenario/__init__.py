@@ -2,8 +2,13 @@
 
 from emutune.scenario.load import dump_scenario, load_scenario, parse_scenario, shipped_scenarios
 from emutune.scenario.schema import (
+    Curve,
+    Download,
+    Families,
+    Family,
     Fleet,
     FoundationModel,
+    Model,
     Quality,
     Radio,
     Range,
@@ -14,8 +19,13 @@ from emutune.scenario.schema import (
 )
 
 __all__ = [
+    "Curve",
+    "Download",
+    "Families",
+    "Family",
     "Fleet",
     "FoundationModel",
+    "Model",
     "Quality",
     "Radio",
     "Range",

@@ -46,9 +46,9 @@ def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "s
     tree = _tree(text, source)
     for override in overrides:
         _apply(tree, override)
-    quality = tree.get("quality")
-    if isinstance(quality, dict) and isinstance(quality.get("curve"), str):
-        quality["curve"] = _read_curve(quality["curve"], Path(source).parent)
+    for holder in _curve_holders(tree):
+        if isinstance(holder, dict) and isinstance(holder.get("curve"), str):
+            holder["curve"] = _read_curve(holder["curve"], Path(source).parent)
     try:
         return Scenario.model_validate(tree)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "s
 
 def dump_scenario(scenario: Scenario) -> str:
     """A scenario as TOML text that ``parse_scenario`` reads back to an equal scenario."""
-    return "\n".join(_toml_lines(scenario.model_dump(), ())).strip() + "\n"
+    return "\n".join(_toml_lines(scenario.model_dump(exclude_none=True), ())).strip() + "\n"
 
 
 def _read(source: str | Path) -> str:
@@ -98,6 +98,14 @@ def _read_curve(name: str, beside: Path) -> Any:
     if "curve" not in content:
         raise ScenarioError(f"quality.curve: {name!r} has no section curve; write one with emutune calibrate")
     return content["curve"]
+
+
+def _curve_holders(tree: Mapping[str, Any]) -> Iterable[Any]:
+    """Every table of a scenario that has a curve, or may have one."""
+    yield tree.get("quality")
+    families = tree.get("families")
+    others = families.get("others") if isinstance(families, dict) else None
+    yield from others if isinstance(others, list) else ()
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -150,6 +158,8 @@ def _explain_one(problem: Mapping[str, Any]) -> str:
     if kind in ("float_parsing", "float_type", "int_parsing", "int_type", "int_from_float"):
         wanted = "a whole number" if kind.startswith("int") else "a number"
         return f"{field}: must be {wanted}{_unit(field)}, got {value!r}"
+    if kind == "bool_type":
+        return f"{field}: must be true or false, got {value!r}"
     if kind == "literal_error":
         return f"{field}: must be {context['expected']}, got {value!r}"
     if kind == "model_type":
@@ -191,6 +201,8 @@ def _unit(field: str) -> str:
 def _suggestion(location: tuple[Any, ...]) -> str:
     section: type[BaseModel] = Scenario
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue
         section = _model_of(section.model_fields[str(part)].annotation)
     fields = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
@@ -217,7 +229,11 @@ def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[str
             yield from _toml_lines(value, (*path, key))
 
 
-def _toml_value(value: str | float | Sequence[Any]) -> str:
+def _toml_value(value: str | float | Sequence[Any] | Mapping[str, Any]) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_toml_value(part)}' for key, part in value.items())} }}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,7 @@ Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 Weight = Annotated[float, Field(le=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 # TOML has lists, no tuples.
@@ -156,8 +157,57 @@ class Reward(_Section):
     delay_weight_per_min: Weight
 
 
+class Family(_Section):
+    """A foundation model beside the one in ``model``.
+
+    Attributes:
+        curve: its perplexity against retention, where that differs from ``quality.curve``.
+    """
+
+    size_gb: Positive
+    layers: Count
+    curve: Curve | None = None
+
+
+class Families(_Section):
+    """Several foundation models, so that an emulator at hand may be of the wrong one.
+
+    The family of a UE's task is a Markov chain: it stays with probability ``persistence`` and is drawn
+    anew from all families otherwise. The model in ``model`` is the first family, ``others`` the rest.
+    """
+
+    persistence: Probability
+    others: Annotated[tuple[Family, ...], Field(min_length=1, max_length=63, strict=False)]
+
+
+class Download(_Section):
+    """How emulators travel.
+
+    Attributes:
+        delta: an emulator contains every smaller one of its family, and only missing layers are sent.
+    """
+
+    delta: bool = False
+
+
+class Model(NamedTuple):
+    """One family's model: size, whole layers, fewest and most layers of an emulator, and its curve."""
+
+    size_gb: float
+    layers: int
+    fewest: int
+    most: int
+    curve: Curve
+
+
+def _with_curves(
+    first: FoundationModel, others: tuple[Family, ...]
+) -> list[tuple[FoundationModel | Family, Curve | None]]:
+    return [(first, None), *((other, other.curve) for other in others)]
+
+
 class Scenario(_Section):
-    """A whole world: fleet, tasks, model, links, quality and objective."""
+    """A whole world: fleet, tasks, model, links, quality and objective; the last sections are optional."""
 
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
@@ -168,11 +218,29 @@ class Scenario(_Section):
     radio: Radio
     quality: Quality
     reward: Reward
+    families: Families | None = None
+    download: Download | None = None
 
     @property
     def level_bounds(self) -> tuple[int, int]:
         """Fewest and most layers an emulator may keep: the levels k/L inside the retention bounds (D9)."""
-        layers = self.model.layers
+        return self._levels(self.model.layers)
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """Every family's model, the one in ``model`` first."""
+        others = self.families.others if self.families else ()
+        return tuple(
+            Model(one.size_gb, one.layers, *self._levels(one.layers), curve or self.quality.curve)
+            for one, curve in _with_curves(self.model, others)
+        )
+
+    @property
+    def delta_download(self) -> bool:
+        """Whether only missing layers are sent."""
+        return self.download is not None and self.download.delta
+
+    def _levels(self, layers: int) -> tuple[int, int]:
         # The guard absorbs binary fractions: 0.3 * 10 is 2.9999999999999996 or 3.0000000000000004.
         guard = 1e-9 * layers
         return max(1, math.ceil(self.retention.min * layers - guard)), math.floor(
@@ -181,20 +249,24 @@ class Scenario(_Section):
 
     @model_validator(mode="after")
     def _some_emulator_exists(self) -> Scenario:
-        low, high = self.level_bounds
-        if low > high:
-            raise ValueError(
-                f"retention: no whole number of the {self.model.layers} layers lies between "
-                f"{self.retention.min:g} and {self.retention.max:g}; widen the bounds or raise model.layers"
-            )
+        for index, model in enumerate(self.models):
+            if model.fewest > model.most:
+                where = f"families.others.{index - 1}" if index else "model"
+                raise ValueError(
+                    f"retention: no whole number of the {model.layers} layers lies between "
+                    f"{self.retention.min:g} and {self.retention.max:g}; widen the bounds or raise {where}.layers"
+                )
         return self
 
     @model_validator(mode="after")
     def _perplexity_is_positive(self) -> Scenario:
-        retention, lowest = self.quality.curve.lowest_between(self.retention.min, 1.0)
-        if lowest <= 0:
-            raise ValueError(
-                f"quality.curve: perplexity falls to {lowest:g} at retention {retention:g}; "
-                "it must stay positive from retention.min to 1"
-            )
+        for index, model in enumerate(self.models):
+            retention, lowest = model.curve.lowest_between(self.retention.min, 1.0)
+            if lowest <= 0:
+                own = index and model.curve is not self.quality.curve
+                where = f"families.others.{index - 1}.curve" if own else "quality.curve"
+                raise ValueError(
+                    f"{where}: perplexity falls to {lowest:g} at retention {retention:g}; "
+                    "it must stay positive from retention.min to 1"
+                )
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,14 @@ from jaxtyping import Float
 from emutune.bounds import certified_bounds
 from emutune.errors import UsageError
 from emutune.learning.configuration import TrainingConfig
+from emutune.learning.guided import (
+    Guided,
+    GuidedConfig,
+    begin_guided,
+    load_guided,
+    save_guided,
+    train_guided,
+)
 from emutune.learning.training import train_seeds
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario, dump_scenario
@@ -25,15 +33,33 @@ from emutune.study.evaluate import (
     held_out_episodes,
     search_best_fixed,
 )
+from emutune.study.search import search_count_table, search_hold, search_lookahead
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
-from emutune.world import Episode
+from emutune.world import Episode, build_world
 
-BASELINES = ("random", "all_server", "fixed", "best_fixed")
+BASELINES = ("random", "all_server", "fixed", "best_fixed", "hold", "count_table", "lookahead")
+_SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
+    "best_fixed": search_best_fixed,
+    "hold": search_hold,
+    "count_table": search_count_table,
+    "lookahead": search_lookahead,
+}
 LEARNED = {
     "ippo": TrainingConfig(algorithm="ippo"),
     "hmppo": TrainingConfig(),
 }
+RANKED = TrainingConfig(
+    network="ranked",
+    credit="marginal",
+    width=48,
+    steps=300_000,
+    environments=32,
+    minibatches=8,
+    entropy_weight=1e-3,
+    initial_std=0.2,
+)
 STUDIES = {
+    "hmppo_ranked": RANKED,
     "hmppo_flat": TrainingConfig(network="flat"),
     "hmppo_as_printed": TrainingConfig(baseline="as_printed"),
 }
@@ -47,12 +73,12 @@ def expand_policy_names(names: str) -> list[str]:
     Raises:
         UsageError: a name is unknown.
     """
-    known = [*BASELINES, *LEARNED, *STUDIES]
+    known = [*BASELINES, *LEARNED, "guided", *STUDIES]
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
         if name != "all" and name not in known:
             raise UsageError(f"policies: no policy {name!r}; choose all or from {', '.join(known)}")
-        chosen += [*BASELINES, *LEARNED] if name == "all" else [name]
+        chosen += [*BASELINES, *LEARNED, "hmppo_ranked", "guided"] if name == "all" else [name]
     return list(dict.fromkeys(chosen))
 
 
@@ -71,8 +97,8 @@ def baseline_policy(name: str, scenario: Scenario, retention: float | None = Non
         return Random()
     if name == "all_server":
         return AllServer()
-    if name == "best_fixed":
-        return search_best_fixed(scenario)
+    if name in _SEARCHED:
+        return _SEARCHED[name](scenario)
     if name != "fixed":
         raise UsageError(
             f"policy: no policy {name!r} that needs no training; choose from {', '.join(BASELINES)}"
@@ -118,7 +144,10 @@ def compare(
         say(name)
         config = training_config(name, steps)
         candidates: Sequence[Policy]
-        if config is None:
+        if name == "guided":
+            run = str(Path(directory) / f"guided-{_digest(scenario, GuidedConfig())}")
+            candidates = guided_policies(scenario, range(seeds), run, say)
+        elif config is None:
             run, candidates = None, [baseline_policy(name, scenario, retention)]
         else:
             run = str(run_directory(Path(directory), name, scenario, config))
@@ -142,8 +171,35 @@ def training_config(name: str, steps: int | None = None) -> TrainingConfig | Non
 
 def run_directory(directory: Path, name: str, scenario: Scenario, config: TrainingConfig) -> Path:
     """Where a policy's training is kept: a name of its own for every scenario and configuration."""
-    trained_for = dump_scenario(scenario) + config.model_dump_json()
-    return directory / f"{name}-{hashlib.sha256(trained_for.encode()).hexdigest()[:12]}"
+    return directory / f"{name}-{_digest(scenario, config)}"
+
+
+def guided_policies(scenario: Scenario, seeds: Iterable[int], run: str | Path, say: Progress) -> list[Guided]:
+    """Guided lookahead of several seeds, learned or read back from where it is kept.
+
+    Args:
+        scenario: where to learn.
+        seeds: of networks and episodes.
+        run: where the learned policies are kept.
+        say: called with a line on what is being done.
+    """
+    world, base = build_world(scenario), search_lookahead(scenario)
+    policies = []
+    for seed in seeds:
+        say(f"guided: seed {seed}")
+        path = Path(run) / f"seed-{seed}" / "guided.safetensors"
+        start = begin_guided(base, world, GuidedConfig().width, seed)
+        if path.is_file():
+            policies.append(load_guided(path, start))
+            continue
+        policies.append(train_guided(world, base, GuidedConfig(), seed))
+        save_guided(path, policies[-1])
+    return policies
+
+
+def _digest(scenario: Scenario, config: TrainingConfig | GuidedConfig) -> str:
+    described = config.model_dump_json() if isinstance(config, TrainingConfig) else repr(config)
+    return hashlib.sha256((dump_scenario(scenario) + described).encode()).hexdigest()[:12]
 
 
 def _told(say: Progress, name: str, config: TrainingConfig, seeds: int) -> Callable[[int], None]:

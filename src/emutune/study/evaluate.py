@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from emutune.policies import Fixed, Policy
 from emutune.scenario import Scenario
 from emutune.world import (
+    Cache,
     Episode,
     Task,
     World,
@@ -29,7 +30,7 @@ from emutune.world import (
 
 # Held-out episodes share no key with training (seeds 0, 1, ...) nor with the search for a fixed policy.
 _HELD_OUT_KEY = 0x4E1D0007
-_SEARCH_KEY = 0x5EA2C400
+SEARCH_KEY = 0x5EA2C400
 _POLICY_KEY = _HELD_OUT_KEY + 1
 
 
@@ -57,9 +58,10 @@ def evaluate_policy(scenario: Scenario, policy: Policy, episodes: Episode) -> Ep
 def search_best_fixed(scenario: Scenario, episodes: int = 32) -> Fixed:
     """The always-local policy whose one retention is best on episodes that are not held out."""
     world = build_world(scenario)
-    low, high = scenario.level_bounds
-    levels = jnp.arange(low, high + 1) / scenario.model.layers
-    drawn = draw_episodes(world, _SEARCH_KEY, episodes)
+    levels = jnp.asarray(
+        sorted({layers / one.layers for one in scenario.models for layers in range(one.fewest, one.most + 1)})
+    )
+    drawn = draw_episodes(world, SEARCH_KEY, episodes)
     returns = jax.vmap(lambda level: run_episodes(world, Fixed(level), drawn)[0].mean())(levels)
     return Fixed(levels[jnp.argmax(returns)])
 
@@ -97,7 +99,7 @@ def _episode_keys(stream: int | Array, count: int) -> Key[Array, "episodes"]:
 
 
 def _run_episode(world: World, policy: Policy, episode: Episode, key: Key[Array, ""]) -> tuple[Array, ...]:
-    def act(cached: Array, now: tuple[Array, Task]) -> tuple[Array, tuple[Array, ...]]:
+    def act(cached: Cache, now: tuple[Array, Task]) -> tuple[Cache, tuple[Array, ...]]:
         step, task = now
         observation = observe_task(world, cached, task, step)
         action = policy.decide(world, observation, jax.random.fold_in(key, step))

@@ -2,6 +2,7 @@
 
 from emutune.world.dynamics import (
     Action,
+    Cache,
     Episode,
     Outcome,
     State,
@@ -14,10 +15,15 @@ from emutune.world.dynamics import (
     reset,
     serve,
     step,
+    updated_cache,
+    usable_layers,
 )
 from emutune.world.observation import (
     Observation,
     cache_feature,
+    cache_features,
+    feature_count,
+    join_features,
     observe,
     observe_task,
     progress_feature,
@@ -28,6 +34,7 @@ from emutune.world.parameters import World, build_world
 
 __all__ = [
     "Action",
+    "Cache",
     "Episode",
     "Observation",
     "Outcome",
@@ -37,10 +44,13 @@ __all__ = [
     "all_tasks",
     "build_world",
     "cache_feature",
+    "cache_features",
     "choose_layers",
     "current_task",
     "draw_episode",
     "empty_cache",
+    "feature_count",
+    "join_features",
     "observe",
     "observe_task",
     "progress_feature",
@@ -49,4 +59,6 @@ __all__ = [
     "step",
     "task_features",
     "ue_features",
+    "updated_cache",
+    "usable_layers",
 ]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from emutune.world.channel import draw_fading, path_gain
+from emutune.world.families import draw_families
 from emutune.world.link import download_delay_s, upload_delay_s
-from emutune.world.parameters import World
+from emutune.world.parameters import World, bits_of, layers_of, levels_of
 from emutune.world.quality import task_perplexity
 
 
@@ -22,13 +23,14 @@ class Episode(NamedTuple):
     """Everything random in one episode.
 
     ``gain`` has one row more than there are tasks: row t is the gain that is known before task t, row
-    t + 1 the gain during it.
+    t + 1 the gain during it. ``family`` is None in a world of one foundation model.
     """
 
     gain: Float[Array, "rows ues"]
     complexity: Float[Array, "tasks ues"]
     data_bits: Float[Array, "tasks ues"]
     transmit_power_w: Float[Array, "ues"]
+    family: Int[Array, "tasks ues"] | None = None
 
 
 class Task(NamedTuple):
@@ -39,13 +41,21 @@ class Task(NamedTuple):
     complexity: Float[Array, "ues"]
     data_bits: Float[Array, "ues"]
     transmit_power_w: Float[Array, "ues"]
+    family: Int[Array, "ues"] | None = None
+
+
+class Cache(NamedTuple):
+    """The one emulator that each UE holds: its layers (0: none, D10), and its family if there are several."""
+
+    layers: Int[Array, "*batch ues"]
+    family: Int[Array, "*batch ues"] | None = None
 
 
 class State(NamedTuple):
-    """Where an episode stands: its draws, the layers each UE caches (0: none, D10), and the step."""
+    """Where an episode stands: its draws, what each UE caches, and the step."""
 
     episode: Episode
-    cached_layers: Int[Array, "ues"]
+    cache: Cache
     step: Int[Array, ""]
 
 
@@ -81,12 +91,21 @@ def draw_episode(key: Key[Array, ""], world: World) -> Episode:
         complexity=_uniform(keys[2], world.complexity, (steps, ues)),
         data_bits=_uniform(keys[3], world.data_bits, (steps, ues)),
         transmit_power_w=_uniform(keys[4], world.transmit_power_w, (ues,)),
+        family=world.families and draw_families(jax.random.fold_in(key, 5), world.families, steps, ues),
     )
 
 
-def empty_cache(world: World) -> Int[Array, "ues"]:
+def empty_cache(world: World) -> Cache:
     """No UE holds an emulator (D10)."""
-    return jnp.zeros(world.ues, jnp.int32)
+    nothing = jnp.zeros(world.ues, jnp.int32)
+    return Cache(nothing, None if world.families is None else nothing)
+
+
+def usable_layers(cache: Cache, family: Int[Array, "*batch ues"] | None) -> Int[Array, "*batch ues"]:
+    """Layers of the emulator that each UE holds for its task's family; 0 if it holds none of that family."""
+    if cache.family is None or family is None:
+        return cache.layers
+    return jnp.where(cache.family == family, cache.layers, 0)
 
 
 def reset(key: Key[Array, ""], world: World) -> State:
@@ -96,8 +115,8 @@ def reset(key: Key[Array, ""], world: World) -> State:
 
 def step(world: World, state: State, action: Action) -> tuple[State, Outcome]:
     """Serve the current task of every UE; the episode is over once ``state.step`` is ``world.tasks``."""
-    cached, outcome = serve(world, state.cached_layers, current_task(state), action)
-    return State(state.episode, cached, state.step + 1), outcome
+    cache, outcome = serve(world, state.cache, current_task(state), action)
+    return State(state.episode, cache, state.step + 1), outcome
 
 
 def current_task(state: State) -> Task:
@@ -109,6 +128,7 @@ def current_task(state: State) -> Task:
         complexity=episode.complexity[now],
         data_bits=episode.data_bits[now],
         transmit_power_w=episode.transmit_power_w,
+        family=None if episode.family is None else episode.family[now],
     )
 
 
@@ -120,35 +140,75 @@ def all_tasks(episode: Episode) -> Task:
         complexity=episode.complexity,
         data_bits=episode.data_bits,
         transmit_power_w=jnp.broadcast_to(episode.transmit_power_w, episode.complexity.shape),
+        family=episode.family,
     )
 
 
-def serve(
-    world: World, cached_layers: Int[Array, "ues"], task: Task, action: Action
-) -> tuple[Int[Array, "ues"], Outcome]:
+def serve(world: World, cache: Cache, task: Task, action: Action) -> tuple[Cache, Outcome]:
     """The physics of one step: new caches and what was charged (Eq. 1 to 9, 12)."""
     local = ~action.at_server
-    layers = choose_layers(world, action.retention, cached_layers)
-    retention = layers / world.model_layers
-    switched = local & (layers != cached_layers)
+    held = usable_layers(cache, task.family)
+    layers = choose_layers(world, action.retention, held, task.family)
+    retention = layers / layers_of(world, task.family)
+    switched = local & (layers != held)
+    downloads, bits = _sent(world, task.family, layers, held, switched)
     upload_s = upload_delay_s(world, task.data_bits, task.transmit_power_w, task.gain, action.at_server)
-    download_s = download_delay_s(world, retention, task.gain, switched)
+    download_s = download_delay_s(world, bits, task.gain, downloads)
     delay_s = upload_s + download_s
-    perplexity = task_perplexity(world, retention, task.complexity, action.at_server)
+    perplexity = task_perplexity(world, retention, task.complexity, action.at_server, task.family)
     step_delay_s = jnp.max(delay_s)
     reward = world.perplexity_weight * jnp.mean(perplexity) + world.delay_weight_per_s * step_delay_s
     outcome = Outcome(retention, switched, delay_s, perplexity, step_delay_s, reward)
-    return jnp.where(local, layers, cached_layers), outcome
+    return updated_cache(cache, task.family, layers, action.at_server), outcome
 
 
 def choose_layers(
-    world: World, retention: Float[Array, "*batch ues"], cached_layers: Int[Array, "*batch ues"]
+    world: World,
+    retention: Float[Array, "*batch ues"],
+    held: Int[Array, "*batch ues"],
+    family: Int[Array, "*batch ues"] | None = None,
 ) -> Int[Array, "*batch ues"]:
-    """Whole layers for a wanted retention: the nearest level inside the bounds, or the held one (D9)."""
-    low, high = world.level_bounds
-    layers = jnp.clip(jnp.round(retention * world.model_layers).astype(jnp.int32), low, high)
-    distance = jnp.abs(retention - cached_layers / world.model_layers)
-    return jnp.where((cached_layers > 0) & (distance < world.hold_tolerance), cached_layers, layers)
+    """Whole layers for a wanted retention: the nearest level inside the bounds, or the held one (D9).
+
+    Args:
+        world: the world.
+        retention: what is wanted.
+        held: layers of the usable emulator of each UE, 0 for none.
+        family: the family of each task, if there are several.
+    """
+    low, high = levels_of(world, family)
+    all_layers = layers_of(world, family)
+    layers = jnp.clip(jnp.round(retention * all_layers).astype(jnp.int32), low, high)
+    distance = jnp.abs(retention - held / all_layers)
+    return jnp.where((held > 0) & (distance < world.hold_tolerance), held, layers)
+
+
+def updated_cache(
+    cache: Cache,
+    family: Int[Array, "*batch ues"] | None,
+    layers: Int[Array, "*batch ues"],
+    at_server: Bool[Array, "*batch ues"],
+) -> Cache:
+    """Training on a UE leaves its emulator in the cache, training at the server changes nothing."""
+    after = jnp.where(at_server, cache.layers, layers)
+    if cache.family is None or family is None:
+        return Cache(after)
+    return Cache(after, jnp.where(at_server, cache.family, family))
+
+
+def _sent(
+    world: World,
+    family: Int[Array, "ues"] | None,
+    layers: Int[Array, "ues"],
+    held: Int[Array, "ues"],
+    switched: Bool[Array, "ues"],
+) -> tuple[Bool[Array, "ues"], Float[Array, "ues"]]:
+    """Which UEs are sent layers, and how many bits those are."""
+    missing = layers
+    if world.delta_download:
+        missing = jnp.maximum(layers - held, 0)
+        switched = switched & (missing > 0)
+    return switched, missing / layers_of(world, family) * bits_of(world, family)
 
 
 def _uniform(key: Key[Array, ""], bounds: Float[Array, "2"], shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -47,15 +47,15 @@ def upload_delay_s(
 
 def download_delay_s(
     world: World,
-    retention: Float[Array, "ues"],
+    bits: Float[Array, "ues"],
     gain: Float[Array, "ues"],
     downloads: Bool[Array, "ues"],
 ) -> Float[Array, "ues"]:
-    """Seconds each downloading UE needs for its emulator, 0 for the others (Eq. 5 to 7, D1)."""
+    """Seconds each downloading UE needs for the bits sent to it, 0 for the others (Eq. 5 to 7, D1)."""
     sharers = _count(downloads)
     power_w = world.downlink_power_w / jnp.maximum(sharers, 1.0)
     rate = shared_rate_bps(world.downlink_bandwidth_hz, power_w, gain, world.noise_w_per_hz, sharers)
-    return jnp.where(downloads, retention * world.model_bits / rate, 0.0)
+    return jnp.where(downloads, bits / rate, 0.0)
 
 
 def _count(members: Bool[Array, "ues"]) -> Float[Array, ""]:

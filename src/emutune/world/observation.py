@@ -8,14 +8,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from emutune.world.channel import fading_at_scores
-from emutune.world.dynamics import State, Task, current_task
-from emutune.world.parameters import World
+from emutune.world.dynamics import Cache, State, Task, current_task, usable_layers
+from emutune.world.families import FamilyTables
+from emutune.world.parameters import World, layers_of
+from emutune.world.quality import curve_perplexity
 
 
 class Observation(NamedTuple):
     """The state s1 in physical units, and how far the episode is; any leading batch axes.
 
-    The gain is that of the previous task: the gain during the coming one is not known yet.
+    The gain is that of the previous task: the gain during the coming one is not known yet. The cached
+    retention is that of the emulator for the task's family, 0 if the UE holds none of that family. The
+    transmit power is known to whoever plans the uplink but no part of s1, so networks do not take it.
+
+    Attributes:
+        family: family of each task; this and the next two are None in a world of one family.
+        held_family: family of the emulator that each UE holds; means nothing where it holds none.
+        held_retention: retention of that emulator, 0 for none.
     """
 
     previous_gain: Float[Array, "*batch ues"]
@@ -23,39 +32,50 @@ class Observation(NamedTuple):
     data_bits: Float[Array, "*batch ues"]
     cached_retention: Float[Array, "*batch ues"]
     progress: Float[Array, "*batch"]
+    transmit_power_w: Float[Array, "*batch ues"]
+    family: Int[Array, "*batch ues"] | None = None
+    held_family: Int[Array, "*batch ues"] | None = None
+    held_retention: Float[Array, "*batch ues"] | None = None
 
 
 def observe(world: World, state: State) -> Observation:
     """The observation of a state."""
-    return observe_task(world, state.cached_layers, current_task(state), state.step)
+    return observe_task(world, state.cache, current_task(state), state.step)
 
 
-def observe_task(
-    world: World, cached_layers: Int[Array, "*batch ues"], task: Task, step: Int[Array, ""]
-) -> Observation:
+def observe_task(world: World, cache: Cache, task: Task, step: Int[Array, ""]) -> Observation:
     """The observation of caches and a waiting task; ``progress`` is step / tasks, from 0 to 1."""
+    family = task.family
     return Observation(
         previous_gain=task.previous_gain,
         complexity=task.complexity,
         data_bits=task.data_bits,
-        cached_retention=cached_layers / world.model_layers,
+        cached_retention=usable_layers(cache, family) / layers_of(world, family),
         progress=step / world.tasks,
+        transmit_power_w=task.transmit_power_w,
+        family=family,
+        held_family=cache.family,
+        held_retention=None if cache.family is None else cache.layers / layers_of(world, cache.family),
     )
 
 
-def ue_features(world: World, observation: Observation) -> Float[Array, "*batch ues 4"]:
-    """Features of each UE in the order of s1 (gain, complexity, data, cached retention), about -1 to 1."""
-    return jnp.concatenate(
-        [
-            task_features(world, observation),
-            cache_feature(world, observation.cached_retention)[..., None],
-        ],
-        axis=-1,
-    )
+def ue_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
+    """Features of each UE, about -1 to 1.
+
+    In the order of s1 gain, complexity, data, cached retention. With several families there follow the
+    retention of an emulator of another family, and what sets the task's family apart: its size and its
+    perplexity at the server, each as a share of the largest.
+    """
+    return join_features(task_features(world, observation), cache_features(world, observation))
 
 
-def task_features(world: World, observation: Observation) -> Float[Array, "*batch ues 3"]:
-    """The features that no action changes: gain, complexity, data.
+def feature_count(world: World) -> int:
+    """Features of each UE."""
+    return 4 if world.families is None else 7
+
+
+def task_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
+    """The features that no action changes: gain, complexity, data, and those of the task's family.
 
     Gains vary over decades, so they enter as logarithms, scaled by the path loss at the fleet's nearest
     and farthest distance and by fading up to three standard normal scores either way.
@@ -63,24 +83,46 @@ def task_features(world: World, observation: Observation) -> Float[Array, "*batc
     strongest, weakest = world.distance_m**-world.path_loss_exponent
     faded = fading_at_scores(world.fading_quantiles, jnp.asarray([-3.0, 3.0]))
     gain_bounds = jnp.log(jnp.stack([weakest, strongest]) * faded)
-    return jnp.stack(
-        [
-            _centred(jnp.log(observation.previous_gain), gain_bounds),
-            _centred(observation.complexity, world.complexity),
-            _centred(observation.data_bits, world.data_bits),
-        ],
-        axis=-1,
-    )
+    columns = [
+        _centred(jnp.log(observation.previous_gain), gain_bounds),
+        _centred(observation.complexity, world.complexity),
+        _centred(observation.data_bits, world.data_bits),
+    ]
+    if world.families is not None and observation.family is not None:
+        columns += _family_columns(world, world.families, observation.family)
+    return jnp.stack(columns, axis=-1)
+
+
+def cache_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
+    """The features that actions change: the retention held for the task, and that of another family."""
+    usable = cache_feature(world, observation.cached_retention)
+    if observation.held_retention is None:
+        return usable[..., None]
+    other = jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
+    return jnp.stack([usable, cache_feature(world, other)], axis=-1)
+
+
+def join_features(
+    task: Float[Array, "*batch ues task"], cache: Float[Array, "*batch ues cache"]
+) -> Float[Array, "*batch ues features"]:
+    """Both kinds of features in the order of ``ue_features``."""
+    return jnp.concatenate([task[..., :3], cache, task[..., 3:]], axis=-1)
 
 
 def cache_feature(world: World, cached_retention: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
-    """The cached retention, from 0 to 1."""
+    """A cached retention, from 0 to 1."""
     return cached_retention / world.retention_bounds[1]
 
 
 def progress_feature(observation: Observation) -> Float[Array, "*batch"]:
     """Progress through the episode, from -1 to 1."""
     return 2 * observation.progress - 1
+
+
+def _family_columns(world: World, tables: FamilyTables, family: Int[Array, "*batch ues"]) -> list[Array]:
+    each = jnp.arange(tables.model_bits.shape[0])
+    whole = curve_perplexity(world, jnp.ones(each.shape), each)
+    return [(tables.model_bits / tables.model_bits.max())[family], (whole / whole.max())[family]]
 
 
 def _centred(values: Float[Array, "*batch"], bounds: Float[Array, "2"]) -> Float[Array, "*batch"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emutune.scenario import Range, Scenario
 from emutune.world.channel import fading_quantiles
+from emutune.world.families import FamilyTables, build_families
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +18,14 @@ from emutune.world.channel import fading_quantiles
 class World:
     """The numbers of a scenario in SI units.
 
-    The number of UEs and tasks shapes the arrays and is static; every other number is traced, so one
-    compiled program serves any weights, bandwidths, sizes and ranges.
+    The number of UEs and tasks shapes the arrays and is static, and so is whether a feature is on; every
+    other number is traced, so one compiled program serves any weights, bandwidths, sizes and ranges.
+    What is off is no part of the program.
     """
 
     ues: int = field(metadata={"static": True})
     tasks: int = field(metadata={"static": True})
+    delta_download: bool = field(metadata={"static": True})
     transmit_power_w: Float[Array, "2"]
     distance_m: Float[Array, "2"]
     data_bits: Float[Array, "2"]
@@ -44,6 +47,7 @@ class World:
     complexity_as_printed: Bool[Array, ""]
     perplexity_weight: Float[Array, ""]
     delay_weight_per_s: Float[Array, ""]
+    families: FamilyTables | None
 
 
 def build_world(scenario: Scenario) -> World:
@@ -53,6 +57,7 @@ def build_world(scenario: Scenario) -> World:
     return World(
         ues=fleet.ues,
         tasks=fleet.tasks,
+        delta_download=scenario.delta_download,
         transmit_power_w=_interval(fleet.transmit_power_w),
         distance_m=_interval(fleet.distance_m),
         data_bits=_interval(scenario.tasks.data_mb, scale=8e6),
@@ -74,7 +79,32 @@ def build_world(scenario: Scenario) -> World:
         complexity_as_printed=jnp.asarray(quality.complexity_factor == "as_printed"),
         perplexity_weight=_real(reward.perplexity_weight),
         delay_weight_per_s=_real(reward.delay_weight_per_min / 60),
+        families=build_families(scenario),
     )
+
+
+def bits_of(world: World, family: Int[Array, "*batch"] | None) -> Float[Array, "*batch"]:
+    """Size of the whole model of each task's family, in bits."""
+    if world.families is None or family is None:
+        return world.model_bits
+    return world.families.model_bits[family]
+
+
+def layers_of(world: World, family: Int[Array, "*batch"] | None) -> Int[Array, "*batch"]:
+    """Layers of the whole model of each task's family."""
+    if world.families is None or family is None:
+        return world.model_layers
+    return world.families.model_layers[family]
+
+
+def levels_of(
+    world: World, family: Int[Array, "*batch"] | None
+) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
+    """Fewest and most layers of an emulator of each task's family."""
+    if world.families is None or family is None:
+        return world.level_bounds[0], world.level_bounds[1]
+    bounds = world.families.level_bounds[family]
+    return bounds[..., 0], bounds[..., 1]
 
 
 def _real(value: float) -> Float[Array, ""]:

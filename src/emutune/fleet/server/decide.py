@@ -86,6 +86,7 @@ class Decider:
             data_bits=8 * _column(candidates, "data_bytes"),
             cached_retention=_column(candidates, "cached_layers") / world.model_layers,
             progress=jnp.asarray((step % world.tasks) / world.tasks, jnp.float32),
+            transmit_power_w=_column(candidates, "transmit_power_w"),
         )
         key = jax.random.fold_in(self._key, step)
         at_server, layers = _decide(
@@ -170,7 +171,7 @@ def _forecast(
     """Rate of every link in use, delay and perplexity of every device."""
     uploads, downloads = at_server & (bits > 0), ~at_server & (bits > 0)
     delays = upload_delay_s(world, bits, power, gain, uploads) + download_delay_s(
-        world, bits / world.model_bits, gain, downloads
+        world, bits, gain, downloads
     )
     perplexity = task_perplexity(world, layers / world.model_layers, complexity, at_server)
     return _rates(world, gain, power, uploads, downloads), delays, perplexity

@@ -25,7 +25,8 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
     """The agents ``case`` (where to train, N bits) and ``emulator`` (N retentions) of one fleet.
 
     ``case`` sees s1 and the progress: the observation of ``OrchestrationEnv``, 4N + 1 numbers.
-    ``emulator`` sees the complexities, the cached retentions and the progress, 2N + 1 numbers. In the
+    ``emulator`` sees the complexities, the cached retentions and the progress, 2N + 1 numbers, and what
+    there is of families. In the
     paper its state s2 also holds the action of ``case`` in the same step (sec. IV-A). Agents of a
     parallel environment act at the same time, so that action does not exist yet and is left out.
 
@@ -43,7 +44,9 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
 
     def __init__(self, scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = ()) -> None:
         self._env = OrchestrationEnv(scenario, overrides)
-        self._emulator_sees = _emulator_sees(self._env.scenario.fleet.ues)
+        self._emulator_sees = _emulator_sees(
+            self._env.scenario.fleet.ues, self._env.observation_space.shape[0]
+        )
         self._last_seen: Float[np.ndarray, "features"] | None = None
         self.possible_agents = list(_AGENTS)
         self.agents: list[str] = []
@@ -119,10 +122,9 @@ def parallel_env(
     return OrchestrationParallelEnv(scenario, overrides)
 
 
-def _emulator_sees(ues: int) -> np.ndarray:
-    """Where the complexities, the cached retentions and the progress stand among the 4N + 1 features."""
-    complexity, cached = np.arange(ues, 2 * ues), np.arange(3 * ues, 4 * ues)
-    return np.concatenate([complexity, cached, [4 * ues]])
+def _emulator_sees(ues: int, features: int) -> np.ndarray:
+    """Where the complexities, the cached retentions and all that follows stand among the features."""
+    return np.concatenate([np.arange(ues, 2 * ues), np.arange(3 * ues, features)])
 
 
 def _for_both(value: Value) -> dict[str, Value]:

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario
-from emutune.world.dynamics import Action, Outcome, State, current_task, reset, step
+from emutune.world.dynamics import Action, Cache, Outcome, State, current_task, reset, step, usable_layers
 from emutune.world.observation import observe, progress_feature, ue_features
-from emutune.world.parameters import World
+from emutune.world.parameters import World, layers_of
 
 _PER_UE = (
     "gain",
@@ -33,14 +33,15 @@ _PER_UE = (
 class Progress(NamedTuple):
     """The part of a state that a step changes; the draws of the episode stay where they are."""
 
-    cached_layers: Int[Array, "*batch ues"]
+    cache: Cache
     step: Int[Array, "*batch"]
 
 
 class Report(NamedTuple):
     """What a step tells the caller, stacked, since each array that leaves the device costs a transfer.
 
-    The rows of ``per_ue`` are named in ``_PER_UE``; ``fleet`` holds the step's delay in s and its reward.
+    The rows of ``per_ue`` are named in ``_PER_UE``, and the family follows where there are several;
+    ``fleet`` holds the step's delay in s and its reward.
     """
 
     observation: Float[Array, "features"]
@@ -76,8 +77,10 @@ def draw_seed(generator: np.random.Generator) -> UInt32[np.ndarray, "2"]:
 def fetch(report: Report) -> Fetched:
     """Bring a report to the host; ``info`` is named as ``OrchestrationEnv`` says."""
     observation, terminated, per_ue, fleet = jax.device_get(report)
-    info = dict(zip(_PER_UE, np.moveaxis(per_ue, -2, 0).copy(), strict=True))
+    info = dict(zip((*_PER_UE, "family"), np.moveaxis(per_ue, -2, 0).copy(), strict=False))
     info |= {name: info[name].astype(bool) for name in ("at_server", "switched")}
+    if "family" in info:
+        info["family"] = info["family"].astype(np.int32)
     # Gymnasium gathers the floats of single environments as float64.
     info["step_delay_s"], info["reward"] = np.moveaxis(fleet, -1, 0).astype(np.float64)
     return Fetched(observation.copy(), terminated.copy(), info)
@@ -98,11 +101,11 @@ def _advance(
         per_ue=_per_ue(world, state, at_server, outcome),
         fleet=jnp.stack([outcome.step_delay_s, outcome.reward]),
     )
-    return Progress(after.cached_layers, after.step), report
+    return Progress(after.cache, after.step), report
 
 
 def _observation(world: World, state: State) -> Float[Array, "features"]:
-    """s1 feature by feature, as the paper lists it, then the progress; 4N + 1 numbers."""
+    """s1 feature by feature, as the paper lists it, then the progress; 4N + 1 numbers, 7N + 1 with families."""
     seen = observe(world, state)
     return jnp.append(ue_features(world, seen).T.ravel(), progress_feature(seen))
 
@@ -118,12 +121,15 @@ def _per_ue(
         "transmit_power_w": task.transmit_power_w,
         "at_server": at_server,
         "retention": outcome.retention,
-        "cached_retention": state.cached_layers / world.model_layers,
+        "cached_retention": usable_layers(state.cache, task.family) / layers_of(world, task.family),
         "switched": outcome.switched,
         "delay_s": outcome.delay_s,
         "perplexity": outcome.perplexity,
     }
-    return jnp.stack([entries[name] for name in _PER_UE]).astype(jnp.float32)
+    rows = [entries[name] for name in _PER_UE]
+    if task.family is not None:
+        rows.append(task.family)
+    return jnp.stack(rows).astype(jnp.float32)
 
 
 begin = jax.jit(_begin)

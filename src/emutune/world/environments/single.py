@@ -22,8 +22,9 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
     """Orchestration of N UEs over the T tasks of an episode.
 
     The observation holds the features of s1 (sec. IV-A), 4N numbers of about -1 to 1: all gains, all
-    complexities, all data sizes, all cached retentions. The progress through the episode follows as the
-    last. After the last task the features of complexity and data are still that task's.
+    complexities, all data sizes, all cached retentions. With several families there follow 3N more, in
+    the order of ``emutune.world.ue_features``. The progress through the episode follows as the last.
+    After the last task the features of complexity and data are still that task's.
 
     The action holds ``at_server`` (N bits) and ``retention`` (N shares of layers). The nearest whole
     number of layers within the scenario's bounds is used (D9).
@@ -33,7 +34,8 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
 
     ``info`` describes the step that was taken, with one entry per UE: ``gain``, ``complexity``,
     ``data_mb``, ``transmit_power_w``, ``at_server``, ``retention`` (the level used), ``cached_retention``
-    (before the step; 0: none), ``switched``, ``delay_s`` and ``perplexity``; for the fleet,
+    (before the step; 0: none), ``switched``, ``delay_s`` and ``perplexity``, with several families
+    ``family`` too; for the fleet,
     ``step_delay_s`` and ``reward``. It is empty after a reset, since nothing has happened yet.
 
     Args:

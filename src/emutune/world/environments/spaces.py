@@ -28,11 +28,14 @@ def action_space(scenario: Scenario) -> spaces.Dict:
 def observation_space(scenario: Scenario) -> spaces.Box:
     """The 4N features of s1 (gains, complexities, data sizes, cached retentions), then the progress.
 
-    A gain has no bounds, since fading has none.
+    With several families 3N more stand before the progress; see ``emutune.world.ue_features``. A gain has
+    no bounds, since fading has none.
     """
     ues, bound = scenario.fleet.ues, _FEATURE_BOUND
-    low = np.repeat([-np.inf, -bound, -bound, 0.0, -bound], [ues, ues, ues, ues, 1])
-    high = np.repeat([np.inf, bound, bound, bound, bound], [ues, ues, ues, ues, 1])
+    more = 0 if scenario.families is None else 3
+    counts = [ues] * (4 + more) + [1]
+    low = np.repeat([-np.inf, -bound, -bound, 0.0, *[0.0] * more, -bound], counts)
+    high = np.repeat([np.inf, bound, bound, bound, *[bound] * more, bound], counts)
     return spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
 
 

@@ -1,0 +1,135 @@
+"""Guided lookahead: begins as lookahead, never ends below it, and survives being kept; and ranked networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emutune.errors import CheckpointError
+from emutune.learning.agents import network_inputs, view_s2, wanted_retention, with_ranks
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.guided import (
+    GuidedConfig,
+    begin_guided,
+    correction,
+    load_guided,
+    save_guided,
+    train_guided,
+    validate,
+)
+from emutune.learning.training import train_seed
+from emutune.policies import AllServer, plan_lookahead
+from emutune.scenario import load_scenario
+from emutune.study.evaluate import evaluate_policy, held_out_episodes
+from emutune.world import Cache, build_world, observe, reset, ue_features
+
+SCENARIO = load_scenario("families", ["fleet.ues=3", "fleet.tasks=10"])
+WORLD = build_world(SCENARIO)
+CONFIG = GuidedConfig(rounds=2, decisions=2000, fits=100, width=8, validation=16)
+
+
+@pytest.fixture(scope="module")
+def base():
+    plan = jax.jit(lambda world: plan_lookahead(SCENARIO, world, jnp.float32(0.2), jnp.float32(0.2)))
+    return plan(WORLD)
+
+
+def test_it_begins_as_its_base_and_never_ends_below_it(base, tmp_path):
+    start = begin_guided(base, WORLD, 8, 0)
+    drawn = held_out_episodes(SCENARIO, 4)
+    once = evaluate_policy(SCENARIO, base, drawn).episode_return
+    np.testing.assert_array_equal(once, evaluate_policy(SCENARIO, start, drawn).episode_return)
+
+    rounds = []
+    policy = train_guided(WORLD, base, CONFIG, 0, lambda number, value: rounds.append(value))
+    before, after = (float(validate(WORLD, one, 16)) for one in (start, policy))
+    assert before <= rounds[0] <= rounds[1] == pytest.approx(after, rel=1e-6)
+    # Prices of 0.2 make emulators look too cheap, and there is something to learn.
+    assert after > before
+
+    save_guided(tmp_path / "one" / "guided.safetensors", policy)
+    again = load_guided(tmp_path / "one" / "guided.safetensors", start)
+    for mine, other in zip(jax.tree.leaves(policy), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    wider = begin_guided(base, WORLD, 9, 0)
+    with pytest.raises(CheckpointError, match="belongs to another scenario"):
+        load_guided(tmp_path / "one" / "guided.safetensors", wider)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_guided(tmp_path / "none.safetensors", start)
+
+
+@pytest.mark.slow
+def test_the_same_seed_learns_the_same(base):
+    short = replace(CONFIG, rounds=1)
+    once, again = (train_guided(WORLD, base, short, 3) for _ in range(2))
+    for mine, other in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_correction_by_hand():
+    coefficients = jnp.array([1.0, 2.0, 4.0, 10.0, 20.0, 40.0, 7.0])
+    assert correction(coefficients, jnp.asarray(0.5), jnp.asarray(0.0)) == 1 + 2 * 0.5 + 4 * 0.25
+    assert correction(coefficients, jnp.asarray(0.0), jnp.asarray(0.5)) == 10 + 20 * 0.5 + 40 * 0.25
+    assert correction(coefficients, jnp.asarray(0.0), jnp.asarray(0.0)) == 7
+
+
+def some_observation():
+    state = jax.jit(reset)(jax.random.key(1), build_world(load_scenario("families", ["fleet.ues=4"])))
+    family = state.episode.family[0]
+    cache = Cache(jnp.array([9, 0, 9, 0], jnp.int32), family.at[2].add(1) % 3)
+    data = jnp.array([1.0, 4.0, 3.0, 2.0]) * 1e9
+    episode = state.episode._replace(
+        data_bits=state.episode.data_bits.at[0].set(data),
+        gain=jnp.full_like(state.episode.gain, 1e-4),
+        transmit_power_w=jnp.full(4, 0.5),
+    )
+    return state._replace(episode=episode, cache=cache)
+
+
+def test_ranks_by_hand():
+    world = build_world(load_scenario("families", ["fleet.ues=4"]))
+    seen = observe(world, some_observation())
+    ranked = jax.jit(lambda seen: with_ranks("ranked", world, seen, ue_features(world, seen)))
+    more = ranked(seen)[:, 7:]
+    np.testing.assert_allclose(more[:, 0], [-1, 1, 1, 1])  # who waits
+    np.testing.assert_allclose(more[:, 1], np.full(4, 2 * 3 / 4 - 1))  # how many
+    np.testing.assert_allclose(more[:, 2], 2 * np.array([4, 2, 1, 0]) / 4 - 1)  # the fastest is first
+    np.testing.assert_allclose(more[:, 3] / more[0, 3], [1, 4, 3, 2], rtol=1e-6)
+
+
+def test_the_share_that_fits_into_the_uploads_by_hand():
+    world = build_world(load_scenario("families", ["fleet.ues=4"]))
+    inputs = jax.jit(lambda state: network_inputs("ranked", world, observe(world, state)))(some_observation())
+    # UE 3 uploads, UEs 1 and 2 download, UE 0 uses what it holds.
+    at_server = jnp.array([False, False, False, True])
+    up, down = np.asarray(inputs.lone).T
+    expected = up[3] / (2 * down)
+    np.testing.assert_allclose(view_s2(inputs, at_server)[:, -1], expected, rtol=1e-5)
+    nobody = view_s2(inputs, jnp.zeros(4, bool))
+    np.testing.assert_array_equal(nobody[:, -1], 2)
+
+
+def test_ranked_networks_keep_what_is_usable():
+    world = build_world(load_scenario("families", ["fleet.ues=4"]))
+    usable = jnp.array([9 / 16, 0.0, 0.0, 0.0])
+    unclipped = jnp.array([1.0, 1.0, -1.0, 0.0])
+    wanted = wanted_retention("ranked", world, unclipped, usable)
+    np.testing.assert_allclose(wanted, [9 / 16, 0.8125, 0.1875, 0.5])
+    np.testing.assert_allclose(wanted_retention("set", world, unclipped, usable)[0], 0.8125)
+
+
+def test_a_ranked_fleet_learns_to_coordinate(tmp_path):
+    scenario = load_scenario("families", ["fleet.ues=3", "fleet.tasks=20"])
+    config = TrainingConfig(
+        network="ranked", credit="marginal", steps=16_000, environments=20, entropy_weight=1e-3
+    )
+    policy = train_seed(scenario, config, 0, tmp_path)
+    drawn = held_out_episodes(scenario, 32)
+    figures = evaluate_policy(scenario, policy, drawn)
+    everyone = evaluate_policy(scenario, AllServer(), drawn).episode_return.mean()
+    assert figures.episode_return.mean() > 0.9 * everyone
+    assert 0.05 < figures.server_share.mean() < 0.9

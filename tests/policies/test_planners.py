@@ -1,0 +1,214 @@
+"""Planners against enumeration through the simulator, recursion in plain numbers, and values by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emutune.policies import CountTable, Hold, Lookahead, plan_lookahead
+from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
+from emutune.policies.prices import step_prices
+from emutune.scenario import Scenario, load_scenario
+from emutune.world import (
+    Action,
+    Cache,
+    State,
+    Task,
+    World,
+    build_world,
+    current_task,
+    observe,
+    reset,
+    serve,
+)
+
+STEADY = ["radio.fading_blocks=1000000"]
+UNEQUAL = "families.others=[{size_gb = 4.0, layers = 4, curve = {quadratic = 0.0, linear = -12.0, constant = 30.0}}]"
+
+
+def planned(scenario: Scenario, world: World, exact: bool | None = None) -> Lookahead:
+    plan = jax.jit(lambda world, price: plan_lookahead(scenario, world, price, price, exact=exact))
+    return plan(world, jnp.float32(0.5))
+
+
+def some_state(scenario: Scenario, seed: int, step: int) -> State:
+    """A state in the middle of an episode, with caches of any family and level, some of them empty."""
+    world = build_world(scenario)
+    state = reset(jax.random.key(seed), world)
+    draw = np.random.default_rng(seed)
+    ues = scenario.fleet.ues
+    family = draw.integers(0, len(scenario.models), ues)
+    layers = [draw.integers(scenario.models[f].fewest, scenario.models[f].most + 1) for f in family]
+    layers = np.where(draw.random(ues) < 0.25, 0, layers)
+    cache = Cache(jnp.asarray(layers, jnp.int32), jnp.asarray(family, jnp.int32))
+    return state._replace(step=jnp.asarray(step, jnp.int32), cache=cache)
+
+
+def cheapest_reward(scenario: Scenario, state: State) -> float:
+    """The best reward of one step over all joint actions, by the simulator itself."""
+    world, task = build_world(scenario), current_task(state)
+    options = []
+    for f in np.asarray(task.family):
+        model = scenario.models[f]
+        options.append(
+            [(True, 0.5), *((False, k / model.layers) for k in range(model.fewest, model.most + 1))]
+        )
+    plans = list(itertools.product(*options))
+    action = Action(
+        jnp.asarray([[z for z, _ in plan] for plan in plans]),
+        jnp.asarray([[e for _, e in plan] for plan in plans], jnp.float32),
+    )
+    # Padded to one length, so that one program serves all states.
+    padded = jax.tree.map(lambda leaf: jnp.resize(leaf, (1000, scenario.fleet.ues)), action)
+    return float(rewards_of(world, state.cache, task, padded).max())
+
+
+@jax.jit
+def rewards_of(world: World, cache: Cache, task: Task, actions: Action) -> jax.Array:
+    return jax.vmap(lambda one: serve(world, cache, task, one)[1].reward)(actions)
+
+
+@pytest.mark.parametrize("delta", ["false", "true"])
+def test_the_last_step_of_lookahead_is_the_best_there_is(delta: str) -> None:
+    changes = [*STEADY, "fleet.ues=3", "model.layers=8", UNEQUAL, f"download.delta={delta}"]
+    scenario = load_scenario("families", changes)
+    world = build_world(scenario)
+    policy = planned(scenario, world)
+    assert policy.exact
+    decide = jax.jit(lambda state: policy.decide(world, observe(world, state), jax.random.key(0)))
+    for seed in range(6):
+        state = some_state(scenario, seed, scenario.fleet.tasks - 1)
+        chosen = jax.tree.map(lambda leaf: leaf[None], decide(state))
+        reward = rewards_of(world, state.cache, current_task(state), chosen)[0]
+        assert float(reward) == pytest.approx(cheapest_reward(scenario, state), rel=2e-3)
+
+
+@pytest.mark.parametrize("delta", ["false", "true"])
+def test_the_worth_of_caches_is_the_recursion_in_plain_numbers(delta: str) -> None:
+    changes = [*STEADY, "fleet.ues=2", "fleet.tasks=4", "model.layers=4", UNEQUAL, f"download.delta={delta}"]
+    changes += ["families.persistence=0.3", "tasks.complexity={min=5.0, max=5.0}"]
+    scenario = load_scenario("families", changes)
+    world = build_world(scenario)
+    up, down = 0.7, 0.4
+    policy = plan_lookahead(scenario, world, jnp.float32(up), jnp.float32(down))
+    gain = float(jnp.exp(policy.log_gains[3]))
+    noise = 10 ** (-174 / 10) / 1000
+    scale = 0.092 / 2 * 1.5
+    per_s = -scenario.reward.delay_weight_per_min / 60
+    up_s = 3.2e9 / (1e5 * math.log2(1 + 0.6 * gain / (noise * 1e5)))
+    rate = 1e6 * math.log2(1 + 60 * gain / (noise * 1e6))
+
+    def later(step: int, task: int, family: int, layers: int) -> float:
+        """Expected cost of all steps after one, from plain recursion."""
+        if step + 1 == 4:
+            return 0.0
+        chances = [0.3 * (task == m) + 0.7 / 2 for m in range(2)]
+        return sum(chance * cost(step + 1, m, family, layers) for m, chance in enumerate(chances))
+
+    def cost(step: int, task: int, family: int, layers: int) -> float:
+        model = scenario.models[task]
+        held = layers if family == task else 0
+        options = [
+            scale * model.curve(1.0) + per_s * up * up_s + later(step, task, family, layers),
+        ]
+        for k in range(model.fewest, model.most + 1):
+            sent = 0 if k == held else max(k - held, 0) if delta == "true" else k
+            seconds = 8e9 * model.size_gb * sent / model.layers / rate
+            options.append(
+                scale * model.curve(k / model.layers) + per_s * down * seconds + later(step, task, task, k)
+            )
+        return min(options)
+
+    for step, task, family, layers in itertools.product(range(4), range(2), range(2), (0, 1, 3)):
+        worth = policy.worth[step, 3, task, family, layers]
+        assert float(worth) == pytest.approx(later(step, task, family, layers), rel=1e-4, abs=1e-6)
+
+
+def test_ranking_comes_close_to_trying_everything() -> None:
+    scenario = load_scenario("families", ["fleet.ues=6"])
+    world = build_world(scenario)
+    policy = planned(scenario, world)
+
+    @jax.jit
+    def both(state: State) -> list[jax.Array]:
+        seen = observe(world, state)
+        prices = step_prices(world, seen, policy.most)
+        kept, renewed = policy.later(world, seen)
+        choices = list_choices(prices, kept, renewed)
+        costs = []
+        for assign in (assign_exactly, assign_by_rank):
+            chosen = assign(world, seen, prices, choices)
+            action = Action(chosen.uploads, chosen.layers / 16)
+            now = -serve(world, state.cache, current_task(state), action)[1].reward
+            after = jnp.where(chosen.uploads, kept, renewed[jnp.arange(6), chosen.layers])
+            costs.append(now + after.sum())
+        return costs
+
+    gaps = np.array([np.diff(both(some_state(scenario, seed, 20)))[0] for seed in range(30)])
+    whole = float(both(some_state(scenario, 0, 20))[0])
+    assert gaps.min() > -2e-3 * whole
+    assert gaps.mean() < 1e-3 * whole
+
+
+def test_a_batch_is_decided_as_its_members() -> None:
+    scenario = load_scenario("delta", ["fleet.ues=4"])
+    world = build_world(scenario)
+    states = [some_state(scenario, seed, 7) for seed in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(observe(world, state) for state in states))
+    key = jax.random.key(0)
+    for policy in (
+        planned(scenario, world),
+        planned(scenario, world, exact=False),
+        CountTable(13, jnp.array([0, 1, 1, 2, 2]), jnp.array([0.6, 0.8])),
+    ):
+        decide = jax.jit(lambda seen, policy=policy: policy.decide(world, seen, key))
+        together = decide(batch)
+        for n, state in enumerate(states):
+            alone = decide(observe(world, state))
+            np.testing.assert_array_equal(together.at_server[n], alone.at_server)
+            np.testing.assert_allclose(together.retention[n], alone.retention, rtol=1e-6)
+
+
+def test_the_count_table_by_hand() -> None:
+    scenario = load_scenario("families", ["fleet.ues=4"])
+    world = build_world(scenario)
+    state = reset(jax.random.key(0), world)
+    family = state.episode.family[0]
+    # UE 0 holds what it needs, UE 1 something else, UEs 2 and 3 nothing; data decides who is fast.
+    cache = Cache(jnp.array([9, 9, 0, 0], jnp.int32), family.at[1].add(1) % 3)
+    data = jnp.array([2.4e9, 4e9, 2.5e9, 3.2e9])
+    episode = state.episode._replace(
+        data_bits=state.episode.data_bits.at[0].set(data),
+        gain=jnp.full_like(state.episode.gain, 1e-4),
+        transmit_power_w=jnp.full(4, 0.5),
+    )
+    seen = observe(world, State(episode, cache, jnp.asarray(0)))
+    table = CountTable(13, jnp.array([0, 1, 1, 2, 3]), jnp.array([0.25, 0.8125]))
+    chosen = table.decide(world, seen, jax.random.key(0))
+    np.testing.assert_array_equal(chosen.at_server, [False, False, True, True])
+    assert chosen.retention[0] == 9 / 16
+    # Two uploads of at most 3.2e9 bits share 1e5 Hz; one download must fit into their time.
+    snr = 0.5 * 1e-4 / (10**-20.4 * 5e4)
+    seconds = 3.2e9 / (5e4 * math.log2(1 + snr))
+    rate = 1e6 * math.log2(1 + 60 * 1e-4 / (10**-20.4 * 1e6))
+    level = max(k for k in range(3, 14) if 8 * 10.8e9 * k / 16 / rate <= seconds)
+    assert chosen.retention[1] == pytest.approx(level / 16)
+    assert 3 < level < 13
+
+
+def test_hold_uses_what_is_usable_and_tosses_for_the_rest() -> None:
+    scenario = load_scenario("families", ["fleet.ues=4000"])
+    world = build_world(scenario)
+    state = some_state(scenario, 3, 5)
+    seen = observe(world, state)
+    chosen = Hold(jnp.float32(0.3), jnp.float32(0.75)).decide(world, seen, jax.random.key(1))
+    usable = np.asarray(seen.cached_retention) > 0
+    assert not chosen.at_server[usable].any()
+    np.testing.assert_array_equal(chosen.retention[usable], seen.cached_retention[usable])
+    assert chosen.at_server[~usable].mean() == pytest.approx(0.3, abs=0.03)
+    assert (chosen.retention[~usable] == 0.75).all()
