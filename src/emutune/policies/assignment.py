@@ -18,10 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from emutune.policies.prices import Prices, upload_s
 from emutune.world import Observation, World
 
-_LIMITS = 16
+# Limits, counts of uploaders, and prices of a lone download's second in costs of a second of the step's delay.
+# Large fleets try fewer: one UE more or less matters little there, and a decision must not take long.
+_LARGE = 64
+_LIMITS = {False: 16, True: 8}
 _COUNTS = 33
-# Prices of a lone download's second, in costs of a second of the step's delay.
-_SECOND_PRICES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+_SECOND_PRICES = {False: (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), True: (0.0, 0.25, 0.5, 1.0)}
 
 
 class Choices(NamedTuple):
@@ -52,7 +54,9 @@ def list_choices(prices: Prices, kept: Float[Array, "ues"], renewed: Float[Array
     here = jnp.where(prices.allowed, prices.local + renewed, jnp.inf)
     shortest = jnp.min(jnp.where(prices.allowed & (prices.download_s > 0), prices.download_s, jnp.inf))
     longest = jnp.max(jnp.where(prices.allowed, prices.download_s, 0.0))
-    limits = jnp.linspace(jnp.minimum(shortest, longest), longest * (1 + 1e-6), _LIMITS)
+    limits = jnp.linspace(
+        jnp.minimum(shortest, longest), longest * (1 + 1e-6), _LIMITS[here.shape[0] > _LARGE]
+    )
     fits = prices.download_s <= limits[:, None, None]
     priced = jnp.where(fits, here, jnp.inf)
     layers = jnp.argmin(priced, axis=-1)
@@ -95,7 +99,7 @@ def assign_by_rank(world: World, observation: Observation, prices: Prices, choic
     count of uploaders is tried (33 of them in large fleets), at the exact cost of the step.
     """
     ues = choices.hold.shape[0]
-    price = jnp.asarray(_SECOND_PRICES)[:, None, None] * prices.per_s
+    price = jnp.asarray(_SECOND_PRICES[ues > _LARGE])[:, None, None] * prices.per_s
     fetch = choices.download + price * choices.download_s
     downloads = fetch < choices.hold
     stay = jnp.minimum(fetch, choices.hold)
