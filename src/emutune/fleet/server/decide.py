@@ -65,9 +65,17 @@ class Decider:
         scenario: the world that the policy knows.
         policy: what decides.
         seed: of policies that draw.
+
+    Raises:
+        FleetError: the scenario is one of several foundation models.
     """
 
     def __init__(self, scenario: Scenario, policy: Policy, seed: int = 0) -> None:
+        if scenario.families is not None:
+            raise FleetError(
+                f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
+                "for a scenario without the section families"
+            )
         self.scenario = scenario
         self._world = build_world(scenario)
         self._policy = policy
@@ -139,9 +147,9 @@ def open_decider(policy: str, scenario: Scenario, retention: float | None = None
         if not checkpoints:
             raise FleetError(f"--policy {policy}: holds no checkpoint; give the directory of emutune train")
         learned, header = load_policy(checkpoints[0])
-        if learned.kind != "set":
+        if learned.kind == "flat":
             raise FleetError(
-                f"--policy {policy}: its networks are {learned.kind!r}, for exactly {header.scenario.fleet.ues} "
+                f"--policy {policy}: its networks are flat, for exactly {header.scenario.fleet.ues} "
                 "UEs, but devices come and go; train with --network set"
             )
         return Decider(header.scenario, learned, seed)

@@ -1,0 +1,130 @@
+"""Decisions and forecasts against the equations, computed here once more; links; who may not decide."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emutune.errors import FleetError
+from emutune.fleet.server.decide import Candidate, Choice, Decider, open_decider
+from emutune.fleet.server.links import DrawnLink, gain_of_rate, middle_gain
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
+from emutune.learning.training import initial_state
+from emutune.scenario import Scenario, load_scenario
+from emutune.world import build_world
+
+PAPER = load_scenario("paper")
+NOISE = 10 ** (-174 / 10) / 1000
+CANDIDATES = [
+    Candidate(gain=1e-5, complexity=3.0, data_bytes=4e8, cached_layers=0, transmit_power_w=0.5),
+    Candidate(gain=4e-6, complexity=7.0, data_bytes=3e8, cached_layers=20, transmit_power_w=0.9),
+    Candidate(gain=2e-5, complexity=1.0, data_bytes=5e8, cached_layers=25, transmit_power_w=0.3),
+    Candidate(gain=3e-5, complexity=2.0, data_bytes=5e8, cached_layers=0, transmit_power_w=0.4),
+]
+
+
+def rate(bandwidth: float, power: float, gain: float, sharers: int) -> float:
+    """Eq. 2 and 6."""
+    share = bandwidth / sharers
+    return share * math.log2(1 + power * gain / (NOISE * share))
+
+
+def test_forecast_is_that_of_the_equations() -> None:
+    choices = [Choice(True, 25), Choice(True, 25), Choice(False, 25), Choice(False, 16)]
+    moved = [4e8, 3e8, 0.0, 5.4e9]
+    forecasts = open_decider("best_fixed", PAPER).forecast(CANDIDATES, choices, moved)
+    uplinks = [rate(1e5, c.transmit_power_w, c.gain, 2) for c in CANDIDATES[:2]]
+    # A device that needs nothing shares no band: the fourth has the downlink for itself.
+    downlink = rate(1e6, 60.0, CANDIDATES[3].gain, 1)
+    delays = [8 * 4e8 / uplinks[0], 8 * 3e8 / uplinks[1], 0.0, 8 * 5.4e9 / downlink]
+    curve = PAPER.quality.curve
+    retentions = [1.0, 1.0, 25 / 32, 16 / 32]
+    for forecast, delay, retention, candidate in zip(forecasts, delays, retentions, CANDIDATES, strict=True):
+        assert forecast.delay_s == pytest.approx(delay, rel=1e-4)
+        assert forecast.perplexity == pytest.approx(
+            curve(retention) * (candidate.complexity + 10) / 10, rel=1e-4
+        )
+    assert [forecasts[i].rate_bps for i in (0, 1, 3)] == pytest.approx([*uplinks, downlink], rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["best_fixed", "all_server", "random"])
+def test_rules_decide_the_same_for_the_same_step(policy: str) -> None:
+    decider = open_decider(policy, PAPER, seed=3)
+    for count in range(1, 5):
+        choices = decider.decide(7, CANDIDATES[:count])
+        assert choices == decider.decide(7, CANDIDATES[:count])
+        low, high = PAPER.level_bounds
+        assert all(low <= choice.layers <= high for choice in choices)
+        if policy != "random":
+            assert {choice.at_server for choice in choices} == {policy == "all_server"}
+
+
+def untrained(directory: Path, config: TrainingConfig) -> None:
+    """A run's checkpoint before its first update."""
+    directory.mkdir()
+    save_checkpoint(
+        directory / "checkpoint.safetensors",
+        CheckpointHeader(PAPER, config, 0),
+        initial_state(config, build_world(PAPER), 0),
+    )
+
+
+def test_learned_policy_decides_for_any_number_of_devices(tmp_path: Path) -> None:
+    untrained(tmp_path / "run", TrainingConfig())
+    decider = open_decider(str(tmp_path / "run"), load_scenario("reference"))
+    assert decider.scenario == PAPER
+    for count in (1, 4):
+        assert len(decider.decide(0, CANDIDATES[:count])) == count
+
+
+def test_policy_of_fixed_size_networks_is_refused(tmp_path: Path) -> None:
+    untrained(tmp_path / "run", TrainingConfig(network="flat"))
+    with pytest.raises(FleetError, match="train with --network set"):
+        open_decider(str(tmp_path / "run"), PAPER)
+
+
+def test_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FleetError, match="no checkpoint"):
+        open_decider(str(tmp_path), PAPER)
+
+
+def test_world_of_several_models_is_refused() -> None:
+    with pytest.raises(FleetError, match="a fleet serves one"):
+        Decider(load_scenario("families"), open_decider("all_server", PAPER)._policy)
+
+
+@given(st.floats(1e-9, 1e-2), st.floats(0.2, 60), st.integers(1, 64), st.booleans())
+def test_gain_is_recovered_from_the_rate_that_it_gives(
+    gain: float, power: float, sharers: int, uplink: bool
+) -> None:
+    bandwidth = 1e5 if uplink else 1e6
+    measured = rate(bandwidth, power, gain, sharers)
+    assert gain_of_rate(PAPER, measured, power, sharers, uplink=uplink) == pytest.approx(gain, rel=1e-6)
+
+
+@given(st.floats(1, 1e12))
+def test_rate_that_no_link_of_the_scenario_has_gives_a_gain_still(rate_bps: float) -> None:
+    assert 0 < gain_of_rate(PAPER, rate_bps, 1.0, 3, uplink=True) <= 1e6
+
+
+def drawn(seed: int, device: str, scenario: Scenario = PAPER) -> list[float]:
+    link = DrawnLink(scenario, seed, device)
+    return [link.transmit_power_w, *(link.gain(step) for step in range(-1, 60))]
+
+
+def test_links_are_drawn_from_the_scenario_and_nothing_else() -> None:
+    assert drawn(1, "ue1") == drawn(1, "ue1")
+    assert len({tuple(drawn(seed, name)) for seed in (1, 2) for name in ("ue1", "ue2")}) == 4
+    power, *gains = drawn(1, "ue1")
+    assert 0.2 <= power <= 1.0
+    # Fading is that of 100 blocks: a tenth of the mean, around a path loss that stays.
+    mean = sum(gains) / len(gains)
+    assert 500.0**-2 * 0.9 < mean < 50.0**-2 * 1.1
+    spread = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / len(gains)) / mean
+    assert 0.06 < spread < 0.15
+    assert middle_gain(PAPER) == pytest.approx(275.0**-2)
