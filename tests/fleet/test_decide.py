@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from emutune.errors import FleetError
 from emutune.fleet.server.decide import Candidate, Choice, Decider, open_decider
 from emutune.fleet.server.links import DrawnLink, gain_of_rate, middle_gain
-from emutune.learning.configuration import TrainingConfig
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
+from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import initial_state
 from emutune.scenario import Scenario, load_scenario
 from emutune.world import build_world

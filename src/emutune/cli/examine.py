@@ -85,7 +85,7 @@ def compare(
     from emutune.study.compare import expand_policy_names
 
     loaded = load_scenario(scenario, overrides)
-    names = expand_policy_names(policies)
+    names = expand_policy_names(policies, loaded)
     with resumable(out), Console(stderr=True).status("starting") as status:
         figures = run_comparison(
             loaded,

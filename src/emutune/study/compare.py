@@ -37,7 +37,8 @@ from emutune.study.search import search_count_table, search_hold, search_lookahe
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
 from emutune.world import Episode, build_world
 
-BASELINES = ("random", "all_server", "fixed", "best_fixed", "hold", "count_table", "lookahead")
+SIMPLE = ("random", "all_server", "fixed", "best_fixed")
+BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
 _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
     "best_fixed": search_best_fixed,
     "hold": search_hold,
@@ -67,18 +68,24 @@ STUDIES = {
 Progress = Callable[[str], None]
 
 
-def expand_policy_names(names: str) -> list[str]:
-    """The policies of a comma-separated list; ``all`` stands for the baselines, IPPO and HMPPO.
+def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
+    """The policies of a comma-separated list; ``all`` stands for those that the scenario is a matter for.
+
+    Where there is one foundation model, an emulator once fetched stays of use, and the rules that plan for
+    another family's task only take time.
 
     Raises:
         UsageError: a name is unknown.
     """
     known = [*BASELINES, *LEARNED, "guided", *STUDIES]
+    everything = [*BASELINES, *LEARNED, "hmppo_ranked", "guided"]
+    if scenario.families is None:
+        everything = [*SIMPLE, *LEARNED]
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
         if name != "all" and name not in known:
             raise UsageError(f"policies: no policy {name!r}; choose all or from {', '.join(known)}")
-        chosen += [*BASELINES, *LEARNED, "hmppo_ranked", "guided"] if name == "all" else [name]
+        chosen += everything if name == "all" else [name]
     return list(dict.fromkeys(chosen))
 
 
