@@ -139,6 +139,18 @@ def test_the_state_that_says_most_stays(states: list[str]) -> None:
         assert ledger.open_lease("ue1") is None
 
 
+def test_devices_of_a_step_by_the_state_of_their_leases() -> None:
+    with Ledger(":memory:") as ledger:
+        add_devices(ledger, "ue1", "ue2", "ue3")
+        for step in range(2):
+            ledger.begin_step(step, [decision(step, device) for device in ("ue1", "ue2", "ue3")])
+        ledger.close_lease("0-ue2", "expired")
+        assert ledger.devices_of(0, "open") == {"ue1", "ue3"}
+        assert ledger.devices_of(0, "expired") == {"ue2"}
+        assert ledger.devices_of(1, "open") == {"ue1", "ue2", "ue3"}
+        assert ledger.devices_of(-1, "expired") == set()
+
+
 def test_the_first_measurement_counts(ledger: Ledger) -> None:
     ledger.begin_step(0, [decision(0, "ue1")])
     assert ledger.transferred("0-ue1", 1.0, 10)

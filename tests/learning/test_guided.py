@@ -38,6 +38,7 @@ def base():
     return plan(WORLD)
 
 
+@pytest.mark.slow
 def test_it_begins_as_its_base_and_never_ends_below_it(base, tmp_path):
     start = begin_guided(base, WORLD, 8, 0)
     drawn = held_out_episodes(SCENARIO, 4)
@@ -122,6 +123,7 @@ def test_ranked_networks_keep_what_is_usable():
     np.testing.assert_allclose(wanted_retention("set", world, unclipped, usable)[0], 0.8125)
 
 
+@pytest.mark.slow
 def test_a_ranked_fleet_learns_to_coordinate(tmp_path):
     scenario = load_scenario("families", ["fleet.ues=3", "fleet.tasks=20"])
     config = TrainingConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +27,17 @@ def join(
         int | None,
         typer.Option(min=1, help="Leave the fleet after so many; stay until it ends, if not given."),
     ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(min=0.0, help="Hours without an answer of the server, after which to end; 0: never."),
+    ] = 24.0,
     json_file: JsonFile = None,
 ) -> None:
     """Take part in a fleet: report tasks, fetch emulators, train adapters or let the server train them."""
     quiet_environment()
-    from emutune.fleet.device.client import FleetClient
+    from emutune.fleet.device.client import Backoff, FleetClient
     from emutune.fleet.device.network import tls_transport
+    from emutune.fleet.loop import run
     from emutune.fleet.security import read_credentials, trusting
 
     if not url.startswith("https://"):
@@ -41,8 +45,10 @@ def join(
     loaded = read_credentials(credentials)
     going_on = f"what was done is in {cache}; the same command goes on"
     with interruptible(going_on), stage_bar() as stage:
-        client = FleetClient(loaded, tls_transport(trusting(loaded.ca)), url=url, remark=_printed)
-        done = asyncio.run(_run(client, data, cache, cache_mb * 1_000_000, tasks, stage))
+        backoff = Backoff(patience_s=patience * 3600 or None)
+        transport = tls_transport(trusting(loaded.ca))
+        client = FleetClient(loaded, transport, url=url, backoff=backoff, remark=_printed)
+        done = run(_run(client, data, cache, cache_mb * 1_000_000, tasks, stage))
     print(f"{loaded.device}: {done} tasks done")
     write_json(json_file, {"device": loaded.device, "fleet": loaded.fleet, "tasks": done})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +32,7 @@ def serve(
     prepare_jax()
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(message)s")
     from emutune.fleet.config import load_fleet
+    from emutune.fleet.loop import run
     from emutune.fleet.server.decide import open_decider
     from emutune.fleet.server.run import LEDGER, run_server
     from emutune.scenario import load_scenario
@@ -45,7 +45,7 @@ def serve(
     opened = open_catalogue(catalogue)
     ledger = config.server.directory / LEDGER
     with interruptible(f"the ledger {ledger} is kept; the same command goes on"):
-        asyncio.run(
+        run(
             run_server(
                 config,
                 opened,

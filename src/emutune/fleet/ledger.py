@@ -242,6 +242,13 @@ class Ledger(Database):
             self._lease_row(row) for row in self._all("SELECT * FROM leases WHERE step = ? ORDER BY id", step)
         ]
 
+    def devices_of(self, step: int, state: State) -> set[str]:
+        """The devices whose leases of a step are in a state."""
+        return {
+            row["device"]
+            for row in self._all("SELECT device FROM leases WHERE step = ? AND state = ?", step, state)
+        }
+
     def open_lease(self, device: str) -> Lease | None:
         """The device's open lease, the last if there are several."""
         row = self._one(
@@ -254,6 +261,14 @@ class Ledger(Database):
         # Named, since the planner would rather read the whole table in the order of its ids.
         rows = self._all("SELECT * FROM leases INDEXED BY leases_open WHERE state = 'open' ORDER BY id")
         return [self._lease_row(row) for row in rows]
+
+    def unfinished_leases(self) -> list[LeaseRow]:
+        """All leases that nothing has closed, and the expired ones of which something has arrived."""
+        late = self._all(
+            "SELECT * FROM leases WHERE state = 'expired' AND (data_complete = 1 OR adapter_sha256 IS NOT NULL)"
+            " ORDER BY id"
+        )
+        return [*map(self._lease_row, late), *self.open_leases()]
 
     def lease(self, device: str, lease: str) -> LeaseRow | None:
         """A lease, open or not, if it is this device's."""

@@ -26,6 +26,7 @@ from emutune.fleet.device.state import (
     check_texts,
     unchanged,
 )
+from emutune.fleet.disk import is_full
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.security import secret_sha256
 from emutune.fleet.shaping import TokenBucket
@@ -33,6 +34,8 @@ from emutune.fleet.shaping import TokenBucket
 _POLL_S = 20.0
 _AFTER_FAILURE_S = 2.0
 _DISK_FULL_S = 5.0
+# A full disk is often one for a moment; the step does not wait longer for it.
+_DISK_FULL_AT_MOST_S = 60.0
 _DAMAGED_AT_MOST = 3
 _ENDED_AT_LEAST = 3
 # Not about a lease, but about this device's place in the fleet.
@@ -128,6 +131,10 @@ class Device:
 
     async def run(self, tasks: int | None) -> int:
         """Do tasks until there were enough, or the server ends it; returns how many."""
+        begun = self.memory.state.work
+        if begun is not None and begun.result is not None:
+            # The server may know the result, and would then never lease this task again.
+            await self._carry_out(begun.lease)
         while tasks is None or self.memory.state.done < tasks:
             lease = await self._next_lease()
             if lease.kind == "stop":
@@ -185,7 +192,7 @@ class Device:
         work = await self._written(lambda: self._work(lease))
         folder = self._folder(lease)
         try:
-            result = await self._result(lease, work, folder)
+            result = work.result or await self._remembered(await self._result(lease, work, folder))
             await self.client.result(lease.lease, result)
         except RefusedError as error:
             if error.status in _NO_PLACE:
@@ -209,18 +216,33 @@ class Device:
         Raises:
             RefusedError: the server wants no more of this lease, or nothing of this device.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if lease.kind == "upload":
-                return await self._upload(lease, work, folder)
-            return await self._train(lease, work, folder)
-        except RefusedError as error:
-            if error.status != 422:
-                raise
-            return _failed(error)
-        except (EmutuneError, OSError, ImportError, RuntimeError, ValueError, MemoryError) as error:
-            # Whatever a model or a disk does, the step must not wait for this device.
-            return _failed(error)
+        until, told = time.monotonic() + _DISK_FULL_AT_MOST_S, False
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if lease.kind == "upload":
+                    return await self._upload(lease, work, folder)
+                return await self._train(lease, work, folder)
+            except RefusedError as error:
+                if error.status != 422:
+                    raise
+                return _failed(error)
+            except (EmutuneError, OSError, ImportError, RuntimeError, ValueError, MemoryError) as error:
+                # Whatever a model or a disk does, the step must not wait for this device.
+                if not is_full(error) or time.monotonic() >= until:
+                    return _failed(error)
+                if not told:
+                    self.telling.remark(f"step {lease.step}: {error}; going on as soon as there is room")
+            told, work = True, self.memory.state.work or work
+            await asyncio.sleep(_DISK_FULL_S)
+
+    async def _remembered(self, result: Result) -> Result:
+        """Keep a result until the server has it."""
+        work = self.memory.state.work
+        assert work is not None
+        kept = work.model_copy(update={"result": result})
+        await self._written(lambda: self.memory.change(work=kept))
+        return result
 
     async def _upload(self, lease: Lease, work: Work, folder: Path) -> Result:
         """Send the task's text, and fetch the adapter that the server trains on it."""

@@ -33,6 +33,7 @@ from emutune.fleet.device.files import (
     replace_durably,
     write_durably,
 )
+from emutune.fleet.disk import no_room
 from emutune.fleet.protocol import FleetInfo, Sha256
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(safetensors|partial)")
@@ -275,7 +276,7 @@ class Cache:
         if arriving > free:
             raise FleetError(
                 f"--cache {self.directory}: {arriving} bytes have to arrive, the disk has {free} free; free some space"
-            )
+            ) from no_room()
 
     def _forget(self, leaving: set[str]) -> None:
         if self.current is not None and leaving & set(shards_of(self.current)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -62,11 +63,13 @@ class Backoff:
     Attributes:
         first_s, longest_s: least and most of what the waits are drawn from.
         attempts: after so many in a row the failure is raised; None to go on for ever.
+        patience_s: after so long without any answer the failure is raised; None to go on for ever.
     """
 
     first_s: float = 0.2
     longest_s: float = 15.0
     attempts: int | None = None
+    patience_s: float | None = None
 
     def wait_s(self, failures: int) -> float:
         """The wait after so many failures in a row."""
@@ -119,6 +122,7 @@ class FleetClient:
         self.url = (url or credentials.url).rstrip("/")
         self._backoff = backoff or Backoff()
         self._remark = remark
+        self._silent_since: float | None = None
         self._http = httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=_timeout(0))
 
     async def __aenter__(self) -> Self:
@@ -328,6 +332,7 @@ class FleetClient:
             return response.status_code
 
     def _checked(self, response: httpx2.Response) -> httpx2.Response:
+        self._silent_since = None
         status = response.status_code
         if status < 300:
             return response
@@ -352,11 +357,25 @@ class FleetClient:
         text = str(error) or type(error).__name__
         if self._backoff.attempts is not None and failures >= self._backoff.attempts:
             raise FleetError(f"{self.url}: {text}, {failures} times; is the server running?") from error
+        self._check_patience(error)
         wait_s = max(self._backoff.wait_s(failures), getattr(error, "wait_s", 0.0))
         # A single failure is everyday life on a radio link.
         if failures == 2:
             self._remark(f"{self.url}: {text}; trying again until it answers")
         await asyncio.sleep(wait_s)
+
+    def _check_patience(self, error: Exception) -> None:
+        """Give up a server that has been silent for too long, such as one whose steps are all done."""
+        if not isinstance(error, httpx2.TransportError):
+            return
+        now = time.monotonic()
+        self._silent_since = self._silent_since or now
+        patience_s = self._backoff.patience_s
+        if patience_s is not None and now - self._silent_since >= patience_s:
+            raise FleetError(
+                f"{self.url}: has not answered for {patience_s / 3600:.3g} hours; nothing is lost: once the server "
+                "runs, the same command goes on"
+            ) from error
 
     def _again(self, failures: int) -> None:
         if failures >= 2:

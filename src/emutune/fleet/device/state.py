@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emutune.errors import FleetError
 from emutune.fleet.device.files import hash_file, write_durably
-from emutune.fleet.protocol import Lease, Transferred
+from emutune.fleet.protocol import Lease, Result, Transferred
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+# A machine without a clock of its own starts in 1970.
+_LONGEST_S = 1e9
 
 
 class StateUnwritableError(FleetError):
@@ -58,10 +60,11 @@ class Arrival(_Remembered):
         return cls(boot=_boot(), monotonic_s=time.monotonic(), wall_s=time.time())
 
     def seconds(self) -> float:
-        """Wall time since then, at least 0."""
+        """Wall time since then, at least 0, and no more than a message can say."""
         now = Arrival.now()
         same = now.boot == self.boot != ""
-        return max(0.0, now.monotonic_s - self.monotonic_s if same else now.wall_s - self.wall_s)
+        seconds = now.monotonic_s - self.monotonic_s if same else now.wall_s - self.wall_s
+        return min(max(0.0, seconds), _LONGEST_S)
 
 
 class Work(_Remembered):
@@ -72,12 +75,14 @@ class Work(_Remembered):
         arrival: when.
         bytes: what has to move for it.
         transferred: what was measured, once everything has moved.
+        result: what the server is told, or was told if a kill came before the lease was forgotten.
     """
 
     lease: Lease
     arrival: Arrival
     bytes: int = Field(ge=0)
     transferred: Transferred | None = None
+    result: Result | None = None
 
 
 class State(_Remembered):

@@ -10,11 +10,13 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emutune.errors import AdapterError, EmutuneError, FleetError
+from emutune.errors import AdapterError, EmutuneError, FleetError, LedgerError
 from emutune.fleet.config import FleetConfig
+from emutune.fleet.disk import is_full
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
@@ -30,6 +32,7 @@ log = logging.getLogger("emutune.fleet")
 
 _LONGEST_WAIT_S = 30.0
 _CLOSED = ("done", "failed")
+_DISK_FULL_S = 5.0
 
 
 class Orchestrator:
@@ -83,8 +86,8 @@ class Orchestrator:
 
     async def run(self) -> None:
         """Run all steps that the ledger lacks, then tell the devices to stop."""
-        for row in self._ledger.open_leases():
-            self._take_up(row)
+        for row in self._ledger.unfinished_leases():
+            await self._noted(partial(self._take_up, row))
         last = self._ledger.last_step()
         if last >= 0 and not self._ledger.step_ended(last):
             await self._see_through(last)
@@ -92,7 +95,7 @@ class Orchestrator:
             reports = await self._gather()
             await self._measure_complexities(reports)
             decided = self._leasing.lease_step(step, reports)
-            self._ledger.begin_step(step, decided)
+            await self._noted(partial(self._ledger.begin_step, step, decided))
             for decision in decided:
                 self._wake(decision.device)
             await self._see_through(step)
@@ -119,7 +122,7 @@ class Orchestrator:
     def _expected(self, busy: set[str]) -> int:
         """How many reports are worth waiting for: not those of devices that were lost in the last step."""
         last = self._ledger.last_step()
-        lost = {row.device for row in self._ledger.step_leases(last) if row.state == "expired"}
+        lost = self._ledger.devices_of(last, "expired")
         taking_part = (
             {
                 row.name
@@ -138,18 +141,18 @@ class Orchestrator:
         end = loop.time() + self._config.steps.deadline_s
         while True:
             self._news.clear()
-            rows = self._ledger.step_leases(step)
-            waiting = [row for row in rows if row.state == "open"]
-            if not waiting or loop.time() >= end:
+            # News come with every request, and reading all leases of a large step takes long.
+            if not self._ledger.devices_of(step, "open") or loop.time() >= end:
                 break
             await self._wait(self._news, end - loop.time())
-        for row in waiting:
-            log.warning("step %d: %s is late", step, row.device)
-            self._ledger.close_lease(row.lease, "expired")
+        for row in self._ledger.step_leases(step):
+            if row.state == "open":
+                log.warning("step %d: %s is late", step, row.device)
+                await self._noted(partial(self._ledger.close_lease, row.lease, "expired"))
         delays = [
             row.transferred_s for row in self._ledger.step_leases(step) if row.transferred_s is not None
         ]
-        self._ledger.end_step(step, max(delays, default=0.0))
+        await self._noted(partial(self._ledger.end_step, step, max(delays, default=0.0)))
         self._report(step)
 
     async def _let_go(self) -> None:
@@ -235,7 +238,7 @@ class Orchestrator:
             kept.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, kept)
         self._ledger.data_complete(lease)
-        self._start(lease, self._train(row))
+        self._start(lease, partial(self._train, row))
 
     async def transferred(self, device: str, lease: str, message: Transferred) -> None:
         """See ``Hub.transferred``."""
@@ -257,7 +260,7 @@ class Orchestrator:
             raise AdapterError(f"lease {lease}: the server trains here, it takes no adapter")
         sha256 = await asyncio.to_thread(self._keep_adapter, path)
         self._ledger.adapter(lease, sha256, self._adapter(sha256).stat().st_size)
-        self._start(lease, self._evaluate(lease, device))
+        self._start(lease, partial(self._evaluate, lease, device))
 
     async def result(self, device: str, lease: str, message: Result) -> None:
         """See ``Hub.result``."""
@@ -277,30 +280,52 @@ class Orchestrator:
         if row.kind == "upload" and row.adapter_sha256 is not None:
             self._forget_data(row)
         if row.adapter_sha256 is not None and row.accepted is None:
-            self._start(row.lease, self._evaluate(row.lease, row.device))
+            self._start(row.lease, partial(self._evaluate, row.lease, row.device))
         elif row.data_complete and row.adapter_sha256 is None:
-            self._start(row.lease, self._train(row))
+            self._start(row.lease, partial(self._train, row))
         self._finish(row.device, row.lease)
 
-    def _start(self, lease: str, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, lease: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         running = self._jobs.get(lease)
-        if running is not None and not running.done():
-            work.close()
-            return
-        self._jobs[lease] = asyncio.create_task(self._guarded(lease, work))
+        if running is None or running.done():
+            self._jobs[lease] = asyncio.create_task(self._guarded(lease, work))
 
-    async def _guarded(self, lease: str, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except Exception as error:
-            # Whatever it was, the step must not wait for this lease.
-            known = isinstance(error, EmutuneError | OSError)
-            log.error("lease %s: %s", lease, error, exc_info=not known)
-            self._ledger.close_lease(lease, "failed")
-            self._news.set()
+    async def _guarded(self, lease: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            try:
+                await work()
+                return
+            except Exception as error:
+                known = isinstance(error, EmutuneError | OSError)
+                log.error("lease %s: %s", lease, error, exc_info=not known)
+                if not is_full(error):
+                    break
+            await asyncio.sleep(_DISK_FULL_S)
+        # Whatever it was, the step must not wait for this lease.
+        await self._noted(partial(self._ledger.close_lease, lease, "failed"))
+        self._news.set()
+
+    async def _noted(self, change: Callable[[], object]) -> None:
+        """Make a change of the ledger, as soon as the disk has room for it."""
+        while True:
+            try:
+                change()
+                return
+            except LedgerError as error:
+                if not is_full(error):
+                    raise
+                log.error("%s", error)
+            await asyncio.sleep(_DISK_FULL_S)
 
     async def _train(self, row: LeaseRow) -> None:
         """Train an uploaded task; its data stay until that is done, whatever comes between."""
+        if self._row(row.device, row.lease).adapter_sha256 is None:
+            await self._train_adapter(row)
+        self._forget_data(row)
+        self._wake(row.device)
+        await self._evaluate(row.lease, row.device)
+
+    async def _train_adapter(self, row: LeaseRow) -> None:
         out = self._work(row.lease) / "adapter.safetensors"
         start, training = row.message.start, row.message.training
         emulator = BASE if self._config.at_server.model == "full" else self._cached_emulator(row)
@@ -317,12 +342,10 @@ class Orchestrator:
             await self._trainers.run(job)
             sha256 = await asyncio.to_thread(self._keep_adapter, out)
             self._ledger.adapter(row.lease, sha256, self._adapter(sha256).stat().st_size)
-        except (EmutuneError, OSError):
-            self._forget_data(row)
+        except (EmutuneError, OSError) as error:
+            if not is_full(error):
+                self._forget_data(row)
             raise
-        self._forget_data(row)
-        self._wake(row.device)
-        await self._evaluate(row.lease, row.device)
 
     def _cached_emulator(self, row: LeaseRow) -> str:
         report = self._ledger.report_of(row.device, row.task)
@@ -331,8 +354,9 @@ class Orchestrator:
     def _forget_data(self, row: LeaseRow) -> None:
         data = self._data(row.lease)
         if data.exists():
-            data.unlink()
+            # Noted first: after a kill between the two it is deleted, and noted once, by the next start.
             self._ledger.audit("data deleted", row.device, row.lease, "after training")
+            data.unlink()
         shutil.rmtree(self._work(row.lease), ignore_errors=True)
 
     async def _evaluate(self, lease: str, device: str) -> None:
@@ -363,7 +387,7 @@ class Orchestrator:
         row = self._row(device, lease)
         if row.result is None or row.state in _CLOSED:
             pass
-        elif row.result.outcome == "failed":
+        elif row.result.outcome == "failed" and not _trained_late(row):
             self._ledger.close_lease(lease, "failed")
         elif row.accepted is not None and row.transferred_s is not None:
             self._ledger.close_lease(lease, "done" if row.state == "open" else "late")
@@ -440,3 +464,8 @@ class Orchestrator:
         if row is None:
             raise FleetError(f"lease {lease}: is not one of {device}")
         return row
+
+
+def _trained_late(row: LeaseRow) -> bool:
+    """Whether the server trains for a device that no longer waits, so that its failure is not the last word."""
+    return row.state == "expired" and row.kind == "upload" and row.data_complete

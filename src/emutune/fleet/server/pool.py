@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any, Protocol
 
 from emutune.errors import FleetError
+from emutune.fleet.disk import no_room
 from emutune.fleet.server.worker import JudgeJob, TrainJob
 
 _ATTEMPTS = 10
@@ -97,7 +99,7 @@ class _Worker:
         if self._process is None or self._process.returncode is not None:
             environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "emutune.fleet.server.worker"),
+                *(sys.executable, "-m", "emutune.fleet.server.worker", str(os.getpid())),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
@@ -109,8 +111,10 @@ class _Worker:
     async def stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            if process.returncode is None:
-                process.kill()
+            # It may end between two looks at it.
+            with suppress(ProcessLookupError):
+                if process.returncode is None:
+                    process.kill()
             await process.wait()
 
 
@@ -145,8 +149,10 @@ def checked(outcome: dict[str, Any]) -> dict[str, Any]:
     """An outcome that is no error.
 
     Raises:
-        FleetError: it is one.
+        FleetError: it is one; ``is_full`` tells whether only the disk had no room.
     """
+    if outcome.get("full"):
+        raise FleetError(outcome["error"]) from no_room()
     if "error" in outcome:
         raise FleetError(outcome["error"])
     return outcome

@@ -117,7 +117,8 @@ class Shared:
         self.ledger.audit("damaged upload", None, lease, detail)
 
 
-def _shared(request: Request) -> Shared:
+async def _shared(request: Request) -> Shared:
+    # Not a plain function, which would be called in a thread, for every request.
     shared: Shared = request.app.state.fleet
     return shared
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from emutune.errors import EmutuneError
+from emutune.fleet.disk import is_full
 from emutune.fleet.protocol import Training
 
 _HELD_BACK_BLOCKS = 24
@@ -186,16 +187,24 @@ def _plugged_perplexity(model: Any, adapter: Path | None, blocks: Any, mask_toke
 
 
 def outcome_of(line: str | bytes) -> dict[str, Any]:
-    """Do a job given as JSON; an error that the user can put right becomes ``{"error": message}``."""
+    """Do a job given as JSON; an error that the user can put right becomes ``{"error": message}``.
+
+    With ``"full": true`` the disk had no room, and the job may be done again.
+    """
     try:
         return run_job(_JOB.validate_json(line))
-    except EmutuneError as error:
-        return {"error": str(error)}
+    except (EmutuneError, OSError) as error:
+        full = is_full(error)
+        if not (full or isinstance(error, EmutuneError)):
+            raise
+        return {"error": str(error), "full": full}
 
 
 def main() -> None:
-    """Do jobs until standard input ends."""
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    """Do jobs until standard input ends, or the server does, whose process is the argument."""
+    # A server that was killed while this process still started is no longer its parent.
+    server = int(sys.argv[1]) if len(sys.argv) > 1 else os.getppid()
+    threading.Thread(target=_die_with, args=(server,), daemon=True).start()
     for line in sys.stdin:
         print(json.dumps(outcome_of(line)), flush=True)
 
