@@ -309,6 +309,9 @@ class MemoryInjector:
 
     def _on_small_disk(self, fleet: MemoryFleet, folder: Path) -> Outcome:
         async def filled(fleet: MemoryFleet) -> None:
+            # A device that joins with a full disk ends and says so, as any command does.
+            while not all(has_task(fleet, name) for name in NAMES):
+                await asyncio.sleep(0.01)
             for _ in range(self.random.choice((1, 2))):
                 await asyncio.sleep(self.random.uniform(0, self.span_s / 2))
                 left = int(10 ** self.random.uniform(3.6, 5.6))
@@ -319,6 +322,12 @@ class MemoryInjector:
 
         with small_disk(folder), hasty():
             return fleet.run(filled)
+
+
+def has_task(fleet: MemoryFleet, name: str) -> bool:
+    """Whether a device has joined, and made its first task."""
+    path = fleet.folder / name / "cache" / "state.json"
+    return path.exists() and '"sha256"' in path.read_text()
 
 
 @contextmanager

@@ -152,6 +152,7 @@ class _Maker:
         self.mask_token = mask_token
         self.base = catalogue.base()
         self.middle = list(catalogue.info.middle)
+        self.checked: set[str] = set()
 
     def make(self) -> None:
         levels = [level for level in self._levels() if self.catalogue.emulator(self._name(level)) is None]
@@ -219,9 +220,15 @@ class _Maker:
     ) -> Any:
         config = self.catalogue.config
         shorten_config(config.get_text_config(), [entry.index for entry in entries])
-        load = self.catalogue.load_shard
+        load = self._load
         layers = [partial(load, entry.shard.sha256) for entry in entries]
         return streamed(skeleton(config), partial(load, self.base.outer.sha256), layers, watch=watch)
+
+    def _load(self, sha256: str) -> dict[str, Tensor]:
+        """A shard's tensors. Parts are loaded again and again, but nobody else writes: one check is enough."""
+        tensors = self.catalogue.load_shard(sha256, check=sha256 not in self.checked)
+        self.checked.add(sha256)
+        return tensors
 
     def _around(self, entries: Sequence[LayerEntry]) -> list[LayerEntry]:
         """The adapter layers with the given ones between."""
