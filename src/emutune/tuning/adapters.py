@@ -188,6 +188,22 @@ def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
             parameter.copy_(values[name])
 
 
+def start_from(path: Path, wanted: AdapterManifest, parameters: Mapping[str, Tensor]) -> None:
+    """Copy the values of an adapter's file into parameters of the same adapter.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or holds an adapter of another model, place, kind or width.
+    """
+    found, values = load_adapter(path)
+    check_belongs(found, base=wanted.base, layers=wanted.layers, layer_map=wanted.layer_map)
+    if (found.kind, found.width) != (wanted.kind, wanted.width):
+        raise AdapterError(
+            f"{path}: holds an adapter of kind {found.kind} and width {found.width}, not {wanted.kind} and "
+            f"{wanted.width}; ask for the same, or choose another file"
+        )
+    copy_values(parameters, values)
+
+
 def plug_in(
     layers: Mapping[int, nn.Module], manifest: AdapterManifest, values: Mapping[str, Tensor]
 ) -> dict[str, Any]:

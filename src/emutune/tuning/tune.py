@@ -14,15 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emutune.errors import AdapterError
 from emutune.tuning.adapters import (
     AdapterManifest,
     Kind,
     attach,
-    check_belongs,
     copy_values,
-    load_adapter,
     save_adapter,
+    start_from,
 )
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.head_loss import training_loss
@@ -112,7 +110,7 @@ def tune(
         CatalogueError: there is no such emulator, or a shard is damaged.
         DataError: the text is too short.
     """
-    tokenizer, info = catalogue.tokenizer(), catalogue.info
+    tokenizer = catalogue.tokenizer()
     emulator = chosen_emulator(catalogue, config)
     work = out.with_name(out.name + ".training")
     splits = split_blocks(
@@ -120,17 +118,8 @@ def tune(
     )
     full = catalogue.assemble(catalogue.base(), device)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
-    width = 0 if config.adapter == "layers" else config.width
-    parameters = attach(adapter_layers(catalogue, full), config.adapter, width, config.training.seed)
-    manifest = AdapterManifest(
-        base=info.base,
-        layers=info.layers,
-        layer_map=info.adapter_layers,
-        kind=config.adapter,
-        width=width,
-        retention=emulator.retention,
-        emulator=emulator.name,
-    )
+    manifest = adapter_manifest(catalogue, emulator, config.adapter, config.width)
+    parameters = attach(adapter_layers(catalogue, full), manifest.kind, manifest.width, config.training.seed)
     before = _start_from(out, manifest, parameters)
     # Whoever was stopped after the adapter was written starts from that one, and anew.
     checkpoint = work / (before or "first")[:16]
@@ -142,6 +131,20 @@ def tune(
     for finished in work.glob(f"*/{CHECKPOINT}"):
         shutil.rmtree(finished.parent)
     return result
+
+
+def adapter_manifest(catalogue: Catalogue, emulator: Emulator, kind: Kind, width: int) -> AdapterManifest:
+    """The manifest of an adapter that is to be tuned against an emulator; whole layers have no width."""
+    info = catalogue.info
+    return AdapterManifest(
+        base=info.base,
+        layers=info.layers,
+        layer_map=info.adapter_layers,
+        kind=kind,
+        width=0 if kind == "layers" else width,
+        retention=emulator.retention,
+        emulator=emulator.name,
+    )
 
 
 def chosen_emulator(catalogue: Catalogue, config: TuneConfig) -> Emulator:
@@ -225,14 +228,7 @@ def _start_from(out: Path, manifest: AdapterManifest, parameters: Mapping[str, n
     """Start from the adapter in service, if there is one; says which."""
     if not out.exists():
         return ""
-    found, values = load_adapter(out)
-    check_belongs(found, base=manifest.base, layers=manifest.layers, layer_map=manifest.layer_map)
-    if (found.kind, found.width) != (manifest.kind, manifest.width):
-        raise AdapterError(
-            f"{out}: holds an adapter of kind {found.kind} and width {found.width}, asked for is {manifest.kind} and "
-            f"{manifest.width}; choose another --out"
-        )
-    copy_values(parameters, values)
+    start_from(out, manifest, parameters)
     return hashlib.sha256(out.read_bytes()).hexdigest()
 
 

@@ -13,16 +13,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
-from emutune.errors import AdapterError, CatalogueError, CheckpointError, DataError
+from emutune.errors import CatalogueError, CheckpointError, DataError
 from emutune.fleet.device.files import hash_file, write_durably
 from emutune.fleet.protocol import Perplexity, Seconds, Sha256, Training
 from emutune.tuning.adapters import (
-    AdapterManifest,
     attach,
     check_belongs,
     copy_values,
     load_adapter,
     save_adapter,
+    start_from,
 )
 from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.head_loss import training_loss
@@ -31,6 +31,7 @@ from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import Blocks, block_length, fitting_block, pack, read_text, split_blocks
 from emutune.tuning.trainer import Progress, TrainerConfig, train
+from emutune.tuning.tune import adapter_manifest
 
 ADAPTER = "adapter.safetensors"
 _MADE = "made.json"
@@ -92,7 +93,7 @@ def train_adapter(
         pack(read_text(text), tokenizer, directory / "tokens"),
         fitting_block(catalogue.config, training.block),
     )
-    described = _adapter_manifest(catalogue, emulator, training)
+    described = adapter_manifest(catalogue, emulator, training.adapter, training.width)
     stack = layer_stack(model)
     layers = {
         entry.index: stack[position]
@@ -101,7 +102,7 @@ def train_adapter(
     }
     parameters = attach(layers, described.kind, described.width, training.seed)
     if start is not None:
-        _start_from(start, described, parameters)
+        start_from(start, described, parameters)
     before = perplexity(model, splits["test"], mask_token=tokenizer.mask_token_id)
     progress = _train(model, parameters, splits, training, directory, tokenizer.mask_token_id, report)
     save_adapter(directory / ADAPTER, described, parameters)
@@ -168,29 +169,6 @@ def _opened(cache: Path, manifest: dict[str, Any]) -> tuple[Catalogue, Emulator]
     if not indices.issuperset(catalogue.info.adapter_layers):
         raise CatalogueError(f"emulator {emulator.name}: lacks some of the adapter layers")
     return catalogue, emulator
-
-
-def _adapter_manifest(catalogue: Catalogue, emulator: Emulator, training: Training) -> AdapterManifest:
-    info = catalogue.info
-    return AdapterManifest(
-        base=info.base,
-        layers=info.layers,
-        layer_map=info.adapter_layers,
-        kind=training.adapter,
-        width=0 if training.adapter == "layers" else training.width,
-        retention=emulator.retention,
-        emulator=emulator.name,
-    )
-
-
-def _start_from(path: Path, wanted: AdapterManifest, parameters: Any) -> None:
-    found, values = load_adapter(path)
-    check_belongs(found, base=wanted.base, layers=wanted.layers, layer_map=wanted.layer_map)
-    if (found.kind, found.width) != (wanted.kind, wanted.width):
-        raise AdapterError(
-            f"adapter: is of kind {found.kind} and width {found.width}, not {wanted.kind} and {wanted.width}"
-        )
-    copy_values(parameters, values)
 
 
 def _train(

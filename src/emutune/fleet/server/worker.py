@@ -73,42 +73,24 @@ def run_job(job: TrainJob | JudgeJob) -> dict[str, Any]:
 
 
 def _train(job: TrainJob) -> dict[str, Any]:
-    from emutune.tuning.adapters import (
-        AdapterManifest,
-        attach,
-        check_belongs,
-        copy_values,
-        load_adapter,
-        save_adapter,
-    )
+    from emutune.tuning.adapters import attach, save_adapter, start_from
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.text import fitting_block, pack, read_text, split_blocks
     from emutune.tuning.trainer import TrainerConfig
-    from emutune.tuning.tune import Bench, adapter_layers
+    from emutune.tuning.tune import Bench, adapter_layers, adapter_manifest
 
     catalogue = open_catalogue(job.catalogue)
-    emulator, tokenizer, info = catalogue.emulator(job.emulator), catalogue.tokenizer(), catalogue.info
+    emulator, tokenizer = catalogue.emulator(job.emulator), catalogue.tokenizer()
     assert emulator is not None
     splits = split_blocks(
         pack(read_text(job.text), tokenizer), fitting_block(catalogue.config, job.training.block)
     )
     full = catalogue.assemble(catalogue.base())
     training = job.training
-    width = 0 if training.adapter == "layers" else training.width
-    parameters = attach(adapter_layers(catalogue, full), training.adapter, width, training.seed)
-    manifest = AdapterManifest(
-        base=info.base,
-        layers=info.layers,
-        layer_map=info.adapter_layers,
-        kind=training.adapter,
-        width=width,
-        retention=emulator.retention,
-        emulator=emulator.name,
-    )
+    manifest = adapter_manifest(catalogue, emulator, training.adapter, training.width)
+    parameters = attach(adapter_layers(catalogue, full), manifest.kind, manifest.width, training.seed)
     if job.start is not None:
-        found, values = load_adapter(job.start)
-        check_belongs(found, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
-        copy_values(parameters, values)
+        start_from(job.start, manifest, parameters)
     config = TrainerConfig(
         steps=training.steps,
         batch=training.batch,
