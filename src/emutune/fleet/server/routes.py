@@ -29,7 +29,7 @@ from emutune.fleet.protocol import (
 )
 from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server import bodies, refusals
-from emutune.fleet.server.blobs import send_file
+from emutune.fleet.server.blobs import SentFile
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
 from emutune.fleet.server.refusals import Refused
@@ -200,7 +200,7 @@ async def shard(
 ) -> Response:
     """A shard of the catalogue, over the link of the lease that the device works on."""
     path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
-    return await send_file(request, path, fleet.link_of(device), tag=sha256)
+    return SentFile(request, path, fleet.link_of(device), tag=sha256)
 
 
 async def tokenizer(
@@ -214,7 +214,7 @@ async def tokenizer(
     sha256 = fleet.hub.info().tokenizer.get(name)
     if sha256 is None:
         raise Refused(404, "the tokenizer has no such file; GET /v1/fleet names them")
-    return await send_file(request, fleet.catalogue / "tokenizer" / name, tag=sha256)
+    return SentFile(request, fleet.catalogue / "tokenizer" / name, tag=sha256)
 
 
 async def get_adapter(
@@ -232,7 +232,7 @@ async def get_adapter(
         if not may_come or time.monotonic() >= until:
             return Response(status_code=204)
         await asyncio.sleep(_LOOK_AGAIN_S)
-    return await send_file(request, path)
+    return SentFile(request, path)
 
 
 async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
