@@ -23,11 +23,12 @@ from emutune.fleet.security import (
     write_credentials,
 )
 from emutune.fleet.server.app import create_app, serve
-from emutune.fleet.server.decide import Decider
+from emutune.fleet.server.choices import Deciding
+from emutune.fleet.server.deciding import warm_up
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
 from emutune.fleet.shaping import TokenBucket
-from emutune.tuning.catalogue import Catalogue
+from emutune.tuning.inventory import Inventory
 
 LEDGER = "ledger.sqlite"
 
@@ -94,8 +95,8 @@ def opened_ledger(config: FleetConfig) -> Iterator[Ledger]:
 
 async def run_server(
     config: FleetConfig,
-    catalogue: Catalogue,
-    decider: Decider,
+    catalogue: Inventory,
+    decider: Deciding,
     *,
     started: Callable[[str], None] = lambda url: None,
     stepped: Callable[[int], None] = lambda step: None,
@@ -117,7 +118,7 @@ async def run_server(
     certificate = certificate_of(config)
     with _only_one(config), opened_ledger(config) as ledger:
         _same_fleet(ledger, config, catalogue)
-        decider.warm_up(max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
+        await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
         async with _pools(config, judge) as (trainers, judging):
             hub = Orchestrator(config, ledger, catalogue, decider, trainers, judging, stepped)
             app = create_app(
@@ -199,7 +200,7 @@ def _only_one(config: FleetConfig) -> Iterator[None]:
         yield
 
 
-def _same_fleet(ledger: Ledger, config: FleetConfig, catalogue: Catalogue) -> None:
+def _same_fleet(ledger: Ledger, config: FleetConfig, catalogue: Inventory) -> None:
     for key, value in (("fleet", config.name), ("base", catalogue.info.base)):
         noted = ledger.meta(key)
         if noted not in (None, value):
