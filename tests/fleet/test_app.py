@@ -201,6 +201,25 @@ def test_an_empty_file(fleet: Served) -> None:
     assert ask(fleet, "GET", f"/v1/shards/{'1' * 64}").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/leases/upload-1/result", {"outcome": "failed", "reason": "no text"}),
+        ("/v1/leave", None),
+    ],
+)
+def test_data_of_an_upload_that_nobody_goes_on_with_are_deleted(
+    fleet: Served, path: str, body: dict | None
+) -> None:
+    part = fleet.work / "uploads" / "upload-1.part"
+    assert ask(fleet, "PATCH", f"{DATA_URL}?offset=0", device="ue2", content=DATA[:1000]).status_code == 200
+    assert part.exists()
+    assert ask(fleet, "POST", path, device="ue2", json=body).status_code == 204
+    assert not part.exists()
+    deleted = [row for row in fleet.ledger.audit_rows() if row.event == "data deleted"]
+    assert [(row.device, row.lease) for row in deleted] == [("ue2", "upload-1")]
+
+
 def test_shards_of_a_late_lease_still_come(fleet: Served) -> None:
     fleet.ledger.close_lease("train-1", "expired")
     assert ask(fleet, "GET", f"/v1/shards/{SHA}").content == SHARD

@@ -59,6 +59,10 @@ class Doorkeeper(refusals.Auditor, Protocol):
         """Whose key it is; None if nobody's or of a revoked device."""
         ...
 
+    def open_lease(self, device: str) -> Lease | None:
+        """The lease that the device works on."""
+        ...
+
     def last_training(self, device: str) -> Lease | None:
         """The last lease that the device fetches an emulator for, open or not."""
         ...
@@ -123,6 +127,11 @@ class Shared:
             await self.hub.data_received(device, lease, path)
 
         return Expected(lease, size, sha256, taken, take)
+
+    def forget(self, device: str | None, lease: str, reason: str) -> None:
+        """Delete what arrived of an upload that will never be whole, and note that."""
+        if self.uploads.discard(lease):
+            self.ledger.audit("data deleted", device, lease, reason)
 
     def _damaged(self, lease: str) -> None:
         detail = "the data that arrived have another SHA-256 than reported; they are to be sent again"
@@ -297,9 +306,15 @@ async def transferred(request: Request, fleet: Fleet, device: Device, lease: Lea
 
 async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
     """The device is done with a lease."""
-    await fleet.hub.result(device, lease.lease, await bodies.message(request, Result))
+    message = await bodies.message(request, Result)
+    await fleet.hub.result(device, lease.lease, message)
+    if message.outcome == "failed":
+        fleet.forget(device, lease.lease, "the lease failed")
 
 
 async def leave(fleet: Fleet, device: Device) -> None:
     """The device takes no part any more."""
+    lease = fleet.ledger.open_lease(device)
     await fleet.hub.left(device)
+    if lease is not None:
+        fleet.forget(device, lease.lease, "the device left")
