@@ -138,7 +138,12 @@ def calibrate(
         str, typer.Option(help="zero_shot, tuned or plugged: the curve's perplexity.")
     ] = "plugged",
     fit: Annotated[str, typer.Option(help="quadratic or monotone: what a scenario uses.")] = "quadratic",
-    steps: Learning = 60,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; 60, or the fleet's, if not given.")
+    ] = None,
+    fleet: Annotated[
+        str | None, typer.Option(help="Train as the fleet of this file does; if not given, whole layers.")
+    ] = None,
     recipe: Recipe = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The curve file; its plot stands beside it.")] = Path(
@@ -172,12 +177,14 @@ def calibrate(
     opened = open_catalogue(directory)
     text = read_text(data)
     tasks = {path.stem: read_text(path) for path in task}
-    training = CALIBRATION.model_copy(update={"steps": steps, "seed": seed})
+    how: dict[str, Any] = {"training": CALIBRATION} if fleet is None else _as_fleet(fleet)
+    steps = steps or how["training"].steps
+    how["training"] = how["training"].model_copy(update={"steps": steps, "seed": seed})
     with going_on(directory), stage_bar() as stage:
         points = run_calibration(
             opened,
             text,
-            training=training,
+            **how,
             recipe=recipe,
             report=lambda retention, progress: advance(stage, f"retention {retention:.3f}", progress, steps),
         )
@@ -213,6 +220,20 @@ def calibrate(
             "complexity": complexities,
         },
     )
+
+
+def _as_fleet(source: str) -> dict[str, Any]:
+    """How a fleet trains, as arguments of a calibration."""
+    from emutune.fleet.config import load_fleet
+    from emutune.fleet.training import trainer_config
+
+    training = load_fleet(source).training
+    return {
+        "training": trainer_config(training),
+        "adapter": training.adapter,
+        "width": training.width,
+        "block": training.block,
+    }
 
 
 def tune(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from emutune.errors import FleetError
@@ -26,7 +27,7 @@ class Leasing:
         config: the fleet's file.
         catalogue: the emulators.
         decider: the policy.
-        complexity: c of a device that could not measure it, because it holds no emulator.
+        complexity: c of the text that is held back for a device; None if it was never measured.
         last_gain: what a device's last transfer says of its link; None if there was none.
         in_service: SHA-256 of the adapter in service of a device.
 
@@ -39,7 +40,7 @@ class Leasing:
         config: FleetConfig,
         catalogue: Inventory,
         decider: Deciding,
-        complexity: Callable[[str], float],
+        complexity: Callable[[str], float | None],
         last_gain: Callable[[str], float | None],
         in_service: Callable[[str], str | None],
     ) -> None:
@@ -62,7 +63,12 @@ class Leasing:
             for choice, emulator, (_, report) in zip(choices, wanted, reports, strict=True)
         ]
         scaled = [bytes_ * self._config.shaping.byte_scale for bytes_ in moved]
-        predicted = await self._decider.forecast(candidates, choices, scaled)
+        # What is measured later is perplexity on the text that is held back, not on the device's own.
+        judged = [
+            replace(candidate, complexity=self._of_held_back(device, candidate))
+            for candidate, (device, _) in zip(candidates, reports, strict=True)
+        ]
+        predicted = await self._decider.forecast(judged, choices, scaled)
         rates = await self._rates(step, reports, candidates, choices, scaled)
         return [
             self._decision(step, *row)
@@ -86,9 +92,15 @@ class Leasing:
         """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
         untuned = self._scenario.quality.curve.untuned or self._base_perplexity
         if report.perplexity_ratio is None or untuned is None or self._base_perplexity is None:
-            return self._complexity(device)
+            known = self._complexity(device)
+            middle = self._scenario.tasks.complexity
+            return (middle.min + middle.max) / 2 if known is None else known
         ratio = report.perplexity_ratio * self._base_perplexity / untuned
         return self._scenario.quality.complexity_weight * (ratio - 1)
+
+    def _of_held_back(self, device: str, candidate: Candidate) -> float:
+        known = self._complexity(device)
+        return candidate.complexity if known is None else known
 
     def _allowed(self, choice: Choice, report: Report) -> Choice:
         """What the device's cache and the server's limits leave of a choice."""
@@ -121,12 +133,7 @@ class Leasing:
         if not shaping.enabled:
             return [None] * len(reports)
         during = [
-            Candidate(
-                **{
-                    **vars(candidate),
-                    "gain": DrawnLink(self._scenario, shaping.seed, device).gain(step),
-                }
-            )
+            replace(candidate, gain=DrawnLink(self._scenario, shaping.seed, device).gain(step))
             for candidate, (device, _) in zip(candidates, reports, strict=True)
         ]
         actual = await self._decider.forecast(during, choices, scaled)

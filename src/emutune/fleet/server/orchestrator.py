@@ -63,9 +63,8 @@ class Orchestrator:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._trainers, self._judge, self._report = trainers, judge, report
         self._scenario = decider.scenario
-        self._complexities: dict[str, float] = {}
         self._leasing = Leasing(
-            config, catalogue, decider, self._complexity, self._last_gain, ledger.in_service
+            config, catalogue, decider, self._held_back_complexity, self._last_gain, ledger.in_service
         )
         self._wakers: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = asyncio.Event()
@@ -396,18 +395,17 @@ class Orchestrator:
     # What decisions need
 
     async def _measure_complexities(self, reports: Sequence[tuple[str, Report]]) -> None:
-        """Of devices that hold no emulator, from the text that is held back for them."""
+        """Of the text that is held back for devices which hold no emulator yet, as all do that are new."""
         untuned = self._scenario.quality.curve.untuned
         for device, report in reports:
-            if report.perplexity_ratio is None and device not in self._complexities and untuned is not None:
+            if report.perplexity_ratio is None and untuned and self._held_back_complexity(device) is None:
                 (measured,) = await self._perplexities(device, [None])
-                self._complexities[device] = self._scenario.quality.complexity_weight * (
-                    measured / untuned - 1
-                )
+                complexity = self._scenario.quality.complexity_weight * (measured / untuned - 1)
+                self._ledger.set_meta(f"complexity of {device}", repr(complexity))
 
-    def _complexity(self, device: str) -> float:
-        middle = self._scenario.tasks.complexity
-        return self._complexities.get(device, (middle.min + middle.max) / 2)
+    def _held_back_complexity(self, device: str) -> float | None:
+        kept = self._ledger.meta(f"complexity of {device}")
+        return None if kept is None else float(kept)
 
     def _last_gain(self, device: str) -> float | None:
         row = self._ledger.last_transfer(device)

@@ -67,10 +67,10 @@ def run_job(job: TrainJob | JudgeJob) -> dict[str, Any]:
 
 
 def _train(job: TrainJob) -> dict[str, Any]:
+    from emutune.fleet.training import trainer_config
     from emutune.tuning.adapters import attach, save_adapter, start_from
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.text import fitting_block, pack, read_text, split_blocks
-    from emutune.tuning.trainer import TrainerConfig
     from emutune.tuning.tune import Bench, adapter_layers, adapter_manifest
 
     catalogue = open_catalogue(job.catalogue)
@@ -85,13 +85,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
     parameters = attach(adapter_layers(catalogue, full), manifest.kind, manifest.width, training.seed)
     if job.start is not None:
         start_from(job.start, manifest, parameters)
-    config = TrainerConfig(
-        steps=training.steps,
-        batch=training.batch,
-        learning_rate=training.learning_rate,
-        seed=training.seed,
-        score_every=max(1, training.steps // 2),
-    )
+    config = trainer_config(training)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
     result = bench.train(parameters, config, job.work, job.model_dump_json(exclude={"work"}))
     save_adapter(job.out, manifest, parameters)
