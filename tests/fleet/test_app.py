@@ -214,8 +214,12 @@ def test_data_of_an_upload_that_nobody_goes_on_with_are_deleted(
     part = fleet.work / "uploads" / "upload-1.part"
     assert ask(fleet, "PATCH", f"{DATA_URL}?offset=0", device="ue2", content=DATA[:1000]).status_code == 200
     assert part.exists()
+    # As after a kill between the check of the whole data and their being taken over.
+    whole = part.with_suffix(".data")
+    whole.write_bytes(DATA)
     assert ask(fleet, "POST", path, device="ue2", json=body).status_code == 204
     assert not part.exists()
+    assert not whole.exists()
     deleted = [row for row in fleet.ledger.audit_rows() if row.event == "data deleted"]
     assert [(row.device, row.lease) for row in deleted] == [("ue2", "upload-1")]
 

@@ -400,12 +400,14 @@ class Orchestrator:
         for device, report in reports:
             if report.perplexity_ratio is None and untuned and self._held_back_complexity(device) is None:
                 (measured,) = await self._perplexities(device, [None])
-                complexity = self._scenario.quality.complexity_weight * (measured / untuned - 1)
-                self._ledger.set_meta(f"complexity of {device}", repr(complexity))
+                await self._noted(partial(self._ledger.set_meta, _untuned_on(device), repr(measured)))
 
     def _held_back_complexity(self, device: str) -> float | None:
-        kept = self._ledger.meta(f"complexity of {device}")
-        return None if kept is None else float(kept)
+        untuned = self._scenario.quality.curve.untuned
+        measured = self._ledger.meta(_untuned_on(device))
+        if measured is None or untuned is None:
+            return None
+        return self._scenario.quality.complexity_weight * (float(measured) / untuned - 1)
 
     def _last_gain(self, device: str) -> float | None:
         row = self._ledger.last_transfer(device)
@@ -467,3 +469,8 @@ class Orchestrator:
 def _trained_late(row: LeaseRow) -> bool:
     """Whether the server trains for a device that no longer waits, so that its failure is not the last word."""
     return row.state == "expired" and row.kind == "upload" and row.data_complete
+
+
+def _untuned_on(device: str) -> str:
+    """Where the ledger keeps the untuned model's perplexity on the text that is held back for a device."""
+    return f"untuned perplexity of {device}"

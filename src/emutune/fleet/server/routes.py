@@ -128,9 +128,9 @@ class Shared:
 
         return Expected(lease, size, sha256, taken, take)
 
-    def forget(self, device: str | None, lease: str, reason: str) -> None:
-        """Delete what arrived of an upload that will never be whole, and note that."""
-        if self.uploads.discard(lease):
+    async def forget(self, device: str | None, lease: str, reason: str) -> None:
+        """Delete what arrived of an upload that nobody goes on with, and note that."""
+        if await self.uploads.discard(lease):
             self.ledger.audit("data deleted", device, lease, reason)
 
     def _damaged(self, lease: str) -> None:
@@ -309,7 +309,7 @@ async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) 
     message = await bodies.message(request, Result)
     await fleet.hub.result(device, lease.lease, message)
     if message.outcome == "failed":
-        fleet.forget(device, lease.lease, "the lease failed")
+        await fleet.forget(device, lease.lease, "the lease failed")
 
 
 async def leave(fleet: Fleet, device: Device) -> None:
@@ -317,4 +317,4 @@ async def leave(fleet: Fleet, device: Device) -> None:
     lease = fleet.ledger.open_lease(device)
     await fleet.hub.left(device)
     if lease is not None:
-        fleet.forget(device, lease.lease, "the device left")
+        await fleet.forget(device, lease.lease, "the device left")

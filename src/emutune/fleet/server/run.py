@@ -15,6 +15,7 @@ from emutune.fleet.config import FleetConfig, Server
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Lease
 from emutune.fleet.security import (
+    LOOPBACK,
     Certificate,
     Credentials,
     new_secret,
@@ -88,7 +89,9 @@ def _certified(url: str, server: Server) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" or not parts.hostname:
         raise FleetError(f"--url: {url!r} is no URL of a fleet's server; give https://HOST:PORT")
-    named = {name.lower() for name in (*server.reached_as, "localhost", "127.0.0.1")}
+    named = {name.lower() for name in server.reached_as}
+    if server.certificate is None:
+        named.update(LOOPBACK)
     if parts.hostname not in named:
         raise FleetError(
             f"--url: devices would not trust a server at {parts.hostname}, which its certificate does not name; add "
@@ -151,17 +154,17 @@ async def run_server(
             started(f"https://{_bracketed(server.reached_as[0])}:{listening.port}")
             try:
                 await _until_told(asyncio.create_task(hub.run()))
-                _forget_uploads(app.state.fleet)
+                await _forget_uploads(app.state.fleet)
             finally:
                 for job in hub.jobs:
                     job.cancel()
                 await listening.stop()
 
 
-def _forget_uploads(shared: Shared) -> None:
+async def _forget_uploads(shared: Shared) -> None:
     """Once all steps are done nobody goes on with an upload."""
-    for lease in shared.uploads.begun():
-        shared.forget(None, lease, "all steps are done")
+    for lease in sorted(shared.uploads.begun()):
+        await shared.forget(None, lease, "all steps are done")
 
 
 class Links:
