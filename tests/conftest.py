@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -29,6 +30,10 @@ sys.modules["shape_checks"].check_calls = check_calls
 # One of several test processes has one core to itself.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would every process that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # This must come before the first import of any of these packages; one that nobody imports costs nothing.
 install_import_hook(("emutune.world", "emutune.policies", "emutune.learning"), "shape_checks.check_calls")
