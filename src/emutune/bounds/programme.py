@@ -11,6 +11,25 @@ what any policy, clairvoyant ones included, costs on that episode:
   if any emulator of that level or above is.
 - On the uplink the same holds with the SNR taken at the smallest share, which only shortens delays; and
   no upload is faster than alone at full bandwidth.
+
+Where training takes time:
+
+- *Server.* Of n tasks there each trains for n c_i seconds, where c_i is what task i takes alone, and has
+  uploaded for at least n a_i, with a_i the seconds per uploader at the SNR of the smallest share that can
+  occur. So each is there for at least n (a_i + c_i); the mean over the n of them is the sum of a_i + c_i,
+  and the slowest is no faster than the mean. Nor is any faster than alone.
+- *UE.* Of m downloads, the i-th takes m s_i seconds and its training g_i, so that the slowest takes at least
+  the mean, sum(s_i) + sum(g_i) / m, and m is at most the number M of UEs that could train on their own:
+  sum(s_i + g_i / M). (Not with delta download, where one download is of several pieces.)
+- *Each UE alone* is at the server, on its own, or idle, so the step takes at least what it does with the
+  links and the server to itself: one row with all of its choices, of which a policy takes one.
+
+Where energy counts, each joule is charged where it is spent, with transfers as short as alone on their link:
+they take no less time when shared, at the same power. What an episode's joules exceed a UE's budget by is
+at least their sum less the budget, and at least 0.
+
+What is impossible has no variable: uploads of private data, levels beyond a UE's memory, any training
+without a task (``emutune.world.possible``, which the simulator asks as well).
 """
 
 from __future__ import annotations
@@ -40,6 +59,13 @@ class Costs(NamedTuple):
         usable: whether a slot is of the task's family.
         family: of each slot.
         delta: whether only missing layers are sent.
+        lone_upload_s: from the first bit to the end of training, alone; ``shared_upload_s`` is what each task
+            at the server adds for every one that is there.
+        cost_per_s: of the step's delay.
+        active: whether there is a task; None where there always is.
+        may_upload: whether the server may train it; None where it always may.
+        training_s: of a slot's emulator on the UE; None where training takes no time.
+        energy: None where it costs nothing.
     """
 
     server_cost: Float[np.ndarray, "tasks ues"]
@@ -51,6 +77,39 @@ class Costs(NamedTuple):
     shared_upload_s: Float[np.ndarray, "tasks ues"]
     lone_upload_s: Float[np.ndarray, "tasks ues"]
     cost_per_s: float
+    active: Bool[np.ndarray, "tasks ues"] | None = None
+    may_upload: Bool[np.ndarray, "tasks ues"] | None = None
+    training_s: Float[np.ndarray, "tasks ues slots"] | None = None
+    energy: EnergyCosts | None = None
+
+
+class EnergyCosts(NamedTuple):
+    """Joules of each decision, at the least, and what a joule costs; without a budget the last two are 0."""
+
+    upload_j: Float[np.ndarray, "tasks ues"]
+    local_j: Float[np.ndarray, "tasks ues slots"]
+    sent_j: Float[np.ndarray, "tasks ues slots"]
+    cost_per_j: float
+    budget_j: float
+    over_cost_per_j: float
+
+
+class Draws(NamedTuple):
+    """What more an episode draws, on the host; None where a feature is off.
+
+    Attributes:
+        active: who has a task.
+        tflops: speed of each UE's training.
+        compute_w: what that takes.
+        private: who may not upload.
+        most_layers: of the largest emulator of each family that a UE can hold.
+    """
+
+    active: Bool[np.ndarray, "tasks ues"] | None = None
+    tflops: Float[np.ndarray, "ues"] | None = None
+    compute_w: Float[np.ndarray, "ues"] | None = None
+    private: Bool[np.ndarray, "ues"] | None = None
+    most_layers: Int[np.ndarray, "ues families"] | None = None
 
 
 def episode_costs(
@@ -60,6 +119,7 @@ def episode_costs(
     data_bits: Float[np.ndarray, "tasks ues"],
     transmit_power_w: Float[np.ndarray, "ues"],
     family: Int[np.ndarray, "tasks ues"] | None = None,
+    draws: Draws = Draws(),  # noqa: B008 - an immutable tuple
 ) -> Costs:
     """What each decision costs.
 
@@ -70,6 +130,7 @@ def episode_costs(
         data_bits: of each task.
         transmit_power_w: of each UE, in W.
         family: of each task, if there are several.
+        draws: what more the world has.
     """
     radio, quality, reward = scenario.radio, scenario.quality, scenario.reward
     ues = gain.shape[1]
@@ -96,16 +157,84 @@ def episode_costs(
             for _, model, layers in slots
         ]
     )
-    return Costs(
+    if draws.active is not None:
+        scale = np.where(draws.active, scale * ues / np.maximum(draws.active.sum(1, keepdims=True), 1), 0.0)
+    usable = family_of_slot == of_task[..., None]
+    layers_of_slot = np.array([layers for _, _, layers in slots])
+    if draws.most_layers is not None:
+        usable = usable & (layers_of_slot <= draws.most_layers[:, family_of_slot])
+    may_upload = _may_upload(draws, gain.shape)
+    sharers = ues if may_upload is None else np.maximum(may_upload.sum(1, keepdims=True), 1)
+    lone_upload_s = data_bits / (up_hz * np.log2(1 + up_snr))
+    costs = Costs(
         server_cost=scale * whole[of_task],
         local_cost=scale[..., None] * curve,
         sent_s=sent_bits / down_rate[..., None],
-        usable=family_of_slot == of_task[..., None],
+        usable=usable,
         family=family_of_slot,
         delta=delta,
-        shared_upload_s=data_bits / (up_hz * np.log2(1 + up_snr * ues)),
-        lone_upload_s=data_bits / (up_hz * np.log2(1 + up_snr)),
+        shared_upload_s=data_bits / (up_hz * np.log2(1 + up_snr * sharers)),
+        lone_upload_s=lone_upload_s,
         cost_per_s=-reward.delay_weight_per_min / 60,
+        active=draws.active,
+        may_upload=may_upload,
+    )
+    retention = np.array([layers / model.layers for _, model, layers in slots])
+    costs = _with_training(scenario, costs, data_bits, of_task, retention, draws)
+    return _with_energy(scenario, costs, transmit_power_w * lone_upload_s, draws)
+
+
+def _may_upload(draws: Draws, shape: tuple[int, ...]) -> Bool[np.ndarray, "tasks ues"] | None:
+    if draws.active is None and draws.private is None:
+        return None
+    may = np.ones(shape, bool) if draws.active is None else draws.active
+    return may if draws.private is None else may & ~draws.private
+
+
+def _with_training(
+    scenario: Scenario,
+    costs: Costs,
+    data_bits: Float[np.ndarray, "tasks ues"],
+    family: Int[np.ndarray, "tasks ues"],
+    retention: Float[np.ndarray, "slots"],
+    draws: Draws,
+) -> Costs:
+    """Costs with the seconds of training."""
+    wanted = scenario.computation
+    if wanted is None or draws.tflops is None:
+        return costs
+    parameters = np.array([model.parameters_billion or 0.0 for model in scenario.models])
+    tokens = data_bits / 8 / wanted.bytes_per_token
+    tflop = 4e-3 * parameters[family] * tokens * wanted.epochs
+    there_s = tflop / wanted.server_tflops
+    return costs._replace(
+        shared_upload_s=costs.shared_upload_s + there_s,
+        lone_upload_s=costs.lone_upload_s + there_s,
+        training_s=(tflop / draws.tflops)[..., None] * retention,
+    )
+
+
+def _with_energy(
+    scenario: Scenario, costs: Costs, upload_j: Float[np.ndarray, "tasks ues"], draws: Draws
+) -> Costs:
+    """Costs with the joules of every decision."""
+    wanted = scenario.energy
+    if wanted is None:
+        return costs
+    ues = upload_j.shape[1]
+    local_j = np.zeros_like(costs.local_cost)
+    if costs.training_s is not None and draws.compute_w is not None:
+        local_j = draws.compute_w[:, None] * costs.training_s
+    over = wanted.over_budget_weight_per_j
+    return costs._replace(
+        energy=EnergyCosts(
+            upload_j=upload_j,
+            local_j=local_j,
+            sent_j=wanted.receive_w * costs.sent_s,
+            cost_per_j=-wanted.weight_per_j / ues,
+            budget_j=wanted.budget_j or 0.0,
+            over_cost_per_j=0.0 if over is None else -over / ues,
+        )
     )
 
 
@@ -150,7 +279,9 @@ def _build(costs: Costs) -> _Programme:
     flat, full = tasks * ues, tasks * ues * levels
     server, local, cached, switch = 0, flat, flat + full, flat + 2 * full
     delay = flat + 3 * full
-    variables = delay + tasks
+    energy = costs.energy
+    excess = delay + tasks
+    variables = excess + (ues if energy is not None and energy.over_cost_per_j > 0 else 0)
     step_ue = np.arange(flat)
     cell = np.arange(full)
     cell_step_ue, cell_task = cell // levels, cell // (levels * ues)
@@ -185,26 +316,73 @@ def _build(costs: Costs) -> _Programme:
     alone = matrix(
         flat, (step_ue, server + step_ue, costs.lone_upload_s.ravel()), (step_ue, delay + task_of, -1.0)
     )
+    more = []
+    if costs.training_s is not None:
+        seconds = [
+            (step_ue, server + step_ue, costs.lone_upload_s.ravel()),
+            (cell_step_ue, local + cell, costs.training_s.ravel()),
+            (cell_step_ue, switch + cell, costs.sent_s.ravel()),
+        ]
+        alone = matrix(flat, *seconds, (step_ue, delay + task_of, -1.0))
+        if not costs.delta:
+            loaders = np.full(tasks, ues) if costs.active is None else np.maximum(costs.active.sum(1), 1)
+            shared_s = costs.sent_s + costs.training_s / loaders[:, None, None]
+            downlink = matrix(
+                tasks, (cell_task, switch + cell, shared_s.ravel()), (every_task, delay + every_task, -1.0)
+            )
+    if _has_devices(costs):
+        # A download is for training with what arrives; in worlds without devices results stay as published.
+        sent, large = _holdings(costs, cell)
+        more.append(matrix(full, (cell, switch + cell, 1.0), (sent, local + large, -1.0)))
     objective = np.zeros(variables)
     objective[:flat] = costs.server_cost.ravel()
     objective[local:cached] = costs.local_cost.ravel()
-    objective[delay:] = costs.cost_per_s
+    objective[delay:excess] = costs.cost_per_s
     upper = np.ones(variables)
     upper[local:cached] = upper[switch:delay] = costs.usable.ravel()
+    if costs.may_upload is not None:
+        upper[:flat] = costs.may_upload.ravel()
     upper[delay:] = np.inf
+    limits = []
+    if energy is not None:
+        objective[:flat] += energy.cost_per_j * energy.upload_j.ravel()
+        objective[local:cached] += energy.cost_per_j * energy.local_j.ravel()
+        objective[switch:delay] += energy.cost_per_j * energy.sent_j.ravel()
+        if variables > excess:
+            objective[excess:] = energy.over_cost_per_j
+            # In budgets, so that coefficients stay near one.
+            joules = matrix(
+                ues,
+                (step_ue % ues, server + step_ue, energy.upload_j.ravel() / energy.budget_j),
+                (cell_step_ue % ues, local + cell, energy.local_j.ravel() / energy.budget_j),
+                (cell_step_ue % ues, switch + cell, energy.sent_j.ravel() / energy.budget_j),
+                (np.arange(ues), excess + np.arange(ues), -1.0 / energy.budget_j),
+            )
+            limits.append(optimize.LinearConstraint(joules, -np.inf, 1))
+    trained = np.ones(flat)
+    if costs.active is not None:
+        trained = costs.active.ravel() * 1.0
+        upper[local:cached] = upper[local:cached] * trained[cell_step_ue]
+        upper[switch:delay] = upper[switch:delay] * trained[cell_step_ue]
     integer = np.ones(variables)
     integer[delay:] = 0
-    at_most_zero = sparse.vstack([holds_what_it_uses, held_or_sent, downlink, uplink, alone])
+    at_most_zero = sparse.vstack([holds_what_it_uses, held_or_sent, downlink, uplink, alone, *more])
     return _Programme(
         objective,
         upper,
         integer,
         [
-            optimize.LinearConstraint(somewhere, 1, 1),
+            optimize.LinearConstraint(somewhere, trained, trained),
             optimize.LinearConstraint(one_emulator, -np.inf, 1),
             optimize.LinearConstraint(at_most_zero, -np.inf, 0),
+            *limits,
         ],
     )
+
+
+def _has_devices(costs: Costs) -> bool:
+    """Whether UEs differ in more than their radio."""
+    return not (costs.may_upload is None and costs.training_s is None and costs.energy is None)
 
 
 def _holdings(
