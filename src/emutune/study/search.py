@@ -60,7 +60,7 @@ def search_lookahead(scenario: Scenario) -> Lookahead:
     grids: tuple[Point, ...] = (grid[2:], grid)
     backgrounds = _patience_s(scenario)
     if backgrounds:
-        coarse = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+        coarse = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
         start, grids = (
             (*start, backgrounds[len(backgrounds) // 2]),
             (coarse, coarse, (0.0, *backgrounds[:-1])),
