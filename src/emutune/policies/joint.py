@@ -19,10 +19,12 @@ from emutune.policies.prices import Prices, upload_s
 from emutune.world import Observation, World, possible_case
 from emutune.world.spending import energy_cost
 
-# Deadlines, counts of uploaders and rounds of improvement; fewer in large fleets, as in ``assignment``.
+# Deadlines, counts of uploaders, and how many choices are improved for how long. Large fleets try fewer, as
+# in ``assignment``.
 _LARGE = 64
 _DEADLINES = {False: 16, True: 8}
 _COUNTS = 33
+_BEGINNINGS = {False: 9, True: 3}
 _ROUNDS = {False: 24, True: 6}
 # A choice that does not exist costs more than any that does, and still adds up.
 _NEVER = 1e6
@@ -124,8 +126,15 @@ def list_options(
 
 
 def assign_jointly(options: Options) -> Assignment:
-    """A joint choice that no change of a single UE's makes cheaper, up to the limit of rounds."""
-    return _improve(options, _from_deadlines(options))
+    """A joint choice that no change of a single UE's makes cheaper, up to the limit of rounds.
+
+    From one beginning that would often be a choice that only several changes together make cheaper: a slow UE
+    stays at home because others crowd the server. So there is one beginning for each of some counts of
+    uploaders, and the cheapest end is taken.
+    """
+    ends, costs = jax.vmap(lambda start: _improve(options, start))(_from_deadlines(options))
+    best = jnp.argmin(costs)
+    return Assignment(ends.uploads[best], ends.layers[best])
 
 
 def joint_cost(
@@ -149,7 +158,7 @@ def joint_cost(
 
 
 def _from_deadlines(options: Options) -> Assignment:
-    """The cheapest of choices that come of a deadline, a guess of the downlink's load, and a count.
+    """The cheapest choices that come of a deadline, a guess of the downlink's load, and a count of uploaders.
 
     With deadline and load settled, each UE has a best way to train at home in time. UEs are ranked by
     what a second of their upload saves, and every count of uploaders is tried at the exact cost.
@@ -179,9 +188,15 @@ def _from_deadlines(options: Options) -> Assignment:
     # Where no emulator fits there is only the server.
     uploads = uploads | ~exists.any(-1)
     every = jnp.broadcast_to(layers[..., None, :], uploads.shape)
-    flat_uploads, flat_layers = uploads.reshape(-1, ues), every.reshape(-1, ues)
-    best = jnp.argmin(joint_cost(options, flat_uploads, flat_layers))
-    return Assignment(flat_uploads[best], flat_layers[best])
+    # One axis of counts, one of everything else.
+    by_count = [jnp.moveaxis(part, -2, 0).reshape(len(counts), -1, ues) for part in (uploads, every)]
+    costs = joint_cost(options, *by_count)
+    best = jnp.argmin(costs, axis=1)
+    kept = np.unique(
+        np.linspace(0, len(counts) - 1, min(len(counts), _BEGINNINGS[large])).round().astype(int)
+    )
+    number = jnp.arange(len(counts))
+    return Assignment(*(part[number, best][kept] for part in by_count))
 
 
 def _lone_energy(options: Options, loads: Float[Array, "loads 1 1"]) -> Float[Array, "..."]:
@@ -192,8 +207,8 @@ def _lone_energy(options: Options, loads: Float[Array, "loads 1 1"]) -> Float[Ar
     return jnp.swapaxes(own.cost(jnp.swapaxes(spent, -1, -2)), -1, -2)
 
 
-def _improve(options: Options, start: Assignment) -> Assignment:
-    """Take the best change of one UE's choice for as long as one helps."""
+def _improve(options: Options, start: Assignment) -> tuple[Assignment, Float[Array, ""]]:
+    """Take the best change of one UE's choice for as long as one helps; the choice and its cost."""
     ues, levels = options.local.shape
     # Every single change: UE n to k layers, or (last) to uploading.
     who, what = np.divmod(np.arange(ues * (levels + 1)), levels + 1)
@@ -216,5 +231,5 @@ def _improve(options: Options, start: Assignment) -> Assignment:
         return carry[2] & (carry[3] < _ROUNDS[ues > _LARGE])
 
     begin = (start, joint_cost(options, *start), jnp.asarray(True), jnp.asarray(0))
-    found, _, _, _ = jax.lax.while_loop(goes_on, improve, begin)
-    return found
+    found, cost, _, _ = jax.lax.while_loop(goes_on, improve, begin)
+    return found, cost

@@ -5,6 +5,7 @@ Every candidate meets the same episodes, which are neither held out nor trained 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -83,13 +84,17 @@ def search_count_table(scenario: Scenario) -> CountTable:
         return run_episodes(world, table(uploads, *limits), drawn)[0].mean()
 
     compiled = _scorer(scenario, score)
+    begins: list[Point] = [(levels[0], levels[-1], limit) for limit in patience[len(patience) // 3 :: 3]]
     candidates = []
-    for share in _SHARES:
+    for share, begin in itertools.product(_SHARES, begins or [(levels[0], levels[-1])]):
         counts = np.round(share * np.arange(ues + 1))
-        start = (levels[0], levels[-1], *([patience[len(patience) // 2]] if patience else []))
-        candidates.append((counts, _descend(partial(compiled, _uploads(counts)), start, grids)))
+        candidates.append((counts, _descend(partial(compiled, _uploads(counts)), begin, grids)))
+    if len(candidates) > len(_SHARES):
+        # Refining takes longest: the more promising half of them, or less.
+        candidates.sort(key=lambda one: compiled(_uploads(one[0]), *one[1]), reverse=True)
+        del candidates[len(_SHARES) :]
+    # Several beginnings: the counts of one table hold each other in place.
     if ues <= _TABLE_UES:
-        # Several beginnings: the counts of one table hold each other in place.
         candidates = [_refine_table(compiled, *candidate, grids) for candidate in candidates]
     counts, limits = max(candidates, key=lambda one: compiled(_uploads(one[0]), *one[1]))
     return table(_uploads(counts), *(jnp.float32(limit) for limit in limits))
