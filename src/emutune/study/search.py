@@ -19,7 +19,7 @@ from emutune.scenario import Scenario
 from emutune.study.evaluate import SEARCH_KEY, draw_episodes, run_episodes
 from emutune.world import Episode, World, build_world
 
-_EPISODES = 48
+_EPISODES, _FEWER_EPISODES = 48, 16
 # In larger fleets the count of uploaders is searched as a share of those who wait.
 _TABLE_UES = 16
 _SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
@@ -66,7 +66,9 @@ def search_lookahead(scenario: Scenario) -> Lookahead:
             (*start, backgrounds[len(backgrounds) // 2]),
             (coarse, coarse, (0.0, *backgrounds[:-1])),
         )
-    best = _descend(_scorer(scenario, score), start, grids)
+    # Joint choices take a while where devices differ, and returns change smoothly with prices.
+    scorer = _scorer(scenario, score, _FEWER_EPISODES if scenario.has_devices else _EPISODES)
+    best = _descend(scorer, start, grids)
     return jax.jit(plan)(build_world(scenario), *(jnp.float32(price) for price in best))
 
 
@@ -144,10 +146,10 @@ def _levels(scenario: Scenario) -> Point:
     )
 
 
-def _scorer(scenario: Scenario, score: Callable[..., Array]) -> Callable[..., float]:
+def _scorer(scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES) -> Callable[..., float]:
     """The mean return of candidates, compiled once for all of them."""
     world = build_world(scenario)
-    episodes = max(4, min(_EPISODES, 600 // scenario.fleet.ues))
+    episodes = max(4, min(most, 600 // scenario.fleet.ues))
     drawn = draw_episodes(world, SEARCH_KEY, episodes)
     compiled = jax.jit(score)
 
