@@ -19,8 +19,9 @@ class CountTable:
     """UEs that hold a usable emulator use it. Of the others, those with the fastest uploads upload.
 
     The rest download the largest emulators that arrive before the uploads do. Where training takes time,
-    UEs that would train too long with what they hold count among the others, the fastest are those that
-    an upload saves most seconds, and what arrives must also be trained with in time.
+    UEs that would train too long even with the smallest retention always upload, those that would with what
+    they hold count among the others, the fastest are those that an upload saves most seconds, and what
+    arrives must also be trained with in time.
 
     Attributes:
         most: layers of the largest emulator of any family.
@@ -41,28 +42,32 @@ class CountTable:
         usable = observation.cached_retention > 0
         prices = step_prices(world, observation, self.most)
         whole = whole_training_s(world, observation)
+        may = possible_case(
+            world, observation.family, observation.device, observation.active, jnp.ones_like(usable)
+        )
+        hopeless = jnp.zeros_like(usable)
         if whole is not None and self.patience_s is not None:
             usable &= whole[0] * observation.cached_retention <= self.patience_s
-        waits = ~usable if observation.active is None else ~usable & observation.active
-        may = possible_case(
-            world, observation.family, observation.device, observation.active, jnp.ones_like(waits)
-        )
+            hopeless = may & (whole[0] * self.retention[0] > self.patience_s)
+        waits = ~usable & ~hopeless
+        waits = waits if observation.active is None else waits & observation.active
         waiting = jnp.sum(waits)
         uploads = jnp.minimum(self.uploads[waiting], waiting)
-        sharers = jnp.maximum(uploads, 1)[None].astype(jnp.float32)
+        sharers = jnp.maximum(uploads + jnp.sum(hopeless), 1)[None].astype(jnp.float32)
         together_s = upload_s(world, observation, sharers)[0]
         saved_s = together_s
         if whole is not None:
             together_s = together_s + sharers[0] * whole[1]
             saved_s = together_s - self.retention[0] * whole[0]
         rank = jnp.argsort(jnp.argsort(jnp.where(waits & may, saved_s, jnp.inf)))
-        at_server = waits & may & (rank < uploads)
+        at_server = hopeless | (waits & may & (rank < uploads))
         slowest_s = jnp.max(jnp.where(at_server, together_s, 0.0))
         takes_s = prices.download_s * (waiting - uploads)
+        limit_s = jnp.where(uploads > 0, slowest_s, jnp.inf)
         if prices.training_s is not None and self.patience_s is not None:
             takes_s = takes_s + prices.training_s
-            slowest_s = jnp.maximum(slowest_s, self.patience_s)
-        arrives = takes_s <= jnp.where(uploads > 0, slowest_s, jnp.inf)
+            limit_s = jnp.maximum(slowest_s, self.patience_s)
+        arrives = takes_s <= limit_s
         retention = jnp.arange(self.most + 1) / _layers(world, observation)[:, None]
         low, high = self.retention
         wanted = jnp.where(arrives & prices.allowed & (retention <= high + 1e-6), retention, 0.0).max(-1)
