@@ -74,7 +74,15 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
 
 
 @pytest.mark.parametrize(
-    "features", [{"computation"}, {"computation", "budget"}, {"memory", "privacy"}, {"activity"}, EVERYTHING]
+    "features",
+    [
+        {"computation", "budget"},
+        EVERYTHING,
+        *(
+            pytest.param(few, marks=pytest.mark.slow)
+            for few in ({"computation"}, {"memory", "privacy"}, {"activity"})
+        ),
+    ],
 )
 def test_enumeration_never_beats_it(features: set[str]) -> None:
     gaps = []
@@ -118,7 +126,7 @@ def every_policy(scenario):
     ]
 
 
-def assert_no_policy_beats_it(features: set[str], *changes: str) -> None:
+def assert_no_policy_beats_it(features: set[str], *changes: str, wanted: slice = slice(None)) -> None:
     scenario = load_scenario(
         "families",
         [
@@ -133,13 +141,14 @@ def assert_no_policy_beats_it(features: set[str], *changes: str) -> None:
     )
     episodes = held_out_episodes(scenario, 3)
     bounds = certified_bounds(scenario, episodes)
-    for policy in every_policy(scenario):
+    for policy in every_policy(scenario)[wanted]:
         assert (evaluate_policy(scenario, policy, episodes).episode_return <= bounds).all(), policy
 
 
-@pytest.mark.parametrize("features", [EVERYTHING])
-def test_no_policy_beats_it(features: set[str]) -> None:
-    assert_no_policy_beats_it(features)
+# Fixed and hold; the others take longer to compile.
+@pytest.mark.parametrize("wanted", [slice(2, 4), pytest.param(slice(None), marks=pytest.mark.slow)])
+def test_no_policy_beats_it(wanted: slice) -> None:
+    assert_no_policy_beats_it(EVERYTHING, wanted=wanted)
 
 
 @pytest.mark.slow

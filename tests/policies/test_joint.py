@@ -106,6 +106,7 @@ def test_a_joint_choice_costs_what_the_step_costs() -> None:
             assert float(predicted) == pytest.approx(float(charged), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_improvement_ends_where_no_single_change_helps() -> None:
     scenario = make(EVERYTHING - {"memory"}, 9, "reward.delay_weight_per_min=-0.1")
     world = build_world(scenario)
@@ -150,6 +151,7 @@ def test_rules_send_the_slow_to_the_server() -> None:
         np.testing.assert_array_equal(table.decide(world, seen, key).at_server, expected)
 
 
+@pytest.mark.slow
 def test_lookahead_sends_the_slow_to_the_server() -> None:
     scenario = make({"computation"}, 2, "computation.server_tflops=500.0", "reward.delay_weight_per_min=-0.5")
     world, seen = slow_and_fast(scenario)

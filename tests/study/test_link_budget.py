@@ -9,7 +9,8 @@ from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.study.link_budget import link_budget, reward_shares, trivial_policies
 
 
-def test_training_by_hand():
+def test_training_by_hand(monkeypatch):
+    monkeypatch.setattr("emutune.study.link_budget.reward_shares", lambda scenario: {})
     first, second, _ = link_budget(load_scenario("edge-compute", ["fleet.tasks=2"]))["models"]
     # 4 x 1.24e9 operations for each of 40e6 / 175 tokens: 1133.7 TFLOP; 0.49 and 1.24 billion parameters.
     tflop = 4 * 1.24e9 * 40e6 / 175 / 1e12
@@ -34,6 +35,7 @@ def test_shares_are_parts_of_the_return():
     assert shares["energy"] > 100 * least > 0
 
 
+@pytest.mark.slow
 def test_there_is_nothing_to_learn_where_one_retention_is_near_the_bound():
     paper = trivial_policies(load_scenario("paper", ["fleet.ues=3"]), episodes=2)
     assert paper["verdict"].startswith("nothing to learn here: best_fixed costs at most 0.")

@@ -44,7 +44,7 @@ ALONE = ("computation", "energy", "budget", "memory", "privacy", "activity")
 COMBINATIONS = [
     *(pytest.param({feature}, marks=pytest.mark.slow) for feature in ALONE),
     pytest.param({"computation", "energy"}, marks=pytest.mark.slow),
-    EVERYTHING,
+    pytest.param(EVERYTHING, marks=pytest.mark.slow),
     EVERYTHING | {"delta"},
 ]
 
@@ -141,6 +141,7 @@ def test_the_draws_of_before_stay() -> None:
         np.testing.assert_array_equal(getattr(before, field), getattr(after, field))
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_numbers() -> None:
     traces = []
 
@@ -344,6 +345,7 @@ def start(world):
     return reset(jax.random.key(0), world)
 
 
+@pytest.mark.slow
 def test_features_by_hand() -> None:
     scenario = world_with(EVERYTHING, "fleet.ues=2", name="paper")
     world = build_world(scenario)
@@ -403,6 +405,7 @@ def test_environments_run_with_everything_on(name: str) -> None:
     assert ended
 
 
+@pytest.mark.slow
 def test_private_data_stay_and_what_does_not_fit_is_not_held() -> None:
     env = OrchestrationEnv(world_with({"memory", "privacy"}, "fleet.ues=5", name="paper"))
     _, _ = env.reset(seed=0)
