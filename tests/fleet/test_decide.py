@@ -15,6 +15,7 @@ from emutune.fleet.server.links import DrawnLink, gain_of_rate, middle_gain
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import initial_state
+from emutune.policies import AllServer
 from emutune.scenario import Scenario, load_scenario
 from emutune.world import build_world
 
@@ -128,3 +129,13 @@ def test_links_are_drawn_from_the_scenario_and_nothing_else() -> None:
     spread = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / len(gains)) / mean
     assert 0.06 < spread < 0.15
     assert middle_gain(PAPER) == pytest.approx(275.0**-2)
+
+
+@pytest.mark.parametrize(
+    "section", ["memory={device_gb={min=3.0,max=9.0}}", "activity={task_probability=0.5}"]
+)
+def test_a_fleet_refuses_worlds_of_what_devices_do_not_report(section):
+    scenario = load_scenario("paper", [section])
+    name = section.partition("=")[0]
+    with pytest.raises(FleetError, match=f"has the section {name}, which devices of a fleet do not report"):
+        Decider(scenario, AllServer())

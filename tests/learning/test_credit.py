@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import plain
 from emutune.learning.credit import marginal_costs
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import Action, build_world, current_task, reset, serve
+from emutune.world import Action, Cache, build_world, current_task, reset, serve
 
 serve_compiled = jax.jit(serve)
 credit_compiled = jax.jit(marginal_costs)
@@ -63,7 +64,7 @@ def test_credit_is_the_cost_less_the_cost_without_the_ue(seed: int) -> None:
     for n in range(5):
         without = step_delay_s(scenario, plain, [*sends[:n], ("none", 0.0), *sends[n + 1 :]])
         expected.append(0.092 / 5 * float(outcome.perplexity[n]) + 0.017 / 60 * (whole - without))
-    added = credit_compiled(world, task, action.at_server, outcome)
+    added = credit_compiled(world, cache, task, outcome)
     np.testing.assert_allclose(added, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -75,5 +76,66 @@ def test_a_lone_sender_is_charged_the_whole_delay() -> None:
     for at_server in (True, False):
         action = Action(jnp.array([at_server]), jnp.array([0.5]))
         _, outcome = serve_compiled(world, state.cache, task, action)
-        added = credit_compiled(world, task, action.at_server, outcome)
+        added = credit_compiled(world, state.cache, task, outcome)
         np.testing.assert_allclose(added.sum(), -outcome.reward, rtol=1e-5)
+
+
+EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
+
+
+@pytest.mark.parametrize("features", [EVERYTHING, {"computation", "energy"}, {"activity", "privacy"}])
+def test_credit_counts_training_and_joules(features: set[str]) -> None:
+    changes = plain.changes_for(features)
+    scenario = load_scenario("families", ["fleet.ues=5", "model.parameters_billion=2.7", *changes, OTHER])
+    world = build_world(scenario)
+    step = jax.jit(serve)
+    for seed in range(4):
+        draw = np.random.default_rng(seed)
+        state = jax.jit(reset)(jax.random.key(seed), world)
+        task, rows = current_task(state), plain.tasks_of(state.episode)[0]
+        family = np.array([row["family"] for row in rows])
+        possible = [plain.possible_layers(scenario, row) for row in rows]
+        held = [int(draw.choice(one)) if one and draw.random() < 0.5 else 0 for one in possible]
+        spent = draw.uniform(0, 4000, 5)
+        carried = [plain.Carried(*mine) for mine in zip(family, held, spent, strict=True)]
+        cache = Cache(
+            jnp.asarray(held, jnp.int32),
+            jnp.asarray(family, jnp.int32),
+            None if state.cache.spent_j is None else jnp.asarray(spent, jnp.float32),
+        )
+        at_server, wanted = draw.random(5) < 0.5, (draw.integers(240, 960, 5) + 0.1) / 1200
+        # Half of those that hold something keep it.
+        whole = np.array([scenario.models[f].layers for f in family])
+        keeps = (draw.random(5) < 0.5) & (np.array(held) > 0)
+        wanted = np.where(keeps, np.array(held) / whole, wanted)
+        plan = [plain.project(scenario, *wish) for wish in zip(rows, at_server, wanted, strict=True)]
+        action = Action(jnp.asarray(at_server), jnp.asarray(wanted, jnp.float32))
+        _, outcome = step(world, cache, task, action)
+        _, charged = plain.serve(scenario, rows, carried, plan)
+        np.testing.assert_allclose(outcome.delay_s, charged["delay_s"], rtol=1e-4, atol=1e-4)
+        active = max(sum(row["active"] for row in rows), 1)
+        expected = []
+        for n in range(5):
+            # Without a UE the others do the same, and their tasks' share of the mean stays what it is.
+            quiet = [*plan[:n], ("idle", 0), *plan[n + 1 :]]
+            _, spared = plain.serve(scenario, rows, carried, quiet)
+            delay = 0.017 / 60 * (max(charged["delay_s"]) - max(spared["delay_s"]))
+            joules = energy_cost(scenario, spent, charged) - energy_cost(scenario, spent, spared)
+            expected.append(0.092 / active * charged["perplexity"][n] + delay + joules)
+        added = credit_compiled(world, cache, task, outcome)
+        np.testing.assert_allclose(added, expected, rtol=2e-4, atol=2e-5)
+
+
+OTHER = "families.others=[{size_gb = 5.4, layers = 16, parameters_billion = 1.0}]"
+
+
+def energy_cost(scenario: Scenario, spent: np.ndarray, charged: dict) -> float:
+    if scenario.energy is None:
+        return 0.0
+    used = np.array(charged["energy_j"])
+    cost = -scenario.energy.weight_per_j * used.mean()
+    if scenario.energy.budget_j:
+        over = np.maximum(spent + used - scenario.energy.budget_j, 0)
+        over -= np.maximum(spent - scenario.energy.budget_j, 0)
+        cost -= scenario.energy.over_budget_weight_per_j * over.mean()
+    return cost

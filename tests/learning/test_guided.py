@@ -22,7 +22,7 @@ from emutune.learning.guided import (
     validate,
 )
 from emutune.learning.training import train_seed
-from emutune.policies import AllServer, plan_lookahead
+from emutune.policies import AllServer, Random, plan_lookahead
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import Cache, build_world, observe, reset, ue_features
@@ -135,3 +135,38 @@ def test_a_ranked_fleet_learns_to_coordinate(tmp_path):
     everyone = evaluate_policy(scenario, AllServer(), drawn).episode_return.mean()
     assert figures.episode_return.mean() > 0.9 * everyone
     assert 0.05 < figures.server_share.mean() < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["edge-compute", "private"])
+def test_it_learns_where_devices_differ(name):
+    scenario = load_scenario(name, ["fleet.ues=3", "fleet.tasks=10"])
+    world = build_world(scenario)
+    limits = [jnp.float32(60.0)] if scenario.computation else []
+    base = jax.jit(lambda world: plan_lookahead(scenario, world, jnp.float32(0.2), jnp.float32(0.2), *limits))
+    rounds = []
+    short = replace(CONFIG, rounds=1)
+    policy = train_guided(world, base(world), short, 0, lambda number, value: rounds.append(value))
+    start = begin_guided(base(world), world, short.width, 0)
+    assert rounds[0] >= float(validate(world, start, 16))
+    figures = evaluate_policy(scenario, policy, held_out_episodes(scenario, 4))
+    assert np.isfinite(figures.episode_return).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "credit"), [("ranked", "marginal"), ("set", "fleet"), ("flat", "fleet")])
+def test_training_runs_where_devices_differ(tmp_path, network, credit):
+    changes = [
+        "fleet.ues=3",
+        "fleet.tasks=10",
+        "memory={device_gb={min=0.8,max=2.4}}",
+        "privacy={share=0.34}",
+    ]
+    scenario = load_scenario("edge-compute", [*changes, "activity={task_probability=0.7}"])
+    config = TrainingConfig(
+        network=network, credit=credit, steps=4000, environments=20, evaluation_episodes=2
+    )
+    policy = train_seed(scenario, config, 0, tmp_path)
+    figures = evaluate_policy(scenario, policy, held_out_episodes(scenario, 8))
+    worst = evaluate_policy(scenario, Random(), held_out_episodes(scenario, 8))
+    assert figures.episode_return.mean() > worst.episode_return.mean()

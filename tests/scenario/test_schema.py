@@ -484,3 +484,96 @@ def test_a_family_may_name_a_curve_file(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_feature_is_named(override: str, message: str) -> None:
     with pytest.raises(ScenarioError, match=message):
         load_scenario("families", [override])
+
+
+# --- devices ------------------------------------------------------------------------------------------------
+
+
+DEVICES = {
+    "computation": 'computation={device_tflops={min=0.3,max=20.0,law="log_uniform"},server_tflops=50.0,'
+    "bytes_per_token=4.0}",
+    "parameters": "model.parameters_billion=2.7",
+    "energy": "energy={receive_w=1.0,compute_j_per_tflop={min=2.0,max=5.0},weight_per_j=-1e-4}",
+    "memory": "memory={device_gb={min=3.0,max=8.0}}",
+    "privacy": "privacy={share=0.5}",
+    "activity": "activity={task_probability=0.7}",
+}
+
+
+def test_devices_are_off_where_no_section_is(paper: Scenario) -> None:
+    assert not paper.has_devices
+    assert paper.private_ues == 0
+    assert not {"computation", "energy", "memory", "privacy", "activity"} & set(
+        paper.model_dump(exclude_none=True)
+    )
+
+
+def test_devices_survive_the_text_form() -> None:
+    scenario = load_scenario("paper", DEVICES.values())
+    assert scenario.has_devices
+    assert scenario.private_ues == 3
+    assert scenario.computation
+    assert scenario.computation.epochs == 1.0
+    assert scenario.computation.device_tflops.law == "log_uniform"
+    assert scenario.models[0].parameters_billion == 2.7
+    assert parse_scenario(dump_scenario(scenario)) == scenario
+
+
+@pytest.mark.parametrize("name", ["edge-compute", "private"])
+def test_shipped_worlds_of_unequal_devices(name: str) -> None:
+    scenario = load_scenario(name)
+    assert scenario.has_devices
+    assert len(scenario.models) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [DEVICES["computation"]],
+            r"model\.parameters_billion: missing; add it.*or leave that section out",
+        ),
+        (
+            [DEVICES["energy"]],
+            r"energy\.compute_j_per_tflop: nothing computes without the section computation",
+        ),
+        (
+            [DEVICES["computation"], DEVICES["parameters"], "energy={receive_w=1.0,weight_per_j=0.0}"],
+            r"energy\.compute_j_per_tflop: missing; add it",
+        ),
+        (
+            ["energy={receive_w=1.0,weight_per_j=0.0,budget_j=3.0}"],
+            r"energy: over_budget_weight_per_j: missing; .* go together",
+        ),
+        (
+            ["energy={receive_w=1.0,weight_per_j=0.0,over_budget_weight_per_j=0.0}"],
+            r"energy: budget_j: missing; .* go together",
+        ),
+        (["energy={receive_w=1.0,weight_per_j=1.0}"], r"energy\.weight_per_j: must be at most 0, got 1"),
+        (["privacy={share=1.5}"], r"privacy\.share: must be at most 1, got 1\.5"),
+        (["activity={task_probability=0.0}"], r"activity\.task_probability: must be positive, got 0"),
+        (["memory={device_gb={min=5.0,max=3.0}}"], r"memory\.device_gb: min is above max"),
+        (
+            ['memory={device_gb={min=3.0,max=5.0,law="normal"}}'],
+            r"memory\.device_gb\.law: must be 'uniform' or 'log_uniform', got 'normal'",
+        ),
+        (
+            ["memory={device_gb={min=2.0,max=5.0}}", DEVICES["privacy"]],
+            r"memory\.device_gb\.min: a UE that may not upload and holds 2 GB can train nowhere, since the "
+            r"smallest emulator of model has 2\.36.* raise memory\.device_gb\.min",
+        ),
+        (
+            [DEVICES["computation"], DEVICES["parameters"], "computation.device_tflops.min=1 TFLOP"],
+            r"computation\.device_tflops\.min: must be a number in TFLOP/s .*got '1 TFLOP'",
+        ),
+        (["memory={device_gib={min=2.0,max=5.0}}"], r"memory\.device_gib: .*did you mean device_gb\?"),
+    ],
+)
+def test_what_is_wrong_with_devices_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ScenarioError, match=message):
+        load_scenario("paper", overrides)
+
+
+def test_a_ue_that_holds_too_little_may_upload() -> None:
+    scenario = load_scenario("paper", ["memory={device_gb={min=0.5,max=5.0}}", "privacy={share=0.05}"])
+    assert scenario.private_ues == 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from emutune.bounds.programme import Method, cost_bound, episode_costs
+from emutune.bounds.programme import Draws, Method, cost_bound, episode_costs
 from emutune.errors import UsageError
 from emutune.scenario import Scenario
-from emutune.world import Episode
+from emutune.world import Device, Episode, build_world, possible_levels
 
 
 def certified_bounds(
@@ -37,6 +38,7 @@ def certified_bounds(
     if method not in ("linear", "integer"):
         raise UsageError(f"method: must be 'linear' or 'integer', got {method!r}")
     bounds = []
+    more = _draws(scenario, episodes)
     family = None if episodes.family is None else np.asarray(episodes.family)
     drawn = [
         np.asarray(part, np.float64)
@@ -45,8 +47,32 @@ def certified_bounds(
     for index in range(len(drawn[0])):
         gain, complexity, data_bits, power_w = (part[index] for part in drawn)
         of_episode = None if family is None else family[index]
-        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w, of_episode)
+        draws = Draws(*(None if part is None else part[index] for part in more))
+        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w, of_episode, draws)
         bounds.append(-cost_bound(costs, method, time_limit_s))
         if progress is not None:
             progress(1)
     return np.array(bounds)
+
+
+def _draws(scenario: Scenario, episodes: Episode) -> Draws:
+    """What devices are and do in a batch of episodes, as float64 on the host."""
+    device, active = episodes.device, episodes.active
+    most = None
+    if device.memory_bits is not None:
+        world = build_world(scenario)
+        each = None if world.families is None else jnp.arange(len(scenario.models))
+        memory = jnp.asarray(device.memory_bits)[..., None]
+        _, high = possible_levels(world, each, Device(memory_bits=memory))
+        most = np.asarray(high).reshape(*memory.shape[:-1], -1)
+
+    def on_host(part: Array | None) -> Float[np.ndarray, "..."] | None:
+        return None if part is None else np.asarray(part, np.float64)
+
+    return Draws(
+        active=None if active is None else np.asarray(active, bool),
+        tflops=on_host(device.tflops),
+        compute_w=on_host(device.compute_w),
+        private=None if device.private is None else np.asarray(device.private, bool),
+        most_layers=most,
+    )

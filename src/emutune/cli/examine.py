@@ -14,11 +14,19 @@ from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument,
 from emutune.cli.terminal import print_comparison, progress_bar, resumable, write_json
 
 
-def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: JsonFile = None) -> None:  # noqa: B006
+def check(
+    scenario: ScenarioArgument,
+    trivial: Annotated[
+        bool,
+        typer.Option("--trivial", help="Also measure policies that always do the same, against the bound."),
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+    json_file: JsonFile = None,
+) -> None:
     """Validate a scenario and print what its world amounts to."""
     prepare_jax()
     from emutune.scenario import load_scenario
-    from emutune.study.link_budget import link_budget
+    from emutune.study.link_budget import link_budget, trivial_policies
 
     loaded = load_scenario(scenario, overrides)
     budget = link_budget(loaded)
@@ -31,8 +39,20 @@ def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: Json
             f"{row['downlink_mbps']:.3g} down; upload {row['upload_s']:.0f} s, emulator "
             f"{row['smallest_emulator_s']:.0f} to {row['largest_emulator_s']:.0f} s"
         )
+    for number, row in enumerate(budget["models"]):
+        energy = f", {row['least_j']:.3g} to {row['most_j']:.3g} J" if "least_j" in row else ""
+        print(
+            f"training, model {number}: {row['fastest_smallest_s']:.3g} s (fastest UE, smallest emulator) to "
+            f"{row['slowest_largest_s']:.3g} s (slowest, largest){energy}; at the server "
+            f"{row['server_alone_s']:.3g} s alone, {row['server_all_s']:.3g} s with all UEs there"
+        )
+    shares = ", ".join(f"{name} {share:.0f} %" for name, share in budget["shares"].items())
+    print(f"cost of the random policy: {shares}")
     for remark in budget["remarks"]:
         print(f"note: {remark}")
+    if trivial:
+        budget["trivial"] = trivial_policies(loaded)
+        print(budget["trivial"]["verdict"])
     write_json(json_file, budget)
 
 

@@ -17,7 +17,17 @@ from jaxtyping import Array, Bool, Float, Key
 from emutune.learning.configuration import NetworkKind, TrainingConfig
 from emutune.learning.networks import Network, create_network, ue_outputs, value_output
 from emutune.policies import register_policy
-from emutune.world import Action, Observation, World, feature_count, progress_feature, ue_features
+from emutune.policies.prices import whole_training_s
+from emutune.world import (
+    Action,
+    Observation,
+    World,
+    chooses_case,
+    feature_count,
+    possible_case,
+    progress_feature,
+    ue_features,
+)
 from emutune.world.parameters import bits_of
 
 
@@ -33,23 +43,54 @@ class Inputs(NamedTuple):
     """Network inputs of a batch of states: s1 of every UE, and the context shared by all.
 
     ``lone`` holds, for ranked networks, the time of each UE's upload and of the largest emulator's download,
-    alone on the link and in units of the latter at the fleet's middle distance.
+    alone on the link and in units of the latter at the fleet's middle distance. Where training takes time
+    the first includes training at the server, and a third is that of training with the largest emulator.
+    ``chooses`` says whose case is a choice at all, and ``active`` who has a task; None where all.
     """
 
     features: Float[Array, "*batch ues features"]
     context: Float[Array, "*batch 1"]
-    lone: Float[Array, "*batch ues 2"] | None = None
+    lone: Float[Array, "*batch ues times"] | None = None
+    chooses: Bool[Array, "*batch ues"] | None = None
+    active: Bool[Array, "*batch ues"] | None = None
 
 
-def network_inputs(kind: NetworkKind, world: World, observation: Observation) -> Inputs:
-    """Features of a batch of observations, as every network takes them."""
-    features = with_ranks(kind, world, observation, ue_features(world, observation))
-    return Inputs(features, progress_feature(observation)[..., None], lone_times(kind, world, observation))
+def network_inputs(
+    kind: NetworkKind,
+    world: World,
+    observation: Observation,
+    features: Float[Array, "*batch ues features"] | None = None,
+    context: Float[Array, "*batch 1"] | None = None,
+) -> Inputs:
+    """A batch of observations, as every network takes it.
+
+    Args:
+        kind: of the networks.
+        world: the world.
+        observation: what is known.
+        features: ``ue_features`` of the observation, if they are known already.
+        context: the progress, if it is known already.
+    """
+    known = ue_features(world, observation) if features is None else features
+    return Inputs(
+        with_ranks(kind, world, observation, known),
+        progress_feature(observation)[..., None] if context is None else context,
+        lone_times(kind, world, observation),
+        chooses_case(world, observation.family, observation.device, observation.active),
+        observation.active,
+    )
+
+
+def possible_cases(
+    world: World, observation: Observation, at_server: Bool[Array, "*batch ues"]
+) -> Bool[Array, "*batch ues"]:
+    """Agent 1's wishes as far as they are possible; agent 2 sees these."""
+    return possible_case(world, observation.family, observation.device, observation.active, at_server)
 
 
 def lone_times(
     kind: NetworkKind, world: World, observation: Observation
-) -> Float[Array, "*batch ues 2"] | None:
+) -> Float[Array, "*batch ues times"] | None:
     """``Inputs.lone``."""
     if kind != "ranked":
         return None
@@ -67,12 +108,19 @@ def lone_times(
     )
     up = seconds(observation.data_bits, world.uplink_bandwidth_hz, observation.transmit_power_w * gain)
     down = seconds(largest, world.downlink_bandwidth_hz, world.downlink_power_w * gain)
-    return jnp.stack([up, down], axis=-1) / unit
+    whole = whole_training_s(world, observation)
+    if whole is None:
+        return jnp.stack([up, down], axis=-1) / unit
+    # These seconds lack the logarithm of 2 that turns a rate's nats into bits.
+    nats = 1 / math.log(2)
+    here = world.retention_bounds[1] * whole[0] * nats
+    return jnp.stack([up + whole[1] * nats, down, here], axis=-1) / unit
 
 
 def input_count(kind: NetworkKind, world: World) -> int:
     """Features of each UE that networks of a kind take."""
-    return feature_count(world) + (5 if kind == "ranked" else 0)
+    times = 2 if world.devices.computation is None else 3
+    return feature_count(world) + (3 + times if kind == "ranked" else 0)
 
 
 def more_in_s2(kind: NetworkKind) -> int:
@@ -89,20 +137,35 @@ def with_ranks(
     """Features and, for ranked networks, who waits, how many do, a UE's rank among them, and lone times.
 
     UEs in the same state must do different things where links are shared. A network that all UEs share can
-    tell them apart by rank: the first waits for the fastest upload.
+    tell them apart by rank: the first waits for the fastest upload. Where training takes time, those that
+    hold something rank as well, and the first is the one that an upload saves most time.
     """
     if kind != "ranked":
         return features
     waits = observation.cached_retention <= 0
+    waits = waits if observation.active is None else waits & observation.active
     lone = lone_times(kind, world, observation)
     assert lone is not None
-    lone_s = jnp.where(waits, lone[..., 0], jnp.inf)
+    ranks, key = waits, lone[..., 0]
+    if lone.shape[-1] == 3:
+        ranks = jnp.ones_like(waits)
+        # What is held is trained with as it is; else the largest is taken to be fetched.
+        share = observation.cached_retention / world.retention_bounds[1]
+        key = key - jnp.where(waits, lone[..., 1] + lone[..., 2], share * lone[..., 2])
+    chooses = chooses_case(world, observation.family, observation.device, observation.active)
+    ranks = ranks if chooses is None else ranks & chooses
+    lone_s = jnp.where(ranks, key, jnp.inf)
     faster = lone_s[..., None, :] < lone_s[..., :, None]
     count = waits.sum(-1, keepdims=True) * jnp.ones_like(lone_s)
-    rank = jnp.where(waits, faster.sum(-1), world.ues)
+    rank = jnp.where(ranks, faster.sum(-1), world.ues)
     spread = 2.0 / world.ues
     more = jnp.stack([_signed(waits), spread * count - 1, spread * rank - 1], axis=-1)
-    return jnp.concatenate([features, more, lone], axis=-1)
+    return jnp.concatenate([features, more, _moderate(lone)], axis=-1)
+
+
+def _moderate(lone: Float[Array, "*batch ues times"]) -> Float[Array, "*batch ues times"]:
+    """Lone times as features; where devices' speeds spread over decades, so would the times."""
+    return lone if lone.shape[-1] == 2 else jnp.log1p(lone)
 
 
 def wanted_retention(
@@ -121,6 +184,8 @@ def decides_retention(
 ) -> Float[Array, "*batch ues"]:
     """1 where agent 2's draw had an effect: on the UE, and for ranked networks with nothing usable held."""
     local = 1.0 - at_server
+    if inputs.active is not None:
+        local = local * inputs.active
     return local * (inputs.features[..., 3] <= 0) if kind == "ranked" else local
 
 
@@ -148,10 +213,16 @@ def _fitting_share(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Floa
     """
     assert inputs.lone is not None
     up, down = inputs.lone[..., 0], inputs.lone[..., 1]
-    downloads = (~at_server & (inputs.features[..., 3] <= 0)).sum(-1, keepdims=True)
+    fetches = ~at_server & (inputs.features[..., 3] <= 0)
+    fetches = fetches if inputs.active is None else fetches & inputs.active
+    downloads = fetches.sum(-1, keepdims=True)
     uploads = at_server.sum(-1, keepdims=True)
     slowest = uploads * jnp.where(at_server, up, 0.0).max(-1, keepdims=True)
-    share = slowest / (jnp.maximum(downloads, 1) * down)
+    takes = jnp.maximum(downloads, 1) * down
+    if inputs.lone.shape[-1] == 3:
+        # Training with what arrives takes a time that grows with it as well.
+        takes = takes + inputs.lone[..., 2]
+    share = slowest / takes
     return jnp.where(uploads > 0, jnp.minimum(share, 2.0), 2.0)
 
 
@@ -204,7 +275,7 @@ class LearnedPolicy:
     def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
         """See ``Policy.decide``."""
         inputs = network_inputs(self.kind, world, observation)
-        at_server = case_logits(self.kind, self.actors, inputs) > 0
+        at_server = possible_cases(world, observation, case_logits(self.kind, self.actors, inputs) > 0)
         means = retention_means(self.kind, self.actors, inputs, at_server)
         return Action(at_server, wanted_retention(self.kind, world, means, observation.cached_retention))
 

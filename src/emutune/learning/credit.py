@@ -1,23 +1,31 @@
-"""What each UE adds to a step's cost: its own perplexity, and the delay the fleet would be spared without it."""
+"""What each UE adds to a step's cost: its own perplexity, and what the fleet would be spared without it."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from emutune.world import Outcome, Task, World
+from emutune.world import Cache, Outcome, Task, World, trains_locally
 from emutune.world.link import shared_rate_bps
+from emutune.world.spending import energy_cost, training_tflop
 
 
-def marginal_costs(
-    world: World, task: Task, at_server: Bool[Array, "ues"], outcome: Outcome
-) -> Float[Array, "ues"]:
+def marginal_costs(world: World, cache: Cache, task: Task, outcome: Outcome) -> Float[Array, "ues"]:
     """Cost of a step less its cost without each UE, positive numbers in units of reward.
 
-    A UE that sends nothing adds no delay. One that does makes all that share its link slower, and may be the
-    one that everybody waits for.
+    A UE that sends nothing and trains in no time adds no delay. One that sends makes all that share its link
+    slower, one at the server makes training there slower, and any may be the one that everybody waits
+    for. Its joules count, and those that others spend because it slows their transfers.
+
+    Args:
+        world: the world.
+        cache: before the step.
+        task: of the step.
+        outcome: of the step.
     """
-    downloads = ~at_server & (outcome.delay_s > 0)
+    at_server = outcome.at_server
+    sent_s = outcome.delay_s if outcome.training_s is None else outcome.delay_s - outcome.training_s
+    downloads = ~at_server & (sent_s > 0)
     sharers = jnp.sum(at_server, dtype=jnp.float32)
     fewer = jnp.maximum(sharers - 1, 1.0)
     rate = shared_rate_bps(
@@ -26,14 +34,65 @@ def marginal_costs(
     # Band and power of the downlink are both shared, so one sharer fewer shortens all alike.
     loaders = jnp.sum(downloads, dtype=jnp.float32)
     shorter = (loaders - 1) / jnp.maximum(loaders, 1.0)
-    up_s, down_s = (jnp.where(link, outcome.delay_s, 0.0) for link in (at_server, downloads))
-    up_without = _largest_other(jnp.where(at_server, task.data_bits / rate, 0.0))
-    down_without = _largest_other(down_s * shorter)
-    without_s = jnp.maximum(
-        jnp.where(at_server, up_without, up_s.max()), jnp.where(downloads, down_without, down_s.max())
+    there_s, up_s = (
+        jnp.where(at_server, outcome.delay_s, 0.0),
+        jnp.where(at_server, task.data_bits / rate, 0.0),
     )
-    perplexity = -world.perplexity_weight / world.ues * outcome.perplexity
-    return perplexity - world.delay_weight_per_s * (outcome.step_delay_s - without_s)
+    up_without_s = up_s + _fewer_at_server_s(world, task, at_server, fewer)
+    local = trains_locally(task.active, at_server)
+    here_s, down_s = jnp.where(local, outcome.delay_s, 0.0), jnp.where(downloads, sent_s, 0.0)
+    down_without_s = here_s - down_s + down_s * shorter
+    without_s = jnp.maximum(
+        jnp.where(at_server, _largest_other(up_without_s), there_s.max()),
+        jnp.where(
+            downloads,
+            _largest_other(down_without_s),
+            here_s.max() if outcome.training_s is None else _largest_other(here_s),
+        ),
+    )
+    tasks = world.ues if task.active is None else jnp.maximum(jnp.sum(task.active), 1)
+    perplexity = -world.perplexity_weight / tasks * outcome.perplexity
+    added = perplexity - world.delay_weight_per_s * (outcome.step_delay_s - without_s)
+    if outcome.energy_j is None:
+        return added
+    uploading_s = jnp.where(at_server, sent_s, 0.0)
+    return added + _energy(world, cache, task, outcome, uploading_s - up_s, down_s * (1 - shorter))
+
+
+def _fewer_at_server_s(
+    world: World, task: Task, at_server: Bool[Array, "ues"], fewer: Float[Array, ""]
+) -> Float[Array, "ues"]:
+    """Seconds of training at the server when so many are there."""
+    table = world.devices.computation
+    if table is None:
+        return jnp.zeros(at_server.shape)
+    tflop = training_tflop(table, task.data_bits, task.family)
+    return jnp.where(at_server, tflop * fewer / table.server_tflops, 0.0)
+
+
+def _energy(
+    world: World,
+    cache: Cache,
+    task: Task,
+    outcome: Outcome,
+    spared_up_s: Float[Array, "ues"],
+    spared_down_s: Float[Array, "ues"],
+) -> Float[Array, "ues"]:
+    """Cost of each UE's joules, and of those that the others would be spared without it."""
+    table = world.devices.energy
+    assert table is not None
+    assert outcome.energy_j is not None
+    own = energy_cost(table, cache.spent_j, outcome.energy_j)
+    up, down = (
+        own - energy_cost(table, cache.spent_j, outcome.energy_j - power_w * spared_s)
+        for power_w, spared_s in ((task.transmit_power_w, spared_up_s), (table.receive_w, spared_down_s))
+    )
+    sending = (spared_up_s > 0, spared_down_s > 0)
+    others = sum(
+        (jnp.where(link, part.sum() - part, 0.0) for link, part in zip(sending, (up, down), strict=True)),
+        start=jnp.zeros_like(own),
+    )
+    return (own + others) / world.ues
 
 
 def _largest_other(values: Float[Array, "ues"]) -> Float[Array, "ues"]:

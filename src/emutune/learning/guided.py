@@ -27,8 +27,6 @@ from emutune.files import replacing
 from emutune.learning.credit import marginal_costs
 from emutune.learning.networks import Network, create_network, set_outputs
 from emutune.policies import Lookahead, register_policy
-from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
-from emutune.policies.prices import step_prices
 from emutune.world import (
     Action,
     Cache,
@@ -38,12 +36,14 @@ from emutune.world import (
     all_tasks,
     draw_episode,
     empty_cache,
+    feature_count,
     observe_task,
     progress_feature,
     serve,
     ue_features,
 )
 from emutune.world.parameters import layers_of
+from emutune.world.possible import mean_over_tasks
 
 # Worth of the task's family: constant, linear, quadratic in the retention; of another: the same; of nothing.
 _COEFFICIENTS = 7
@@ -73,15 +73,11 @@ class Guided:
         """See ``Policy.decide``."""
         if observation.complexity.ndim > 1:
             return jax.vmap(lambda one: self.decide(world, one, key))(observation)
-        prices = step_prices(world, observation, self.base.most)
         kept, renewed = self.base.later(world, observation)
         more_kept, more_renewed = self._corrections(world, observation)
         kept, renewed = kept + self.share * more_kept, renewed + self.share * more_renewed
         noise = self.exploration * jax.random.normal(key, (2, *kept.shape))
-        choices = list_choices(prices, kept + noise[0], renewed + noise[1][:, None])
-        assign = assign_exactly if self.base.exact else assign_by_rank
-        chosen = assign(world, observation, prices, choices)
-        return Action(chosen.uploads, chosen.layers / layers_of(world, observation.family))
+        return self.base.choose(world, observation, kept + noise[0], renewed + noise[1][:, None])
 
     def _corrections(
         self, world: World, observation: Observation
@@ -105,7 +101,7 @@ def correction_coefficients(
 ) -> Float[Array, "*batch ues 7"]:
     """The network's outputs for a batch of observations."""
     features = ue_features(world, observation)
-    waiting = jnp.mean(observation.cached_retention <= 0, axis=-1)
+    waiting = mean_over_tasks(observation.active, jnp.asarray(observation.cached_retention <= 0, jnp.float32))
     context = jnp.stack([progress_feature(observation), waiting], axis=-1)
     return set_outputs(network, features, context)
 
@@ -172,7 +168,7 @@ class Samples(NamedTuple):
 
 def begin_guided(base: Lookahead, world: World, width: int, seed: int) -> Guided:
     """Guided lookahead before it has learned: decides as its base does."""
-    features = 4 if world.families is None else 7
+    features = feature_count(world)
     network = create_network(
         np.random.default_rng(seed),
         "set",
@@ -326,7 +322,7 @@ def _play(world: World, policy: Guided, key: Key[Array, ""]) -> tuple[Samples, F
         usable, other = _held(observe_task(world, after, task, step))
         # What the base thinks of the cache after the step, whatever was decided.
         worth, _ = policy.base.later(world, observe_task(world, after, task, step))
-        added = marginal_costs(world, task, action.at_server, outcome)
+        added = marginal_costs(world, cache, task, outcome)
         return after, (observation, usable, other, worth, added, outcome.reward)
 
     steps = (jnp.arange(world.tasks), all_tasks(episode))

@@ -12,10 +12,10 @@ from emutune.learning.agents import (
     Actors,
     Inputs,
     case_logits,
-    lone_times,
+    network_inputs,
+    possible_cases,
     retention_means,
     wanted_retention,
-    with_ranks,
 )
 from emutune.learning.configuration import NetworkKind
 from emutune.world import (
@@ -34,6 +34,7 @@ from emutune.world import (
     progress_feature,
     serve,
     task_features,
+    trains_locally,
     updated_cache,
     usable_layers,
 )
@@ -54,6 +55,7 @@ class Trajectory(NamedTuple):
     unclipped: Float[Array, "tasks episodes ues"]
     outcome: Outcome
     task: Task
+    cache: Cache
 
 
 def draw_noise(key: Key[Array, ""], shape: tuple[int, int, int]) -> Noise:
@@ -80,14 +82,18 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
         known, context, noise, task, step = now
         observation = observe_task(world, cached, task, step)
         features = join_features(known, cache_features(world, observation))
-        lone = lone_times(kind, world, observation)
-        inputs = Inputs(with_ranks(kind, world, observation, features), context, lone)
-        at_server = case_logits(kind, actors, inputs) > noise.case
+        inputs = network_inputs(kind, world, observation, features, context)
+        at_server = possible_cases(world, observation, case_logits(kind, actors, inputs) > noise.case)
         unclipped = retention_means(kind, actors, inputs, at_server) + std * noise.emulator
         usable = usable_layers(cached, task.family)
         wanted = wanted_retention(kind, world, unclipped, observation.cached_retention)
-        layers = choose_layers(world, wanted, usable, task.family)
-        after = updated_cache(cached, task.family, layers, at_server)
+        if cached.spent_j is None:
+            layers = choose_layers(world, wanted, usable, task.family, task.device)
+            keeps = ~trains_locally(task.active, at_server)
+            after = updated_cache(cached, task.family, layers, keeps)
+        else:
+            # What is spent depends on what all others do.
+            after, _ = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, Action(at_server, wanted))
         return after, (cached, inputs, at_server, unclipped, wanted)
 
     every = (known, context, noise, tasks, steps)
@@ -95,7 +101,7 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
     action = Action(at_server, wanted)
     every_step = jax.vmap(jax.vmap(serve, (None, 0, 0, 0)), (None, 0, 0, 0))
     _, outcome = every_step(world, cached, tasks, action)
-    return Trajectory(inputs, at_server, unclipped, outcome, tasks)
+    return Trajectory(inputs, at_server, unclipped, outcome, tasks, cached)
 
 
 class Summary(NamedTuple):
@@ -108,12 +114,15 @@ class Summary(NamedTuple):
     server_share: Float[Array, ""]
 
 
-def summarise(outcome: Outcome, at_server: Bool[Array, "tasks episodes ues"]) -> Summary:
+def summarise(trajectory: Trajectory) -> Summary:
     """Episodic return, total delay, mean perplexity, emulator changes and share at the server."""
+    outcome, active = trajectory.outcome, trajectory.task.active
+    # Over the tasks that there are.
+    share = 1.0 if active is None else jnp.maximum(active.mean(), 1e-9)
     return Summary(
         episode_return=outcome.reward.sum(0).mean(),
         delay_min=outcome.step_delay_s.sum(0).mean() / 60,
-        perplexity=outcome.perplexity.mean(),
+        perplexity=outcome.perplexity.mean() / share,
         changes_per_ue=outcome.switched.sum(0).mean(),
-        server_share=at_server.mean(),
+        server_share=outcome.at_server.mean() / share,
     )

@@ -126,7 +126,7 @@ def train_update(
     new_state = state._replace(
         parameters=parameters_from(networks), optimiser=optimiser, update=state.update + 1
     )
-    training = summarise(trajectory.outcome, trajectory.at_server)
+    training = summarise(trajectory)
     kl, clipped, entropy, value_loss = diagnostics.mean((0, 1))
     health = Diagnostics(kl, clipped, entropy, value_loss, explained_variance)
     return new_state, Metrics(training, evaluation, health)
@@ -139,7 +139,7 @@ def _rewards(
     if config.credit == "fleet":
         return trajectory.outcome.reward
     every_step = jax.vmap(jax.vmap(marginal_costs, (None, 0, 0, 0)), (None, 0, 0, 0))
-    return -every_step(world, trajectory.task, trajectory.at_server, trajectory.outcome)
+    return -every_step(world, trajectory.cache, trajectory.task, trajectory.outcome)
 
 
 def _standardise_values(
@@ -170,7 +170,7 @@ def _explore_and_evaluate(
         Noise(*(jnp.concatenate([part, silence], axis=1) for part in noise)),
     )
     greedy = jax.tree.map(lambda leaf: leaf[:, count:], trajectory)
-    return jax.tree.map(lambda leaf: leaf[:, :count], trajectory), summarise(greedy.outcome, greedy.at_server)
+    return jax.tree.map(lambda leaf: leaf[:, :count], trajectory), summarise(greedy)
 
 
 def _make_samples(
@@ -264,7 +264,9 @@ def _loss(
     # A UE at the server has no retention to choose: its draw had no effect and gets no credit.
     chosen = decides_retention(kind, inputs, batch.at_server)
     everyone = jnp.ones_like(chosen)
-    case_loss = clipped_loss(case_change, batch.case_advantage, everyone, config.clip)
+    # Nor does a UE whose case is none to choose.
+    choosers = everyone if inputs.chooses is None else everyone * inputs.chooses
+    case_loss = clipped_loss(case_change, batch.case_advantage, choosers, config.clip)
     emulator_loss = clipped_loss(retention_change, batch.emulator_advantage, chosen, config.clip)
     case_entropy = (jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)).mean()
     entropy = case_entropy + actors.log_std

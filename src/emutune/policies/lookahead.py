@@ -8,24 +8,28 @@ are found by search.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.base import register_policy
+from emutune.policies.joint import assign_jointly, list_options
+from emutune.policies.kinds import Kind, Kinds, every_kind, locate, make_kinds, mean_tflop
 from emutune.policies.prices import lone_downlink_bps, step_prices
 from emutune.scenario import Scenario
-from emutune.world import Action, Observation, World
-from emutune.world.channel import fading_at_scores
+from emutune.world import Action, Device, Observation, World, possible_levels
 from emutune.world.link import shared_rate_bps
-from emutune.world.parameters import bits_of, layers_of, levels_of
+from emutune.world.parameters import bits_of, layers_of
 from emutune.world.quality import complexity_factor, curve_perplexity
 
 # Beyond so many UEs, 3 to the power of N joint choices take too long.
 EXACT_UES = 7
-_GAINS = 9
+# Shares of the price beyond the budget that a joule within it may be worth.
+_SHADOWS = (0.0, 0.1, 0.25, 0.5, 1.0)
 
 
 @register_policy
@@ -35,32 +39,81 @@ class Lookahead:
 
     Attributes:
         most: layers of the largest emulator of any family.
-        exact: try all joint choices, or rank UEs.
-        log_gains: at which logarithms of the channel gain the table stands, rising.
-        worth: expected cost of all steps after one, by step, gain, family of the step's task, and family and
+        exact: try all joint choices, or rank UEs; where UEs differ in more than their radio it is neither,
+            but ``joint``.
+        kinds: of UE, that the table distinguishes.
+        worth: expected cost of all steps after one, by step, kind, family of the step's task, and family and
             layers of the emulator held after it.
     """
 
     most: int = field(metadata={"static": True})
     exact: bool = field(metadata={"static": True})
-    log_gains: Float[Array, "gains"]
-    worth: Float[Array, "tasks gains families families levels"]
+    kinds: Kinds
+    worth: Float[Array, "tasks kinds families families levels"]
+
+    @property
+    def log_gains(self) -> Float[Array, "gains"]:
+        """At which logarithms of the channel gain the table stands, rising."""
+        return self.kinds.log_gains
 
     def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
         """See ``Policy.decide``."""
         if observation.complexity.ndim > 1:
             return jax.vmap(lambda one: self.decide(world, one, key))(observation)
+        return self.choose(world, observation, *self.later(world, observation))
+
+    def choose(
+        self,
+        world: World,
+        observation: Observation,
+        kept: Float[Array, "ues"],
+        renewed: Float[Array, "ues levels"],
+    ) -> Action:
+        """The cheapest joint choice, given what each UE's cache is worth later."""
         prices = step_prices(world, observation, self.most)
-        kept, renewed = self.later(world, observation)
-        choices = list_choices(prices, kept, renewed)
-        assign = assign_exactly if self.exact else assign_by_rank
-        chosen = assign(world, observation, prices, choices)
+        if any(part is not None for part in jax.tree.leaves(world.devices)):
+            shadow = self.shadow_per_j(world, observation)
+            chosen = assign_jointly(list_options(world, observation, prices, kept, renewed, shadow))
+        else:
+            choices = list_choices(prices, kept, renewed)
+            assign = assign_exactly if self.exact else assign_by_rank
+            chosen = assign(world, observation, prices, choices)
         return Action(chosen.uploads, chosen.layers / layers_of(world, observation.family))
 
     def later(
         self, world: World, observation: Observation
     ) -> tuple[Float[Array, "ues"], Float[Array, "ues levels"]]:
         """Worth of the cache as it is, and of every emulator of the task's family."""
+        own, held_family, layers = self._read(world, observation, self.shadow_per_j(world, observation))
+        every = jnp.arange(layers.shape[0])
+        family = jnp.zeros_like(layers) if observation.family is None else observation.family
+        return own[every, held_family, layers], own[every, family]
+
+    def shadow_per_j(self, world: World, observation: Observation) -> Float[Array, "ues"] | None:
+        """What a joule of each UE's budget is worth later, times UEs; None where there is no budget.
+
+        A budget with a price beyond it is as strict as the dearest joule that its UE would have to do without:
+        among some prices it is the one at which later costs, less the budget's worth, are highest.
+        """
+        energy = world.devices.energy
+        if energy is None or observation.spent_j is None or energy.over_budget_weight_per_j is None:
+            return None
+        assert energy.budget_j is not None
+        left = jnp.maximum(energy.budget_j - observation.spent_j, 0.0)
+        to_go = jnp.maximum(world.tasks * (1 - observation.progress), 1.0)
+        values, every = [], jnp.arange(left.shape[0])
+        prices = [-share * energy.over_budget_weight_per_j for share in _SHADOWS]
+        for price in prices:
+            shadow = jnp.broadcast_to(price, left.shape)
+            own, held_family, layers = self._read(world, observation, shadow)
+            # This step's part of what is left is not for later.
+            values.append(own[every, held_family, layers] - price * left * (1 - 1 / to_go) / world.ues)
+        return jnp.asarray(prices)[jnp.argmax(jnp.stack(values), axis=0)]
+
+    def _read(
+        self, world: World, observation: Observation, shadow_per_j: Float[Array, "ues"] | None
+    ) -> tuple[Float[Array, "ues families levels"], Int[Array, "ues"], Int[Array, "ues"]]:
+        """The table of each UE after this step, and family and layers of what it holds."""
         nothing = jnp.zeros(observation.complexity.shape, jnp.int32)
         family = nothing if observation.family is None else observation.family
         held_family = nothing if observation.held_family is None else observation.held_family
@@ -71,14 +124,25 @@ class Lookahead:
         layers = jnp.round(held * whole).astype(jnp.int32)
         step = jnp.clip(jnp.round(observation.progress * world.tasks).astype(jnp.int32), 0, world.tasks - 1)
         table = self.worth[jnp.minimum(step, self.worth.shape[0] - 1)]
-        spot = jnp.interp(
-            jnp.log(observation.previous_gain), self.log_gains, jnp.arange(self.log_gains.shape[0] * 1.0)
-        )
-        below = jnp.clip(spot.astype(jnp.int32), 0, self.log_gains.shape[0] - 2)
-        part = (spot - below)[:, None, None]
-        own = table[below, family] * (1 - part) + table[below + 1, family] * part
-        every = jnp.arange(family.shape[0])
-        return own[every, held_family, layers], own[every, family]
+        parts = [
+            table[point, family] * weight[:, None, None]
+            for point, weight in locate(self.kinds, world, observation, shadow_per_j)
+        ]
+        return reduce(jnp.add, parts), held_family, layers
+
+
+class LaterPrices(NamedTuple):
+    """What others' use of what is shared makes of one UE's, in later steps.
+
+    Attributes:
+        upload: share of an upload's lone seconds, and of those of training at the server, that it costs.
+        download: the same of a download.
+        background_s: how long a step takes anyway: only what training on the UE takes beyond it is felt.
+    """
+
+    upload: Float[Array, ""]
+    download: Float[Array, ""]
+    background_s: Float[Array, ""] | None = None
 
 
 def plan_lookahead(
@@ -86,6 +150,7 @@ def plan_lookahead(
     world: World,
     upload_price: Float[Array, ""],
     download_price: Float[Array, ""],
+    background_s: Float[Array, ""] | None = None,
     *,
     exact: bool | None = None,
 ) -> Lookahead:
@@ -96,57 +161,61 @@ def plan_lookahead(
         world: the same as arrays.
         upload_price: share of an upload's lone seconds that it costs the fleet, later.
         download_price: the same of a download.
+        background_s: seconds that a step takes anyway, where training takes time; 0 if not given.
         exact: try all joint choices; the default does for fleets of up to 7.
     """
     most = max(model.most for model in scenario.models)
     exact = scenario.fleet.ues <= EXACT_UES if exact is None else exact
-    log_gains = _gain_grid(world)
-    worth = jax.vmap(_worth, (None, None, 0, None, None))(
-        world, most, jnp.exp(log_gains), upload_price, download_price
-    )
-    return Lookahead(most, exact, log_gains, jnp.moveaxis(worth, 0, 1))
-
-
-def _gain_grid(world: World) -> Float[Array, "gains"]:
-    """Logarithms of gains from the farthest UE in deep fading to the nearest at its best."""
-    strongest, weakest = world.distance_m**-world.path_loss_exponent
-    low, high = fading_at_scores(world.fading_quantiles, jnp.asarray([-3.0, 3.0]))
-    return jnp.linspace(jnp.log(weakest * low), jnp.log(strongest * high) + 1e-6, _GAINS)
+    kinds = make_kinds(world)
+    prices = LaterPrices(upload_price, download_price, background_s)
+    worth = jax.vmap(lambda kind: _worth(world, most, Kind(**kind), prices))(vars(every_kind(kinds)))
+    return Lookahead(most, exact, kinds, jnp.moveaxis(worth, 0, 1))
 
 
 def _worth(
-    world: World,
-    most: int,
-    gain: Float[Array, ""],
-    upload_price: Float[Array, ""],
-    download_price: Float[Array, ""],
+    world: World, most: int, kind: Kind, prices: LaterPrices
 ) -> Float[Array, "tasks families families levels"]:
-    """Expected cost of all later steps of one UE at one gain; the first axis is the step just served."""
+    """Expected cost of all later steps of one UE of a kind; the first axis is the step just served."""
     count = 1 if world.families is None else world.families.model_bits.shape[0]
     family = jnp.arange(count)
     each = None if world.families is None else family
     layers = jnp.arange(most + 1)
     all_layers = jnp.broadcast_to(layers_of(world, each), (count,))[:, None]
-    low, high = (jnp.broadcast_to(bound, (count,))[:, None] for bound in levels_of(world, each))
+    device = Device(
+        memory_bits=None if kind.memory_bits is None else jnp.broadcast_to(kind.memory_bits, (count,))
+    )
+    low, high = (jnp.broadcast_to(bound, (count,))[:, None] for bound in possible_levels(world, each, device))
     allowed = (layers >= low) & (layers <= high)
     scale = -world.perplexity_weight / world.ues * _mean_complexity_factor(world)
+    chance = world.devices.task_probability
+    if chance is not None:
+        # A task's share of the mean over tasks, on average over how many others have one.
+        scale = scale * (1 - (1 - chance) ** world.ues) / chance
     of_levels = None if each is None else jnp.broadcast_to(family[:, None], (count, most + 1))
     local = scale * curve_perplexity(world, layers / all_layers, of_levels)
     server = scale * curve_perplexity(world, jnp.ones(count), each)
     lone_up_bps = shared_rate_bps(
         world.uplink_bandwidth_hz,
         world.transmit_power_w.mean(),
-        gain,
+        kind.gain,
         world.noise_w_per_hz,
         jnp.asarray(1.0),
     )
-    upload = server - world.delay_weight_per_s * upload_price * world.data_bits.mean() / lone_up_bps
+    upload = server - world.delay_weight_per_s * prices.upload * world.data_bits.mean() / lone_up_bps
     layer_s = (
         jnp.broadcast_to(bits_of(world, each), (count,))[:, None]
         / all_layers
-        / lone_downlink_bps(world, gain)
+        / lone_downlink_bps(world, kind.gain)
     )
-    layer_cost = -world.delay_weight_per_s * download_price * layer_s
+    layer_cost = -world.delay_weight_per_s * prices.download * layer_s
+    local, upload = _with_training(world, kind, prices, layers / all_layers, local, upload)
+    energy = world.devices.energy
+    if energy is not None:
+        send_j = world.transmit_power_w.mean() * world.data_bits.mean() / lone_up_bps
+        upload = upload - energy.weight_per_j / world.ues * send_j
+        layer_cost = layer_cost - energy.weight_per_j / world.ues * energy.receive_w * layer_s
+    if kind.private is not None:
+        upload = jnp.where(kind.private > 0, jnp.inf, upload)
     stays = jnp.asarray(1.0) if world.families is None else world.families.persistence
     own = family[:, None] == family
 
@@ -161,12 +230,37 @@ def _worth(
         hold = jnp.where(own[..., None] & (layers > 0), renewed[:, None], jnp.inf)
         fetch = jnp.where(own[..., None], grown[:, None], grown[:, :1, None])
         now = jnp.minimum(jnp.minimum(hold, fetch), upload[:, None, None] + after)
+        if chance is not None:
+            now = chance * now + (1 - chance) * after
         worth = stays * now + (1 - stays) * now.mean(0)
         return worth, after
 
     last = jnp.zeros((count, count, most + 1))
     _, worth = jax.lax.scan(before, last, None, length=world.tasks, reverse=True)
     return worth
+
+
+def _with_training(
+    world: World,
+    kind: Kind,
+    prices: LaterPrices,
+    retention: Float[Array, "families levels"],
+    local: Float[Array, "families levels"],
+    upload: Float[Array, "families"],
+) -> tuple[Float[Array, "families levels"], Float[Array, "families"]]:
+    """Costs with what training takes: time and energy on the UE, shared time at the server."""
+    table = world.devices.computation
+    if table is None or kind.seconds is None:
+        return local, upload
+    larger = (table.tflop_per_bit / table.tflop_per_bit[0])[:, None]
+    here_s = kind.seconds * larger * retention
+    if prices.background_s is not None:
+        here_s = jnp.maximum(here_s - prices.background_s, 0.0)
+    local = local - world.delay_weight_per_s * here_s
+    if kind.joules is not None:
+        local = local + kind.joules * larger * retention
+    there_s = mean_tflop(world) * larger[:, 0] / table.server_tflops
+    return local, upload - world.delay_weight_per_s * prices.upload * there_s
 
 
 def _mean_complexity_factor(world: World) -> Float[Array, ""]:

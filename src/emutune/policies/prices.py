@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from emutune.world import Observation, World
+from emutune.world import Observation, World, possible_levels
 from emutune.world.link import shared_rate_bps
-from emutune.world.parameters import bits_of, layers_of, levels_of
+from emutune.world.parameters import bits_of, layers_of
 from emutune.world.quality import complexity_factor, curve_perplexity
+from emutune.world.spending import training_tflop
 
 
 class Prices(NamedTuple):
@@ -27,6 +28,8 @@ class Prices(NamedTuple):
         held: layers of the usable emulator, 0 for none.
         download_s: seconds that sending k layers takes, alone on the downlink; 0 where nothing is missing.
         per_s: cost of a second of the step's delay.
+        training_s: seconds of training with k layers on the UE; None where computation is off.
+        server_s: seconds that each task at the server adds to training there, for every one that is there.
     """
 
     server: Float[Array, "ues"]
@@ -35,6 +38,8 @@ class Prices(NamedTuple):
     held: Int[Array, "ues"]
     download_s: Float[Array, "ues levels"]
     per_s: Float[Array, ""]
+    training_s: Float[Array, "ues levels"] | None = None
+    server_s: Float[Array, "ues"] | None = None
 
 
 def step_prices(world: World, observation: Observation, most: int) -> Prices:
@@ -43,12 +48,17 @@ def step_prices(world: World, observation: Observation, most: int) -> Prices:
     ues = observation.complexity.shape[0]
     layers = jnp.arange(most + 1)
     all_layers = jnp.broadcast_to(layers_of(world, family), (ues,))[:, None]
-    low, high = (jnp.broadcast_to(bound, (ues,))[:, None] for bound in levels_of(world, family))
-    scale = -world.perplexity_weight / ues * complexity_factor(world, observation.complexity)
+    low, high = (
+        jnp.broadcast_to(bound, (ues,))[:, None]
+        for bound in possible_levels(world, family, observation.device)
+    )
+    tasks = ues if observation.active is None else jnp.maximum(jnp.sum(observation.active), 1)
+    scale = -world.perplexity_weight / tasks * complexity_factor(world, observation.complexity)
     each = None if family is None else jnp.broadcast_to(family[:, None], (ues, most + 1))
     held = jnp.round(observation.cached_retention * all_layers[:, 0]).astype(jnp.int32)
     missing = layers - (held[:, None] if world.delta_download else 0)
     bits = jnp.maximum(missing, 0) / all_layers * jnp.broadcast_to(bits_of(world, family), (ues,))[:, None]
+    whole = whole_training_s(world, observation)
     return Prices(
         server=scale * curve_perplexity(world, jnp.ones(ues), family),
         local=scale[:, None] * curve_perplexity(world, layers / all_layers, each),
@@ -56,7 +66,20 @@ def step_prices(world: World, observation: Observation, most: int) -> Prices:
         held=held,
         download_s=bits / lone_downlink_bps(world, observation.previous_gain)[:, None],
         per_s=-world.delay_weight_per_s,
+        training_s=None if whole is None else layers / all_layers * whole[0][:, None],
+        server_s=None if whole is None else whole[1],
     )
+
+
+def whole_training_s(
+    world: World, observation: Observation
+) -> tuple[Float[Array, "*batch ues"], Float[Array, "*batch ues"]] | None:
+    """Seconds of training each task with the whole model on the UE, and alone at the server."""
+    table, tflops = world.devices.computation, observation.device.tflops
+    if table is None or tflops is None:
+        return None
+    tflop = training_tflop(table, observation.data_bits, observation.family)
+    return tflop / tflops, tflop / table.server_tflops
 
 
 def lone_downlink_bps(world: World, gain: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

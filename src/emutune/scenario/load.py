@@ -185,6 +185,10 @@ _UNITS = {
     "_hz": " in Hz",
     "_mb": " in MB (1e6 bytes)",
     "_gb": " in GB (1e9 bytes)",
+    "_tflops": " in TFLOP/s (1e12 operations a second)",
+    "_per_j": " per joule",
+    "_j": " in J",
+    "_j_per_tflop": " in J per 1e12 operations",
     "_w": " in W",
     "_m": " in m",
 }

@@ -19,6 +19,8 @@ Weight = Annotated[float, Field(le=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+# Narrower limits where numbers are multiplied: a product of all of them still is a single-precision number.
+Speed = Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]
 
 
 # TOML has lists, no tuples.
@@ -47,6 +49,21 @@ class Range(_Interval):
     max: Positive
 
 
+class Spread(_Interval):
+    """A distribution over a positive interval: uniform, or uniform in the logarithm."""
+
+    min: Positive
+    max: Positive
+    law: Literal["uniform", "log_uniform"] = "uniform"
+
+
+class Speeds(Spread):
+    """A distribution of training speeds in TFLOP/s."""
+
+    min: Speed
+    max: Speed
+
+
 class Fleet(_Section):
     """The user equipments (UEs) and how long an episode lasts."""
 
@@ -67,11 +84,13 @@ class FoundationModel(_Section):
     """The model whose emulators the UEs hold.
 
     Attributes:
+        parameters_billion: what training has to compute with; wanted where there is ``computation``.
         base: hash of the real model that the scenario was measured on; a fleet with another one is refused.
     """
 
     size_gb: Positive
     layers: Count
+    parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
     base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
@@ -161,11 +180,13 @@ class Family(_Section):
     """A foundation model beside the one in ``model``.
 
     Attributes:
+        parameters_billion: what training has to compute with; wanted where there is ``computation``.
         curve: its perplexity against retention, where that differs from ``quality.curve``.
     """
 
     size_gb: Positive
     layers: Count
+    parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
     curve: Curve | None = None
 
 
@@ -190,14 +211,89 @@ class Download(_Section):
     delta: bool = False
 
 
+class Computation(_Section):
+    """Training takes time: 4 P E operations for every token and epoch (D13).
+
+    Attributes:
+        device_tflops: what a UE sustains in training; drawn for each UE and episode.
+        server_tflops: what the server sustains, shared equally by all who train there.
+        bytes_per_token: of a task's data.
+        epochs: passes over a task's data.
+    """
+
+    device_tflops: Speeds
+    server_tflops: Speed
+    bytes_per_token: Annotated[float, Field(ge=0.1, le=1e9, allow_inf_nan=False)]
+    epochs: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+
+
+class Energy(_Section):
+    """What UEs spend on sending, receiving and computing (D14).
+
+    Attributes:
+        receive_w: power of a UE's receiver while an emulator arrives.
+        compute_j_per_tflop: energy of 1e12 operations on the UE; drawn for each UE and episode. Wanted
+            where there is ``computation``. Times the UE's speed it is the power that training takes.
+        weight_per_j: cost of a joule, as the mean over the fleet's UEs.
+        budget_j: what a UE should spend in an episode at most.
+        over_budget_weight_per_j: what a joule costs beyond the budget, on top.
+    """
+
+    receive_w: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    compute_j_per_tflop: Spread | None = None
+    weight_per_j: Weight
+    budget_j: Positive | None = None
+    over_budget_weight_per_j: Weight | None = None
+
+    @model_validator(mode="after")
+    def _budget_has_a_price(self) -> Self:
+        if (self.budget_j is None) != (self.over_budget_weight_per_j is None):
+            missing = "budget_j" if self.budget_j is None else "over_budget_weight_per_j"
+            raise ValueError(
+                f"{missing}: missing; budget_j and over_budget_weight_per_j go together, give both or none"
+            )
+        return self
+
+
+class Memory(_Section):
+    """How large an emulator may be (D15).
+
+    Attributes:
+        device_gb: what a UE can hold; drawn for each UE and episode.
+    """
+
+    device_gb: Spread
+
+
+class Privacy(_Section):
+    """UEs whose data may not leave them (D15).
+
+    Attributes:
+        share: of the UEs, rounded to whole ones; who they are is drawn for each episode.
+    """
+
+    share: Probability
+
+
+class Activity(_Section):
+    """UEs that now and then have nothing to train (D16).
+
+    Attributes:
+        task_probability: how likely a UE has a task at a step.
+    """
+
+    task_probability: Share
+
+
 class Model(NamedTuple):
-    """One family's model: size, whole layers, fewest and most layers of an emulator, and its curve."""
+    """One family's model: size, whole layers, fewest and most layers of an emulator, curve, parameters."""
 
     size_gb: float
     layers: int
     fewest: int
     most: int
     curve: Curve
+    parameters_billion: float | None = None
 
 
 def _with_curves(
@@ -220,6 +316,22 @@ class Scenario(_Section):
     reward: Reward
     families: Families | None = None
     download: Download | None = None
+    computation: Computation | None = None
+    energy: Energy | None = None
+    memory: Memory | None = None
+    privacy: Privacy | None = None
+    activity: Activity | None = None
+
+    @property
+    def private_ues(self) -> int:
+        """How many UEs may not upload."""
+        return 0 if self.privacy is None else round(self.privacy.share * self.fleet.ues)
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether UEs differ in more than their radio: in what they can compute, spend, hold or tell."""
+        sections = (self.computation, self.energy, self.memory, self.privacy, self.activity)
+        return any(section is not None for section in sections)
 
     @property
     def level_bounds(self) -> tuple[int, int]:
@@ -231,7 +343,13 @@ class Scenario(_Section):
         """Every family's model, the one in ``model`` first."""
         others = self.families.others if self.families else ()
         return tuple(
-            Model(one.size_gb, one.layers, *self._levels(one.layers), curve or self.quality.curve)
+            Model(
+                one.size_gb,
+                one.layers,
+                *self._levels(one.layers),
+                curve or self.quality.curve,
+                one.parameters_billion,
+            )
             for one, curve in _with_curves(self.model, others)
         )
 
@@ -268,5 +386,50 @@ class Scenario(_Section):
                 raise ValueError(
                     f"{where}: perplexity falls to {lowest:g} at retention {retention:g}; "
                     "it must stay positive from retention.min to 1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _what_computes_has_parameters(self) -> Scenario:
+        if self.computation is None:
+            return self
+        for index, model in enumerate(self.models):
+            if model.parameters_billion is None:
+                where = f"families.others.{index - 1}" if index else "model"
+                raise ValueError(
+                    f"{where}.parameters_billion: missing; add it, since training takes time with the "
+                    "section computation, or leave that section out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _energy_of_computing_is_told(self) -> Scenario:
+        if self.energy is None:
+            return self
+        told = self.energy.compute_j_per_tflop is not None
+        if told and self.computation is None:
+            raise ValueError(
+                "energy.compute_j_per_tflop: nothing computes without the section computation; add that "
+                "section or leave this field out"
+            )
+        if not told and self.computation is not None:
+            raise ValueError(
+                "energy.compute_j_per_tflop: missing; add it, or leave out the section computation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _everybody_can_train_somewhere(self) -> Scenario:
+        if self.memory is None or self.private_ues == 0:
+            return self
+        least = self.memory.device_gb.min
+        for index, model in enumerate(self.models):
+            smallest = model.size_gb * model.fewest / model.layers
+            if least < smallest:
+                where = f"families.others.{index - 1}" if index else "model"
+                raise ValueError(
+                    f"memory.device_gb.min: a UE that may not upload and holds {least:g} GB can train nowhere, "
+                    f"since the smallest emulator of {where} has {smallest:g} GB; raise memory.device_gb.min "
+                    "to that, lower retention.min or set privacy.share to 0"
                 )
         return self

@@ -62,15 +62,15 @@ Progress = Callable[[str], None]
 def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
     """The policies of a comma-separated list; ``all`` stands for those that the scenario is a matter for.
 
-    Where there is one foundation model, an emulator once fetched stays of use, and the rules that plan for
-    another family's task only take time.
+    Where there is one foundation model and UEs differ in nothing but their radio, an emulator once fetched
+    stays of use, and the rules that plan for other tasks only take time.
 
     Raises:
         UsageError: a name is unknown.
     """
     known = [*BASELINES, *LEARNED, "guided", *STUDIES]
     everything = [*BASELINES, *LEARNED, "hmppo_ranked", "guided"]
-    if scenario.families is None:
+    if scenario.families is None and not scenario.has_devices:
         everything = [*SIMPLE, *LEARNED]
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
@@ -211,5 +211,6 @@ def _figures(
         "perplexity_mean": mean("perplexity"),
         "changes_per_ue": mean("changes_per_ue"),
         "server_share": mean("server_share"),
+        "energy_kj": mean("energy_kj"),
         "decision_ms": decision_time_ms(scenario, candidates[0]),
     }

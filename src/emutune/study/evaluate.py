@@ -35,13 +35,18 @@ _POLICY_KEY = _HELD_OUT_KEY + 1
 
 
 class EpisodeFigures(NamedTuple):
-    """One value per episode, in the units of the paper's figures."""
+    """One value per episode, in the units of the paper's figures.
+
+    Perplexity and the share at the server are means over tasks. ``energy_kj`` is what a UE spends in an
+    episode, as the mean over UEs; 0 where energy is off.
+    """
 
     episode_return: Float[np.ndarray, "episodes"]
     delay_min: Float[np.ndarray, "episodes"]
     perplexity: Float[np.ndarray, "episodes"]
     changes_per_ue: Float[np.ndarray, "episodes"]
     server_share: Float[np.ndarray, "episodes"]
+    energy_kj: Float[np.ndarray, "episodes"]
 
 
 def held_out_episodes(scenario: Scenario, count: int) -> Episode:
@@ -109,9 +114,20 @@ def _run_episode(world: World, policy: Policy, episode: Episode, key: Key[Array,
             outcome.step_delay_s / 60,
             outcome.perplexity.mean(),
             outcome.switched.mean(),
-            action.at_server.mean(),
+            outcome.at_server.mean(),
+            jnp.zeros(()) if outcome.energy_j is None else outcome.energy_j.mean() / 1e3,
         )
 
     _, steps = jax.lax.scan(act, empty_cache(world), (jnp.arange(world.tasks), all_tasks(episode)))
-    rewards, delays, perplexities, switches, servers = steps
-    return rewards.sum(), delays.sum(), perplexities.mean(), switches.sum(), servers.mean()
+    rewards, delays, perplexities, switches, servers, energy_kj = steps
+    # Over the tasks that there are.
+    active = episode.active
+    share = 1.0 if active is None else jnp.maximum(active.mean(), 1e-9)
+    return (
+        rewards.sum(),
+        delays.sum(),
+        perplexities.mean() / share,
+        switches.sum(),
+        servers.mean() / share,
+        energy_kj.sum(),
+    )

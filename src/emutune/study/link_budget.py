@@ -1,15 +1,22 @@
-"""What a scenario amounts to: seconds per upload and emulator, and what deserves a second look."""
+"""What a scenario amounts to: seconds and joules of what may be done, and whether there is something to learn."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
+from emutune.bounds import certified_bounds
+from emutune.policies import AllServer, Random
 from emutune.scenario import Scenario
-from emutune.world import build_world
+from emutune.study.evaluate import evaluate_policy, held_out_episodes, run_episodes, search_best_fixed
+from emutune.world import World, build_world
 from emutune.world.channel import path_gain
 from emutune.world.link import shared_rate_bps
+
+# Below this many percent over the bound, a policy that decides the same at every step is good enough.
+_TRIVIAL_PERCENT = 2.0
 
 
 def link_budget(scenario: Scenario) -> dict[str, Any]:
@@ -37,8 +44,72 @@ def link_budget(scenario: Scenario) -> dict[str, Any]:
             "smallest_emulator_s": 8e9 * scenario.model.size_gb * low / scenario.model.layers / down,
             "largest_emulator_s": 8e9 * scenario.model.size_gb * high / scenario.model.layers / down,
         }
+    budget["models"] = _training(scenario, world)
+    budget["shares"] = reward_shares(scenario)
     budget["remarks"] = _remarks(scenario)
     return budget
+
+
+def reward_shares(scenario: Scenario, episodes: int = 4) -> dict[str, float]:
+    """What part of the random policy's cost each term of the reward is, in percent."""
+    world, drawn = build_world(scenario), held_out_episodes(scenario, episodes)
+    zero, energy = jnp.asarray(0.0), world.devices.energy
+    # The random policy decides the same whatever the weights are, and they are no part of the program.
+    costless = replace(world, perplexity_weight=zero, delay_weight_per_s=zero)
+    free = costless
+    if energy is not None:
+        over = energy.over_budget_weight_per_j
+        nothing = energy._replace(weight_per_j=zero, over_budget_weight_per_j=None if over is None else zero)
+        free = replace(costless, devices=world.devices._replace(energy=nothing))
+    worlds = {
+        "perplexity": replace(free, perplexity_weight=world.perplexity_weight),
+        "delay": replace(free, delay_weight_per_s=world.delay_weight_per_s),
+    }
+    if energy is not None:
+        worlds["energy"] = costless
+    costs = {name: -float(run_episodes(one, Random(), drawn)[0].mean()) for name, one in worlds.items()}
+    total = sum(costs.values())
+    return {name: 100 * cost / total if total else 0.0 for name, cost in costs.items()}
+
+
+def trivial_policies(scenario: Scenario, episodes: int = 8) -> dict[str, Any]:
+    """How far policies that always do the same are from the certified bound, and what follows from that."""
+    drawn = held_out_episodes(scenario, episodes)
+    bound = certified_bounds(scenario, drawn).mean()
+    over = {
+        name: float(100 * (evaluate_policy(scenario, policy, drawn).episode_return.mean() / bound - 1))
+        for name, policy in (("all_server", AllServer()), ("best_fixed", search_best_fixed(scenario)))
+    }
+    best = min(over, key=lambda name: over[name])
+    costs = f"{best} costs at most {over[best]:.2f} % more than any policy must"
+    verdict = (
+        f"nothing to learn here: {costs}"
+        if over[best] <= _TRIVIAL_PERCENT
+        else f"no policy that always does the same comes near the bound: {costs}"
+    )
+    return {"over_bound_percent": over, "episodes": episodes, "verdict": verdict}
+
+
+def _training(scenario: Scenario, world: World) -> list[dict[str, float]]:
+    """Seconds and joules of training a task of mean size, for each model; nothing where it takes no time."""
+    wanted = scenario.computation
+    if wanted is None or world.devices.computation is None:
+        return []
+    compute = None if scenario.energy is None else scenario.energy.compute_j_per_tflop
+    rows = []
+    for model, per_bit in zip(scenario.models, world.devices.computation.tflop_per_bit, strict=True):
+        tflop = float(per_bit * world.data_bits.mean())
+        smallest, largest = (tflop * layers / model.layers for layers in (model.fewest, model.most))
+        row = {
+            "fastest_smallest_s": smallest / wanted.device_tflops.max,
+            "slowest_largest_s": largest / wanted.device_tflops.min,
+            "server_alone_s": tflop / wanted.server_tflops,
+            "server_all_s": tflop * scenario.fleet.ues / wanted.server_tflops,
+        }
+        if compute is not None:
+            row |= {"least_j": smallest * compute.min, "most_j": largest * compute.max}
+        rows.append(row)
+    return rows
 
 
 def _remarks(scenario: Scenario) -> list[str]:

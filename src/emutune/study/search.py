@@ -5,6 +5,7 @@ Every candidate meets the same episodes, which are neither held out nor trained 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -18,69 +19,106 @@ from emutune.scenario import Scenario
 from emutune.study.evaluate import SEARCH_KEY, draw_episodes, run_episodes
 from emutune.world import Episode, World, build_world
 
-_EPISODES = 48
+_EPISODES, _FEWER_EPISODES = 48, 16
 # In larger fleets the count of uploaders is searched as a share of those who wait.
 _TABLE_UES = 16
 _SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+
+# Limits on the seconds of a UE's training that are tried, over the decades that its speed spreads over.
+_PATIENCES = 12
 
 Point = tuple[float, ...]
 
 
 def search_hold(scenario: Scenario) -> Hold:
-    """The best coin and retention of ``Hold``."""
+    """The best coin, retention and patience of ``Hold``."""
 
-    def score(world: World, drawn: Episode, share: Array, retention: Array) -> Array:
-        return run_episodes(world, Hold(share, retention), drawn)[0].mean()
+    def score(world: World, drawn: Episode, *point: Array) -> Array:
+        return run_episodes(world, Hold(*point), drawn)[0].mean()
 
     shares = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    best = _descend(_scorer(scenario, score), (0.5, _levels(scenario)[-1]), (shares, _levels(scenario)))
+    levels, patience = _levels(scenario), _patience_s(scenario)
+    grids = (shares, levels, *([patience] if patience else []))
+    scorer = _scorer(scenario, score)
+    # From several limits: between letting the fast train and letting everybody there is a valley.
+    begins: list[Point] = [(0.5, levels[-1], limit) for limit in patience[len(patience) // 2 :: 3]]
+    begins = begins or [(0.5, levels[-1])]
+    best = max((_descend(scorer, begin, grids) for begin in begins), key=lambda point: scorer(*point))
     return Hold(*(jnp.float32(value) for value in best))
 
 
 def search_lookahead(scenario: Scenario) -> Lookahead:
     """The best prices of ``Lookahead``."""
 
-    def plan(world: World, upload_price: Array, download_price: Array) -> Lookahead:
-        return plan_lookahead(scenario, world, upload_price, download_price)
+    def plan(world: World, *prices: Array) -> Lookahead:
+        return plan_lookahead(scenario, world, *prices)
 
     def score(world: World, drawn: Episode, *prices: Array) -> Array:
         return run_episodes(world, plan(world, *prices), drawn)[0].mean()
 
     grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
-    best = _descend(_scorer(scenario, score), (0.5, 0.5), (grid[2:], grid))
+    start: Point = (0.5, 0.5)
+    grids: tuple[Point, ...] = (grid[2:], grid)
+    backgrounds = _patience_s(scenario)
+    if backgrounds:
+        coarse = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
+        start, grids = (
+            (*start, backgrounds[len(backgrounds) // 2]),
+            (coarse, coarse, (0.0, *backgrounds[:-1])),
+        )
+    # Joint choices take a while where devices differ, and returns change smoothly with prices.
+    scorer = _scorer(scenario, score, _FEWER_EPISODES if scenario.has_devices else _EPISODES)
+    best = _descend(scorer, start, grids)
     return jax.jit(plan)(build_world(scenario), *(jnp.float32(price) for price in best))
 
 
 def search_count_table(scenario: Scenario) -> CountTable:
-    """The best counts and retention limits of ``CountTable``."""
+    """The best counts, retention limits and patience of ``CountTable``."""
     ues = scenario.fleet.ues
     most = max(model.most for model in scenario.models)
-    levels = _levels(scenario)
+    levels, patience = _levels(scenario), _patience_s(scenario)
+    grids = (levels, levels, *([patience] if patience else []))
 
-    def table(uploads: Array, low: Array, high: Array) -> CountTable:
-        return CountTable(most, uploads, jnp.stack([jnp.minimum(low, high), high]))
+    def table(uploads: Array, low: Array, high: Array, *patience_s: Array) -> CountTable:
+        return CountTable(most, uploads, jnp.stack([jnp.minimum(low, high), high]), *patience_s)
 
-    def score(world: World, drawn: Episode, uploads: Array, low: Array, high: Array) -> Array:
-        return run_episodes(world, table(uploads, low, high), drawn)[0].mean()
+    def score(world: World, drawn: Episode, uploads: Array, *limits: Array) -> Array:
+        return run_episodes(world, table(uploads, *limits), drawn)[0].mean()
 
     compiled = _scorer(scenario, score)
+    begins: list[Point] = [(levels[0], levels[-1], limit) for limit in patience[len(patience) // 3 :: 3]]
     candidates = []
-    for share in _SHARES:
+    for share, begin in itertools.product(_SHARES, begins or [(levels[0], levels[-1])]):
         counts = np.round(share * np.arange(ues + 1))
-        low, high = _descend(partial(compiled, _uploads(counts)), (levels[0], levels[-1]), (levels, levels))
-        candidates.append((counts, low, high))
+        candidates.append((counts, _descend(partial(compiled, _uploads(counts)), begin, grids)))
+    if len(candidates) > len(_SHARES):
+        # Refining takes longest: the more promising half of them, or less.
+        candidates.sort(key=lambda one: compiled(_uploads(one[0]), *one[1]), reverse=True)
+        del candidates[len(_SHARES) :]
+    # Several beginnings: the counts of one table hold each other in place.
     if ues <= _TABLE_UES:
-        # Several beginnings: the counts of one table hold each other in place.
-        candidates = [_refine_table(compiled, *candidate, levels) for candidate in candidates]
-    counts, low, high = max(candidates, key=lambda one: compiled(_uploads(one[0]), *one[1:]))
-    return table(_uploads(counts), jnp.float32(low), jnp.float32(high))
+        candidates = [_refine_table(compiled, *candidate, grids) for candidate in candidates]
+    counts, limits = max(candidates, key=lambda one: compiled(_uploads(one[0]), *one[1]))
+    return table(_uploads(counts), *(jnp.float32(limit) for limit in limits))
+
+
+def _patience_s(scenario: Scenario) -> Point:
+    """How long training on a UE may be let take, from hardly any to any; nothing where it takes no time."""
+    world = build_world(scenario)
+    table = world.devices.computation
+    if table is None:
+        return ()
+    tflop = np.asarray(table.tflop_per_bit)[:, None] * np.asarray(world.data_bits)
+    slowest, fastest = np.asarray(table.device_tflops.bounds, np.float64)
+    shortest, longest = _levels(scenario)[0] * tflop.min() / fastest, tflop.max() / slowest
+    return tuple(np.geomspace(shortest, longest * 1.001, _PATIENCES).tolist())
 
 
 def _refine_table(
-    compiled: Callable[..., float], uploads: np.ndarray, low: float, high: float, levels: Point
-) -> tuple[np.ndarray, float, float]:
+    compiled: Callable[..., float], uploads: np.ndarray, limits: Point, grids: tuple[Point, ...]
+) -> tuple[np.ndarray, Point]:
     """Counts moved by one at a time, and limits, for as long as that helps."""
-    best = compiled(_uploads(uploads), low, high)
+    best = compiled(_uploads(uploads), *limits)
     improved = True
     while improved:
         improved = False
@@ -88,13 +126,13 @@ def _refine_table(
             for count in (uploads[waiting] - 1, uploads[waiting] + 1):
                 trial = uploads.copy()
                 trial[waiting] = count
-                if 0 <= count <= waiting and (value := compiled(_uploads(trial), low, high)) > best:
+                if 0 <= count <= waiting and (value := compiled(_uploads(trial), *limits)) > best:
                     best, uploads, improved = value, trial, True
-        moved = _descend(partial(compiled, _uploads(uploads)), (low, high), (levels, levels))
-        if moved != (low, high):
-            (low, high), improved = moved, True
-            best = compiled(_uploads(uploads), low, high)
-    return uploads, low, high
+        moved = _descend(partial(compiled, _uploads(uploads)), limits, grids)
+        if moved != limits:
+            limits, improved = moved, True
+            best = compiled(_uploads(uploads), *limits)
+    return uploads, limits
 
 
 def _uploads(counts: Float[np.ndarray, "counts"]) -> Array:
@@ -108,10 +146,10 @@ def _levels(scenario: Scenario) -> Point:
     )
 
 
-def _scorer(scenario: Scenario, score: Callable[..., Array]) -> Callable[..., float]:
+def _scorer(scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES) -> Callable[..., float]:
     """The mean return of candidates, compiled once for all of them."""
     world = build_world(scenario)
-    episodes = max(4, min(_EPISODES, 600 // scenario.fleet.ues))
+    episodes = max(4, min(most, 600 // scenario.fleet.ues))
     drawn = draw_episodes(world, SEARCH_KEY, episodes)
     compiled = jax.jit(score)
 

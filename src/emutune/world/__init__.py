@@ -1,5 +1,6 @@
 """The simulator: channel, links, quality and dynamics as pure JAX functions."""
 
+from emutune.world.devices import Device, DeviceTables
 from emutune.world.dynamics import (
     Action,
     Cache,
@@ -22,6 +23,7 @@ from emutune.world.observation import (
     Observation,
     cache_feature,
     cache_features,
+    feature_bounds,
     feature_count,
     join_features,
     observe,
@@ -31,10 +33,13 @@ from emutune.world.observation import (
     ue_features,
 )
 from emutune.world.parameters import World, build_world
+from emutune.world.possible import chooses_case, possible_case, possible_levels, trains_locally
 
 __all__ = [
     "Action",
     "Cache",
+    "Device",
+    "DeviceTables",
     "Episode",
     "Observation",
     "Outcome",
@@ -46,18 +51,23 @@ __all__ = [
     "cache_feature",
     "cache_features",
     "choose_layers",
+    "chooses_case",
     "current_task",
     "draw_episode",
     "empty_cache",
+    "feature_bounds",
     "feature_count",
     "join_features",
     "observe",
     "observe_task",
+    "possible_case",
+    "possible_levels",
     "progress_feature",
     "reset",
     "serve",
     "step",
     "task_features",
+    "trains_locally",
     "ue_features",
     "updated_cache",
     "usable_layers",

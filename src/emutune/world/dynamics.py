@@ -13,17 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from emutune.world.channel import draw_fading, path_gain
+from emutune.world.devices import Device, draw_activity, draw_devices, for_every_step
 from emutune.world.families import draw_families
 from emutune.world.link import download_delay_s, upload_delay_s
-from emutune.world.parameters import World, bits_of, layers_of, levels_of
+from emutune.world.parameters import World, bits_of, layers_of
+from emutune.world.possible import mean_over_tasks, possible_case, possible_levels, trains_locally
 from emutune.world.quality import task_perplexity
+from emutune.world.spending import energy_cost, energy_j, training_s
 
 
 class Episode(NamedTuple):
     """Everything random in one episode.
 
     ``gain`` has one row more than there are tasks: row t is the gain that is known before task t, row
-    t + 1 the gain during it. ``family`` is None in a world of one foundation model.
+    t + 1 the gain during it. ``family`` is None in a world of one foundation model, ``active`` (who has a
+    task) where everybody always has one.
     """
 
     gain: Float[Array, "rows ues"]
@@ -31,6 +35,8 @@ class Episode(NamedTuple):
     data_bits: Float[Array, "tasks ues"]
     transmit_power_w: Float[Array, "ues"]
     family: Int[Array, "tasks ues"] | None = None
+    device: Device = Device()
+    active: Bool[Array, "tasks ues"] | None = None
 
 
 class Task(NamedTuple):
@@ -42,13 +48,20 @@ class Task(NamedTuple):
     data_bits: Float[Array, "ues"]
     transmit_power_w: Float[Array, "ues"]
     family: Int[Array, "ues"] | None = None
+    device: Device = Device()
+    active: Bool[Array, "ues"] | None = None
 
 
 class Cache(NamedTuple):
-    """The one emulator that each UE holds: its layers (0: none, D10), and its family if there are several."""
+    """What each UE carries from one step to the next.
+
+    That is one emulator: its layers (0: none, D10), and its family if there are several. Where there is a
+    budget of energy it is also the energy that was spent.
+    """
 
     layers: Int[Array, "*batch ues"]
     family: Int[Array, "*batch ues"] | None = None
+    spent_j: Float[Array, "*batch ues"] | None = None
 
 
 class State(NamedTuple):
@@ -69,7 +82,9 @@ class Action(NamedTuple):
 class Outcome(NamedTuple):
     """What a step charged, per UE and in total.
 
-    ``retention`` is the whole-layer level chosen for training on the UE.
+    ``retention`` is the whole-layer level chosen for training on the UE. ``at_server`` says who trained there,
+    which is not what was wished where that is impossible. ``training_s`` is the part of the delay that is no
+    transfer; it is None where computation is off, as ``energy_j`` is where energy is.
     """
 
     retention: Float[Array, "ues"]
@@ -78,6 +93,9 @@ class Outcome(NamedTuple):
     perplexity: Float[Array, "ues"]
     step_delay_s: Float[Array, ""]
     reward: Float[Array, ""]
+    at_server: Bool[Array, "ues"]
+    training_s: Float[Array, "ues"] | None = None
+    energy_j: Float[Array, "ues"] | None = None
 
 
 def draw_episode(key: Key[Array, ""], world: World) -> Episode:
@@ -92,13 +110,19 @@ def draw_episode(key: Key[Array, ""], world: World) -> Episode:
         data_bits=_uniform(keys[3], world.data_bits, (steps, ues)),
         transmit_power_w=_uniform(keys[4], world.transmit_power_w, (ues,)),
         family=world.families and draw_families(jax.random.fold_in(key, 5), world.families, steps, ues),
+        device=draw_devices(key, world.devices, ues),
+        active=draw_activity(key, world.devices, steps, ues),
     )
 
 
 def empty_cache(world: World) -> Cache:
-    """No UE holds an emulator (D10)."""
+    """No UE holds an emulator (D10), and none has spent anything."""
     nothing = jnp.zeros(world.ues, jnp.int32)
-    return Cache(nothing, None if world.families is None else nothing)
+    energy = world.devices.energy
+    has_budget = energy is not None and energy.budget_j is not None
+    return Cache(
+        nothing, None if world.families is None else nothing, jnp.zeros(world.ues) if has_budget else None
+    )
 
 
 def usable_layers(cache: Cache, family: Int[Array, "*batch ues"] | None) -> Int[Array, "*batch ues"]:
@@ -129,6 +153,8 @@ def current_task(state: State) -> Task:
         data_bits=episode.data_bits[now],
         transmit_power_w=episode.transmit_power_w,
         family=None if episode.family is None else episode.family[now],
+        device=episode.device,
+        active=None if episode.active is None else episode.active[now],
     )
 
 
@@ -141,25 +167,42 @@ def all_tasks(episode: Episode) -> Task:
         data_bits=episode.data_bits,
         transmit_power_w=jnp.broadcast_to(episode.transmit_power_w, episode.complexity.shape),
         family=episode.family,
+        device=for_every_step(episode.device, episode.complexity.shape[0]),
+        active=episode.active,
     )
 
 
 def serve(world: World, cache: Cache, task: Task, action: Action) -> tuple[Cache, Outcome]:
-    """The physics of one step: new caches and what was charged (Eq. 1 to 9, 12)."""
-    local = ~action.at_server
-    held = usable_layers(cache, task.family)
-    layers = choose_layers(world, action.retention, held, task.family)
-    retention = layers / layers_of(world, task.family)
+    """The physics of one step: new caches and what was charged (Eq. 1 to 9, 12; D13 to D16)."""
+    family, device, active = task.family, task.device, task.active
+    at_server = possible_case(world, family, device, active, action.at_server)
+    local = trains_locally(active, at_server)
+    held = usable_layers(cache, family)
+    layers = choose_layers(world, action.retention, held, family, device)
+    retention = layers / layers_of(world, family)
     switched = local & (layers != held)
-    downloads, bits = _sent(world, task.family, layers, held, switched)
-    upload_s = upload_delay_s(world, task.data_bits, task.transmit_power_w, task.gain, action.at_server)
+    downloads, bits = _sent(world, family, layers, held, switched)
+    upload_s = upload_delay_s(world, task.data_bits, task.transmit_power_w, task.gain, at_server)
     download_s = download_delay_s(world, bits, task.gain, downloads)
     delay_s = upload_s + download_s
-    perplexity = task_perplexity(world, retention, task.complexity, action.at_server, task.family)
+    trained_s = training_s(world, task.data_bits, family, device, retention, at_server, local)
+    delay_s = delay_s if trained_s is None else delay_s + trained_s
+    perplexity = task_perplexity(world, retention, task.complexity, at_server, family)
+    perplexity = perplexity if active is None else jnp.where(active, perplexity, 0.0)
     step_delay_s = jnp.max(delay_s)
-    reward = world.perplexity_weight * jnp.mean(perplexity) + world.delay_weight_per_s * step_delay_s
-    outcome = Outcome(retention, switched, delay_s, perplexity, step_delay_s, reward)
-    return updated_cache(cache, task.family, layers, action.at_server), outcome
+    reward = world.perplexity_weight * mean_over_tasks(active, perplexity)
+    reward = reward + world.delay_weight_per_s * step_delay_s
+    spent_j, used_j = cache.spent_j, None
+    if world.devices.energy is not None:
+        on_ue_s = None if trained_s is None else jnp.where(local, trained_s, 0.0)
+        used_j = energy_j(world.devices.energy, device, task.transmit_power_w, upload_s, download_s, on_ue_s)
+        reward = reward - jnp.mean(energy_cost(world.devices.energy, spent_j, used_j))
+        spent_j = None if spent_j is None else spent_j + used_j
+    outcome = Outcome(
+        retention, switched, delay_s, perplexity, step_delay_s, reward, at_server, trained_s, used_j
+    )
+    after = updated_cache(cache, family, layers, at_server if active is None else ~local)
+    return after._replace(spent_j=spent_j), outcome
 
 
 def choose_layers(
@@ -167,16 +210,18 @@ def choose_layers(
     retention: Float[Array, "*batch ues"],
     held: Int[Array, "*batch ues"],
     family: Int[Array, "*batch ues"] | None = None,
+    device: Device = Device(),  # noqa: B008 - an immutable tuple
 ) -> Int[Array, "*batch ues"]:
-    """Whole layers for a wanted retention: the nearest level inside the bounds, or the held one (D9).
+    """Whole layers for a wanted retention: the nearest level that is possible, or the held one (D9, D15).
 
     Args:
         world: the world.
         retention: what is wanted.
         held: layers of the usable emulator of each UE, 0 for none.
         family: the family of each task, if there are several.
+        device: of each UE; its memory limits the layers.
     """
-    low, high = levels_of(world, family)
+    low, high = possible_levels(world, family, device)
     all_layers = layers_of(world, family)
     layers = jnp.clip(jnp.round(retention * all_layers).astype(jnp.int32), low, high)
     distance = jnp.abs(retention - held / all_layers)
@@ -187,13 +232,13 @@ def updated_cache(
     cache: Cache,
     family: Int[Array, "*batch ues"] | None,
     layers: Int[Array, "*batch ues"],
-    at_server: Bool[Array, "*batch ues"],
+    keeps: Bool[Array, "*batch ues"],
 ) -> Cache:
-    """Training on a UE leaves its emulator in the cache, training at the server changes nothing."""
-    after = jnp.where(at_server, cache.layers, layers)
+    """Training on a UE leaves its emulator in the cache; UEs that keep theirs train elsewhere or not at all."""
+    after = jnp.where(keeps, cache.layers, layers)
     if cache.family is None or family is None:
-        return Cache(after)
-    return Cache(after, jnp.where(at_server, cache.family, family))
+        return Cache(after, None, cache.spent_j)
+    return Cache(after, jnp.where(keeps, cache.family, family), cache.spent_j)
 
 
 def _sent(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emutune.world.channel import fading_at_scores
+from emutune.world.devices import ComputationTable, Device, SpreadTable, spread_quantile
 from emutune.world.dynamics import Cache, State, Task, current_task, usable_layers
 from emutune.world.families import FamilyTables
 from emutune.world.parameters import World, layers_of
+from emutune.world.possible import possible_levels
 from emutune.world.quality import curve_perplexity
+from emutune.world.spending import training_tflop
 
 
 class Observation(NamedTuple):
@@ -25,6 +28,10 @@ class Observation(NamedTuple):
         family: family of each task; this and the next two are None in a world of one family.
         held_family: family of the emulator that each UE holds; means nothing where it holds none.
         held_retention: retention of that emulator, 0 for none.
+        device: speed, power, memory and privacy of each UE, as far as the world has them.
+        active: who has a task; None where everybody always has one. A UE without one still shows the family
+            that its next tasks come from.
+        spent_j: energy spent so far; None where there is no budget.
     """
 
     previous_gain: Float[Array, "*batch ues"]
@@ -36,6 +43,9 @@ class Observation(NamedTuple):
     family: Int[Array, "*batch ues"] | None = None
     held_family: Int[Array, "*batch ues"] | None = None
     held_retention: Float[Array, "*batch ues"] | None = None
+    device: Device = Device()
+    active: Bool[Array, "*batch ues"] | None = None
+    spent_j: Float[Array, "*batch ues"] | None = None
 
 
 def observe(world: World, state: State) -> Observation:
@@ -56,26 +66,50 @@ def observe_task(world: World, cache: Cache, task: Task, step: Int[Array, ""]) -
         family=family,
         held_family=cache.family,
         held_retention=None if cache.family is None else cache.layers / layers_of(world, cache.family),
+        device=task.device,
+        active=task.active,
+        spent_j=cache.spent_j,
     )
 
 
 def ue_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
     """Features of each UE, about -1 to 1.
 
-    In the order of s1 gain, complexity, data, cached retention. With several families there follow the
-    retention of an emulator of another family, and what sets the task's family apart: its size and its
-    perplexity at the server, each as a share of the largest.
+    In the order of s1 gain, complexity, data, cached retention. Then follows what the world has of: the
+    retention of an emulator of another family; the share of the energy budget that is left (below 0: what is
+    spent beyond it, to -1); size of the task's family and its perplexity at the server, each as a share of
+    the largest; the UE's training speed, and how long this task would take it with the whole model;
+    energy of an operation; the largest emulator that it can hold; whether it may upload; whether it has a
+    task (without one its complexity and data read 0).
     """
     return join_features(task_features(world, observation), cache_features(world, observation))
 
 
+def feature_bounds(world: World) -> list[tuple[float, float]]:
+    """Lowest and highest value of each feature, up to rounding; fading leaves the gain without any."""
+    devices, energy = world.devices, world.devices.energy
+    several = world.families is not None
+    unlimited, signed, share = (-float("inf"), float("inf")), (-1.0, 1.0), (0.0, 1.0)
+    return [
+        *[unlimited, signed, signed, share],
+        *[share] * several,
+        *[signed] * (energy is not None and energy.budget_j is not None),
+        *[share] * (2 * several),
+        *[signed] * (2 * (devices.computation is not None)),
+        *[signed] * (energy is not None and energy.compute_j_per_tflop is not None),
+        *[share] * (devices.memory_bits is not None),
+        *[signed] * (devices.private_ues is not None),
+        *[signed] * (devices.task_probability is not None),
+    ]
+
+
 def feature_count(world: World) -> int:
     """Features of each UE."""
-    return 4 if world.families is None else 7
+    return len(feature_bounds(world))
 
 
 def task_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
-    """The features that no action changes: gain, complexity, data, and those of the task's family.
+    """The features that no action changes: gain, complexity, data, and those of the family and the device.
 
     Gains vary over decades, so they enter as logarithms, scaled by the path loss at the fleet's nearest
     and farthest distance and by fading up to three standard normal scores either way.
@@ -90,16 +124,24 @@ def task_features(world: World, observation: Observation) -> Float[Array, "*batc
     ]
     if world.families is not None and observation.family is not None:
         columns += _family_columns(world, world.families, observation.family)
-    return jnp.stack(columns, axis=-1)
+    columns += _device_columns(world, observation)
+    if observation.active is None:
+        return jnp.stack(columns, axis=-1)
+    # What is no task has no complexity and no data.
+    columns[1:3] = [jnp.where(observation.active, column, 0.0) for column in columns[1:3]]
+    return jnp.stack([*columns, jnp.where(observation.active, 1.0, -1.0)], axis=-1)
 
 
 def cache_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
-    """The features that actions change: the retention held for the task, and that of another family."""
-    usable = cache_feature(world, observation.cached_retention)
-    if observation.held_retention is None:
-        return usable[..., None]
-    other = jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
-    return jnp.stack([usable, cache_feature(world, other)], axis=-1)
+    """The features that actions change: the retention held for the task, of another family, energy left."""
+    columns = [cache_feature(world, observation.cached_retention)]
+    if observation.held_retention is not None:
+        other = jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
+        columns.append(cache_feature(world, other))
+    energy = world.devices.energy
+    if observation.spent_j is not None and energy is not None and energy.budget_j is not None:
+        columns.append(jnp.maximum(1 - observation.spent_j / energy.budget_j, -1.0))
+    return jnp.stack(columns, axis=-1)
 
 
 def join_features(
@@ -123,6 +165,42 @@ def _family_columns(world: World, tables: FamilyTables, family: Int[Array, "*bat
     each = jnp.arange(tables.model_bits.shape[0])
     whole = curve_perplexity(world, jnp.ones(each.shape), each)
     return [(tables.model_bits / tables.model_bits.max())[family], (whole / whole.max())[family]]
+
+
+def _device_columns(world: World, observation: Observation) -> list[Array]:
+    devices, device = world.devices, observation.device
+    columns: list[Array] = []
+    if devices.computation is not None and device.tflops is not None:
+        columns += _speed_columns(world, devices.computation, observation)
+        energy = devices.energy
+        if energy is not None and energy.compute_j_per_tflop is not None and device.compute_w is not None:
+            columns.append(_placed(device.compute_w / device.tflops, energy.compute_j_per_tflop))
+    if device.memory_bits is not None:
+        low, high = possible_levels(world, observation.family, device)
+        largest = jnp.where(high < low, 0, high) / layers_of(world, observation.family)
+        columns.append(cache_feature(world, largest))
+    if device.private is not None:
+        columns.append(jnp.where(device.private, -1.0, 1.0))
+    return columns
+
+
+def _speed_columns(world: World, table: ComputationTable, observation: Observation) -> list[Array]:
+    """Speed, and the seconds of this task with the whole model; both as logarithms over their ranges."""
+    tflops = observation.device.tflops
+    assert tflops is not None
+    seconds = training_tflop(table, observation.data_bits, observation.family) / tflops
+    few, many = table.tflop_per_bit.min(), table.tflop_per_bit.max()
+    slowest, fastest = table.device_tflops.bounds
+    quickest = jnp.log(few * world.data_bits[0] / fastest)
+    longest = jnp.log(many * world.data_bits[1] / slowest)
+    return [
+        _centred(jnp.log(tflops), jnp.log(table.device_tflops.bounds)),
+        _centred(jnp.log(seconds), jnp.stack([quickest, longest])),
+    ]
+
+
+def _placed(values: Float[Array, "*batch"], table: SpreadTable) -> Float[Array, "*batch"]:
+    return _centred(values, spread_quantile(table, jnp.asarray([0.0, 1.0])))
 
 
 def _centred(values: Float[Array, "*batch"], bounds: Float[Array, "2"]) -> Float[Array, "*batch"]:

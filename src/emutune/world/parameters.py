@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emutune.scenario import Range, Scenario
 from emutune.world.channel import fading_quantiles
+from emutune.world.devices import DeviceTables, build_devices
 from emutune.world.families import FamilyTables, build_families
 
 
@@ -48,6 +49,7 @@ class World:
     perplexity_weight: Float[Array, ""]
     delay_weight_per_s: Float[Array, ""]
     families: FamilyTables | None
+    devices: DeviceTables
 
 
 def build_world(scenario: Scenario) -> World:
@@ -80,6 +82,7 @@ def build_world(scenario: Scenario) -> World:
         perplexity_weight=_real(reward.perplexity_weight),
         delay_weight_per_s=_real(reward.delay_weight_per_min / 60),
         families=build_families(scenario),
+        devices=build_devices(scenario),
     )
 
 

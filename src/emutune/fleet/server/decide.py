@@ -32,7 +32,8 @@ class Decider:
         seed: of policies that draw.
 
     Raises:
-        FleetError: the scenario is one of several foundation models.
+        FleetError: the scenario is one of several foundation models, or of devices that differ in what a
+            fleet does not know of its own.
     """
 
     def __init__(self, scenario: Scenario, policy: Policy, seed: int = 0) -> None:
@@ -41,6 +42,12 @@ class Decider:
                 f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
                 "for a scenario without the section families"
             )
+        for section in ("computation", "energy", "memory", "privacy", "activity"):
+            if getattr(scenario, section) is not None:
+                raise FleetError(
+                    f"scenario {scenario.name!r}: has the section {section}, which devices of a fleet do not "
+                    "report; use a policy for a scenario without it"
+                )
         self.scenario = scenario
         self._world = build_world(scenario)
         self._policy = policy

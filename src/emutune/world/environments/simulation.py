@@ -28,6 +28,8 @@ _PER_UE = (
     "delay_s",
     "perplexity",
 )
+# What there is of these depends on the world.
+_MORE = {"family": np.int32, "training_s": np.float32, "energy_j": np.float32, "active": bool}
 
 
 class Progress(NamedTuple):
@@ -40,14 +42,15 @@ class Progress(NamedTuple):
 class Report(NamedTuple):
     """What a step tells the caller, stacked, since each array that leaves the device costs a transfer.
 
-    The rows of ``per_ue`` are named in ``_PER_UE``, and the family follows where there are several;
-    ``fleet`` holds the step's delay in s and its reward.
+    The rows of ``per_ue`` are named in ``_PER_UE``, and those of ``more`` by their keys; ``fleet`` holds the
+    step's delay in s and its reward.
     """
 
     observation: Float[Array, "features"]
     terminated: Bool[Array, ""]
     per_ue: Float[Array, "entries ues"]
     fleet: Float[Array, "2"]
+    more: dict[str, Shaped[Array, "ues"]]
 
 
 class Fetched(NamedTuple):
@@ -76,11 +79,10 @@ def draw_seed(generator: np.random.Generator) -> UInt32[np.ndarray, "2"]:
 
 def fetch(report: Report) -> Fetched:
     """Bring a report to the host; ``info`` is named as ``OrchestrationEnv`` says."""
-    observation, terminated, per_ue, fleet = jax.device_get(report)
-    info = dict(zip((*_PER_UE, "family"), np.moveaxis(per_ue, -2, 0).copy(), strict=False))
+    observation, terminated, per_ue, fleet, more = jax.device_get(report)
+    info = dict(zip(_PER_UE, np.moveaxis(per_ue, -2, 0).copy(), strict=True))
     info |= {name: info[name].astype(bool) for name in ("at_server", "switched")}
-    if "family" in info:
-        info["family"] = info["family"].astype(np.int32)
+    info |= {name: more[name].astype(kind) for name, kind in _MORE.items() if name in more}
     # Gymnasium gathers the floats of single environments as float64.
     info["step_delay_s"], info["reward"] = np.moveaxis(fleet, -1, 0).astype(np.float64)
     return Fetched(observation.copy(), terminated.copy(), info)
@@ -98,38 +100,45 @@ def _advance(
     report = Report(
         observation=_observation(world, after),
         terminated=after.step >= world.tasks,
-        per_ue=_per_ue(world, state, at_server, outcome),
+        per_ue=_per_ue(world, state, outcome),
         fleet=jnp.stack([outcome.step_delay_s, outcome.reward]),
+        more=_more(state, outcome),
     )
     return Progress(after.cache, after.step), report
 
 
 def _observation(world: World, state: State) -> Float[Array, "features"]:
-    """s1 feature by feature, as the paper lists it, then the progress; 4N + 1 numbers, 7N + 1 with families."""
+    """s1 feature by feature, as the paper lists it, what more there is, then the progress."""
     seen = observe(world, state)
     return jnp.append(ue_features(world, seen).T.ravel(), progress_feature(seen))
 
 
-def _per_ue(
-    world: World, state: State, at_server: Bool[Array, "ues"], outcome: Outcome
-) -> Float[Array, "entries ues"]:
+def _per_ue(world: World, state: State, outcome: Outcome) -> Float[Array, "entries ues"]:
     task = current_task(state)
     entries = {
         "gain": task.gain,
         "complexity": task.complexity,
         "data_mb": task.data_bits / 8e6,
         "transmit_power_w": task.transmit_power_w,
-        "at_server": at_server,
+        "at_server": outcome.at_server,
         "retention": outcome.retention,
         "cached_retention": usable_layers(state.cache, task.family) / layers_of(world, task.family),
         "switched": outcome.switched,
         "delay_s": outcome.delay_s,
         "perplexity": outcome.perplexity,
     }
-    rows = [entries[name] for name in _PER_UE]
-    if task.family is not None:
-        rows.append(task.family)
-    return jnp.stack(rows).astype(jnp.float32)
+    return jnp.stack([entries[name] for name in _PER_UE]).astype(jnp.float32)
+
+
+def _more(state: State, outcome: Outcome) -> dict[str, Shaped[Array, "ues"]]:
+    task = current_task(state)
+    entries = {
+        "family": task.family,
+        "training_s": outcome.training_s,
+        "energy_j": outcome.energy_j,
+        "active": task.active,
+    }
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 begin = jax.jit(_begin)

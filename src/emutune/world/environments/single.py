@@ -22,20 +22,24 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
     """Orchestration of N UEs over the T tasks of an episode.
 
     The observation holds the features of s1 (sec. IV-A), 4N numbers of about -1 to 1: all gains, all
-    complexities, all data sizes, all cached retentions. With several families there follow 3N more, in
-    the order of ``emutune.world.ue_features``. The progress through the episode follows as the last.
+    complexities, all data sizes, all cached retentions. Where the world has families, computation, energy,
+    memory, privacy or idle UEs, N more follow for each of their features, in the order of
+    ``emutune.world.ue_features``. The progress through the episode follows as the last.
     After the last task the features of complexity and data are still that task's.
 
     The action holds ``at_server`` (N bits) and ``retention`` (N shares of layers). The nearest whole
-    number of layers within the scenario's bounds is used (D9).
+    number of layers within the scenario's bounds is used (D9). What is impossible is brought to what is
+    possible: data that may not leave are trained on where they are, a level that does not fit becomes
+    the largest that does, and where none fits the server trains (D15).
 
     An episode ends with the T-th task. T belongs to the world, so the episode terminates and is never
     truncated.
 
     ``info`` describes the step that was taken, with one entry per UE: ``gain``, ``complexity``,
     ``data_mb``, ``transmit_power_w``, ``at_server``, ``retention`` (the level used), ``cached_retention``
-    (before the step; 0: none), ``switched``, ``delay_s`` and ``perplexity``, with several families
-    ``family`` too; for the fleet,
+    (before the step; 0: none), ``switched``, ``delay_s`` and ``perplexity``; where the world has them,
+    ``family``, ``training_s`` (part of the delay), ``energy_j`` and ``active`` (has a task; without one there
+    is neither delay nor perplexity); for the fleet,
     ``step_delay_s`` and ``reward``. It is empty after a reset, since nothing has happened yet.
 
     Args:
@@ -53,8 +57,8 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
     def __init__(self, scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = ()) -> None:
         self.scenario = read_scenario(scenario, overrides)
         self.action_space = action_space(self.scenario)
-        self.observation_space = observation_space(self.scenario)
         self._world = build_world(self.scenario)
+        self.observation_space = observation_space(self.scenario, self._world)
         self._state: State | None = None
 
     def reset(

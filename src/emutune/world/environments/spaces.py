@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Shaped
 
 from emutune.errors import UsageError
 from emutune.scenario import Scenario
+from emutune.world.observation import feature_bounds
+from emutune.world.parameters import World
 
 # Features run from -1 to 1, but where a range is a millionth wide, float32 rounding moves them by up to 0.18.
 _FEATURE_BOUND = 1.25
@@ -25,18 +27,16 @@ def action_space(scenario: Scenario) -> spaces.Dict:
     )
 
 
-def observation_space(scenario: Scenario) -> spaces.Box:
-    """The 4N features of s1 (gains, complexities, data sizes, cached retentions), then the progress.
+def observation_space(scenario: Scenario, world: World) -> spaces.Box:
+    """The features of every UE, feature by feature, then the progress.
 
-    With several families 3N more stand before the progress; see ``emutune.world.ue_features``. A gain has
-    no bounds, since fading has none.
+    4N features of s1 (gains, complexities, data sizes, cached retentions), and more where the world has
+    more; see ``emutune.world.ue_features``. A gain has no bounds, since fading has none.
     """
-    ues, bound = scenario.fleet.ues, _FEATURE_BOUND
-    more = 0 if scenario.families is None else 3
-    counts = [ues] * (4 + more) + [1]
-    low = np.repeat([-np.inf, -bound, -bound, 0.0, *[0.0] * more, -bound], counts)
-    high = np.repeat([np.inf, bound, bound, bound, *[bound] * more, bound], counts)
-    return spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+    ues, slack = scenario.fleet.ues, _FEATURE_BOUND
+    bounds = np.array([*np.repeat(feature_bounds(world), ues, axis=0), (-1.0, 1.0)])
+    low, high = (slack * bounds).astype(np.float32).T
+    return spaces.Box(low, high, dtype=np.float32)
 
 
 def read_action(

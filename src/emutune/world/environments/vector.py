@@ -59,10 +59,10 @@ class OrchestrationVectorEnv(VectorEnv[Observations, dict[str, Any], np.ndarray]
         self.num_envs = num_envs
         self.scenario = read_scenario(scenario, overrides)
         self.single_action_space = action_space(self.scenario)
-        self.single_observation_space = observation_space(self.scenario)
+        self._world = build_world(self.scenario)
+        self.single_observation_space = observation_space(self.scenario, self._world)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self._world = build_world(self.scenario)
         self._generators, self._seeds = _generators([None] * num_envs)
         self._state: State | None = None
 

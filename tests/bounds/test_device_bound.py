@@ -1,0 +1,161 @@
+"""Bounds in worlds of computation, energy, memory, privacy and idle UEs: below every plan and every policy."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import plain
+from emutune.bounds import certified_bounds
+from emutune.policies import AllServer, CountTable, Fixed, Hold, Random, plan_lookahead
+from emutune.scenario import load_scenario
+from emutune.study.evaluate import evaluate_policy, held_out_episodes
+from emutune.world import build_world, draw_episode
+
+OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
+EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
+
+
+def tiny(features: set[str], *changes: str):
+    return load_scenario(
+        "families",
+        [
+            "fleet.ues=2",
+            "fleet.tasks=3",
+            "model.layers=3",
+            "retention.min=0.2",
+            "retention.max=0.75",
+            f"families.others=[{OTHER}]",
+            *plain.changes_for(features),
+            *(["memory.device_gb={min=3.7,max=9.0}"] if "memory" in features else []),
+            *changes,
+        ],
+    )
+
+
+def optimum(scenario, tasks) -> float:
+    """Return of the best of all plans, by enumeration in plain numbers."""
+
+    def options(task):
+        possible = [("local", k) for k in plain.possible_layers(scenario, task)]
+        if not task["active"]:
+            return [("idle", 0)]
+        return possible if task["private"] and possible else [*possible, ("server", 0)]
+
+    reached = {tuple([plain.Carried()] * len(tasks[0])): 0.0}
+    for row in tasks:
+        following: dict = {}
+        for carried, total in reached.items():
+            for plan in itertools.product(*map(options, row)):
+                after, outcome = plain.serve(scenario, row, list(carried), list(plan))
+                state, value = tuple(after), total + outcome["reward"]
+                if value > following.get(state, -np.inf):
+                    following[state] = value
+        reached = following
+    return max(reached.values())
+
+
+def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tuple[float, float, float]:
+    scenario = tiny(features, *changes)
+    episodes = jax.tree.map(
+        lambda leaf: leaf[None], jax.jit(draw_episode)(jax.random.key(seed), build_world(scenario))
+    )
+    best = optimum(scenario, plain.tasks_of(jax.tree.map(lambda leaf: leaf[0], episodes)))
+    linear, integer = (certified_bounds(scenario, episodes, method=m)[0] for m in ("linear", "integer"))
+    assert linear >= integer - 1e-5 * abs(integer)
+    assert integer >= best
+    return linear, integer, best
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"computation", "budget"},
+        EVERYTHING,
+        *(
+            pytest.param(few, marks=pytest.mark.slow)
+            for few in ({"computation"}, {"memory", "privacy"}, {"activity"})
+        ),
+    ],
+)
+def test_enumeration_never_beats_it(features: set[str]) -> None:
+    gaps = []
+    for seed, weight in enumerate((-0.001, -0.015, -0.1, -0.015)):
+        found = assert_below_the_optimum(features, seed, f"reward.delay_weight_per_min={weight}")
+        gaps.append([bound / found[2] for bound in found[:2]])
+    linear, integer = np.mean(gaps, axis=0)
+    # How near they come: what is left is uploads' ratios and the mean over those that share.
+    assert linear > 0.6
+    assert integer > 0.75
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(
+    plain.feature_sets(),
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([0.0, -0.001, -0.015, -0.1]),
+    st.sampled_from([1e5, 3e6]),
+    st.sampled_from([0.5, 5.0, 500.0]),
+)
+def test_enumeration_never_beats_it_in_any_world(features, seed, weight, uplink_hz, server_tflops) -> None:
+    changes = [f"reward.delay_weight_per_min={weight}", f"radio.uplink_bandwidth_hz={uplink_hz}"]
+    if "computation" in features:
+        changes.append(f"computation.server_tflops={server_tflops}")
+    linear, _, best = assert_below_the_optimum(features, seed, *changes)
+    assert linear >= best / 0.3
+
+
+def every_policy(scenario):
+    world, most = build_world(scenario), max(model.most for model in scenario.models)
+    patience = [jnp.float32(300.0)] if scenario.computation else []
+    counts = jnp.minimum(jnp.arange(scenario.fleet.ues + 1), 2)
+    return [
+        Random(),
+        AllServer(),
+        Fixed(jnp.float32(0.75)),
+        Hold(jnp.float32(0.3), jnp.float32(0.5), *patience),
+        CountTable(most, counts, jnp.array([0.3, 0.75]), *patience),
+        plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5), *patience),
+    ]
+
+
+def assert_no_policy_beats_it(features: set[str], *changes: str, wanted: slice = slice(None)) -> None:
+    scenario = load_scenario(
+        "families",
+        [
+            "fleet.ues=3",
+            "fleet.tasks=6",
+            f"families.others=[{OTHER}]",
+            "model.layers=6",
+            *plain.changes_for(features),
+            *(["memory.device_gb={min=3.7,max=9.0}"] if "memory" in features else []),
+            *changes,
+        ],
+    )
+    episodes = held_out_episodes(scenario, 3)
+    bounds = certified_bounds(scenario, episodes)
+    for policy in every_policy(scenario)[wanted]:
+        assert (evaluate_policy(scenario, policy, episodes).episode_return <= bounds).all(), policy
+
+
+# Fixed and hold; the others take longer to compile.
+@pytest.mark.parametrize("wanted", [slice(2, 4), pytest.param(slice(None), marks=pytest.mark.slow)])
+def test_no_policy_beats_it(wanted: slice) -> None:
+    assert_no_policy_beats_it(EVERYTHING, wanted=wanted)
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(plain.feature_sets(), st.sampled_from([1.0, 20.0, 500.0]), st.sampled_from([-0.001, -0.1]))
+def test_no_policy_beats_it_in_any_world(features, server_tflops, weight) -> None:
+    changes = [f"reward.delay_weight_per_min={weight}"]
+    if "computation" in features:
+        changes.append(f"computation.server_tflops={server_tflops}")
+    assert_no_policy_beats_it(features, *changes)

@@ -1,0 +1,166 @@
+"""One step of a world with any features in plain numbers, one UE at a time, from their description alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from emutune.scenario import Scenario
+from emutune.world import Episode
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a UE takes along: family and layers of its emulator (0: none), joules spent."""
+
+    family: int = 0
+    layers: int = 0
+    spent_j: float = 0.0
+
+
+def tasks_of(episode: Episode) -> list[list[dict[str, Any]]]:
+    """Every step's UEs as dictionaries of plain numbers."""
+    drawn = {
+        "complexity": episode.complexity,
+        "data_bits": episode.data_bits,
+        "gain": episode.gain[1:],
+        "family": episode.family,
+        "active": episode.active,
+    }
+    fixed = {"transmit_power_w": episode.transmit_power_w, **episode.device._asdict()}
+    steps, ues = episode.complexity.shape
+    host = {name: None if part is None else np.asarray(part) for name, part in {**drawn, **fixed}.items()}
+    defaults = {"family": 0, "active": True, "private": False, "memory_bits": math.inf}
+
+    def value(name: str, t: int, n: int) -> Any:
+        part = host[name]
+        if part is None:
+            return defaults.get(name)
+        return (part[t, n] if name in drawn else part[n]).item()
+
+    return [[{name: value(name, t, n) for name in host} for n in range(ues)] for t in range(steps)]
+
+
+def possible_layers(scenario: Scenario, task: dict[str, Any]) -> list[int]:
+    """Levels inside the retention bounds that the UE can hold."""
+    model = scenario.models[task["family"]]
+    return [
+        k
+        for k in range(1, model.layers + 1)
+        if scenario.retention.min - 1e-9 <= k / model.layers <= scenario.retention.max + 1e-9
+        and 8e9 * model.size_gb * k / model.layers <= task["memory_bits"] * (1 + 1e-6)
+    ]
+
+
+def project(scenario: Scenario, task: dict[str, Any], at_server: bool, wanted: float) -> tuple[str, int]:
+    """What comes of a wish: idle, server, or local with so many layers."""
+    if not task["active"]:
+        return "idle", 0
+    levels = possible_layers(scenario, task)
+    if not levels or (at_server and not task["private"]):
+        return "server", 0
+    layers = scenario.models[task["family"]].layers
+    return "local", min(levels, key=lambda k: abs(k / layers - wanted))
+
+
+def serve(
+    scenario: Scenario, tasks: list[dict[str, Any]], carried: list[Carried], plan: list[tuple[str, int]]
+) -> tuple[list[Carried], dict[str, Any]]:
+    """New carries, and what was charged, for a plan that is possible."""
+    radio, quality = scenario.radio, scenario.quality
+    noise = 10 ** (radio.noise_dbm_per_hz / 10) / 1000
+    there = sum(kind == "server" for kind, _ in plan)
+    sent = []
+    for task, mine, (kind, layers) in zip(tasks, carried, plan, strict=True):
+        held = mine.layers if mine.family == task["family"] else 0
+        if kind != "local" or layers == held:
+            sent.append(0)
+        else:
+            sent.append(max(layers - held, 0) if scenario.delta_download else layers)
+    loading = sum(layers > 0 for layers in sent)
+    delays, joules, perplexities, after, trained = [], [], [], [], []
+    for task, mine, (kind, layers), missing in zip(tasks, carried, plan, sent, strict=True):
+        model = scenario.models[task["family"]]
+        up = down = train = 0.0
+        tflop = 0.0
+        if scenario.computation:
+            tokens = task["data_bits"] / 8 / scenario.computation.bytes_per_token
+            tflop = 4 * model.parameters_billion * 1e9 * tokens * scenario.computation.epochs / 1e12
+        if kind == "server":
+            share = radio.uplink_bandwidth_hz / there
+            snr = task["transmit_power_w"] * task["gain"] / (noise * share)
+            up = task["data_bits"] / (share * math.log2(1 + snr))
+            if scenario.computation:
+                train = tflop / (scenario.computation.server_tflops / there)
+        if missing:
+            snr = radio.downlink_power_w * task["gain"] / (noise * radio.downlink_bandwidth_hz)
+            rate = radio.downlink_bandwidth_hz / loading * math.log2(1 + snr)
+            down = 8e9 * model.size_gb * missing / model.layers / rate
+        if kind == "local" and scenario.computation:
+            train = tflop * layers / model.layers / task["tflops"]
+        spent = 0.0
+        if scenario.energy:
+            spent = task["transmit_power_w"] * up + scenario.energy.receive_w * down
+            spent += (task["compute_w"] or 0.0) * train if kind == "local" else 0.0
+        divisor = (
+            task["complexity"] if quality.complexity_factor == "as_printed" else quality.complexity_weight
+        )
+        retention = 1.0 if kind == "server" else layers / model.layers
+        factor = (task["complexity"] + quality.complexity_weight) / divisor
+        perplexities.append(0.0 if kind == "idle" else model.curve(retention) * factor)
+        delays.append(up + down + train)
+        trained.append(train)
+        joules.append(spent)
+        emulator = (task["family"], layers) if kind == "local" else (mine.family, mine.layers)
+        after.append(Carried(*emulator, mine.spent_j + spent))
+    active = sum(kind != "idle" for kind, _ in plan)
+    cost = -scenario.reward.perplexity_weight * sum(perplexities) / max(active, 1)
+    cost -= scenario.reward.delay_weight_per_min * max(delays) / 60
+    if scenario.energy:
+        cost -= scenario.energy.weight_per_j * sum(joules) / len(plan)
+        if scenario.energy.budget_j:
+            over = [
+                max(new.spent_j - scenario.energy.budget_j, 0)
+                - max(old.spent_j - scenario.energy.budget_j, 0)
+                for new, old in zip(after, carried, strict=True)
+            ]
+            cost -= scenario.energy.over_budget_weight_per_j * sum(over) / len(plan)
+    return after, {
+        "delay_s": delays,
+        "training_s": trained,
+        "energy_j": joules,
+        "perplexity": perplexities,
+        "reward": -cost,
+        "sent": sent,
+    }
+
+
+FEATURES = {
+    "computation": ["computation={device_tflops={min=0.3,max=20.0,law='log_uniform'},server_tflops=5.0,"
+                    "bytes_per_token=2000.0,epochs=2.0}", "model.parameters_billion=2.7"],
+    "energy": ["energy={receive_w=1.5,weight_per_j=-1e-5}"],
+    "budget": ["energy={receive_w=1.5,weight_per_j=-1e-5,budget_j=2500.0,over_budget_weight_per_j=-1e-3}"],
+    "memory": ["memory={device_gb={min=2.4,max=9.0}}"],
+    "privacy": ["privacy={share=0.4}"],
+    "activity": ["activity={task_probability=0.6}"],
+    "delta": ["download={delta=true}"],
+}  # fmt: skip
+
+
+def changes_for(features: set[str]) -> list[str]:
+    """Overrides that switch features on."""
+    changes = [change for name in sorted(features) for change in FEATURES[name]]
+    if "computation" in features and features & {"energy", "budget"}:
+        changes.append("energy.compute_j_per_tflop={min=2.0,max=5.0}")
+    return changes
+
+
+@st.composite
+def feature_sets(draw: st.DrawFn) -> set[str]:
+    """Any combination of features that a scenario may have together."""
+    features = draw(st.sets(st.sampled_from(sorted(FEATURES))))
+    return features - {"energy"} if "budget" in features else features

@@ -1,0 +1,160 @@
+"""Joint choices where UEs differ in more than their radio: exact costs, against every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import plain
+from emutune.policies import CountTable, Hold, plan_lookahead
+from emutune.policies.joint import assign_jointly, joint_cost, list_options
+from emutune.policies.prices import step_prices
+from emutune.scenario import load_scenario
+from emutune.world import Action, Cache, Device, build_world, current_task, observe, reset, serve
+
+OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
+EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
+# With a million blocks of fading the gain that is known before a task is the gain during it.
+STEADY = ["radio.fading_blocks=1000000", "memory.device_gb={min=3.7,max=9.0}"]
+
+
+def make(features: set[str], ues: int, *changes: str):
+    steady = STEADY if "memory" in features else STEADY[:1]
+    base = [f"fleet.ues={ues}", "model.layers=6", f"families.others=[{OTHER}]"]
+    return load_scenario("families", [*base, *plain.changes_for(features), *steady, *changes])
+
+
+def some_state(scenario, seed: int, step: int):
+    """A state in the middle of an episode, with caches that devices can hold, some of them empty."""
+    world, draw = build_world(scenario), np.random.default_rng(seed)
+    state = jax.jit(reset)(jax.random.key(seed), world)
+    rows = plain.tasks_of(state.episode)[step]
+    family, layers = [], []
+    for task in rows:
+        of = int(draw.integers(0, 2))
+        possible = plain.possible_layers(scenario, {**task, "family": of})
+        family.append(of)
+        layers.append(int(draw.choice(possible)) if possible and draw.random() < 0.7 else 0)
+    cache = Cache(jnp.asarray(layers, jnp.int32), jnp.asarray(family, jnp.int32), state.cache.spent_j)
+    if cache.spent_j is not None:
+        cache = cache._replace(spent_j=jnp.asarray(draw.uniform(0, 5000, len(rows)), jnp.float32))
+    return state._replace(step=jnp.asarray(step, jnp.int32), cache=cache), rows
+
+
+def options(scenario, task):
+    """Everything that a UE can do with a task."""
+    possible = [("local", k) for k in plain.possible_layers(scenario, task)]
+    if not task["active"]:
+        return [("idle", 0)]
+    return possible if task["private"] else [*possible, ("server", 0)]
+
+
+@pytest.mark.parametrize(
+    "features",
+    [EVERYTHING, pytest.param({"computation"}, marks=pytest.mark.slow),
+     pytest.param({"computation", "budget", "delta"}, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
+    scenario = make(features, 3, "reward.delay_weight_per_min=-0.1")
+    world = build_world(scenario)
+    policy = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
+
+    @jax.jit
+    def act(state):
+        action = policy.decide(world, observe(world, state), jax.random.key(0))
+        return serve(world, state.cache, current_task(state), action)[1].reward
+
+    for seed in range(8):
+        state, rows = some_state(scenario, seed, scenario.fleet.tasks - 1)
+        spent = [0.0] * 3 if state.cache.spent_j is None else np.asarray(state.cache.spent_j, float)
+        cache = zip(np.asarray(state.cache.family), np.asarray(state.cache.layers), spent, strict=True)
+        carried = [plain.Carried(int(f), int(k), float(e)) for f, k, e in cache]
+        best = max(
+            plain.serve(scenario, rows, carried, list(plan))[1]["reward"]
+            for plan in itertools.product(*(options(scenario, task) for task in rows))
+        )
+        assert float(act(state)) == pytest.approx(best, rel=3e-3)
+
+
+def test_a_joint_choice_costs_what_the_step_costs() -> None:
+    scenario = make(EVERYTHING, 5)
+    world = build_world(scenario)
+
+    @jax.jit
+    def both(state, at_server, layers):
+        seen = observe(world, state)
+        prices = step_prices(world, seen, 4)
+        nothing = jnp.zeros(5)
+        listed = list_options(world, seen, prices, nothing, jnp.zeros((5, 5)), None)
+        whole = jnp.where(seen.family == 0, 6, 4)
+        _, outcome = serve(world, state.cache, current_task(state), Action(at_server, layers / whole))
+        return joint_cost(listed, at_server, layers), -outcome.reward
+
+    draw = np.random.default_rng(0)
+    for seed in range(6):
+        state, rows = some_state(scenario, seed, 3)
+        for _ in range(4):
+            every = [options(scenario, task) for task in rows]
+            plan = [one[draw.integers(len(one))] for one in every]
+            at_server = jnp.array([kind == "server" for kind, _ in plan])
+            layers = jnp.array([int(k) for _, k in plan])
+            predicted, charged = both(state, at_server, layers)
+            assert float(predicted) == pytest.approx(float(charged), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_improvement_ends_where_no_single_change_helps() -> None:
+    scenario = make(EVERYTHING - {"memory"}, 9, "reward.delay_weight_per_min=-0.1")
+    world = build_world(scenario)
+
+    @jax.jit
+    def solve(state):
+        seen = observe(world, state)
+        zero = jnp.zeros((9, 5))
+        listed = list_options(world, seen, step_prices(world, seen, 4), zero[:, 0], zero, None)
+        chosen = assign_jointly(listed)
+        who, what = jnp.divmod(jnp.arange(9 * 6), 6)
+        changed = jnp.arange(9) == who[:, None]
+        uploads = jnp.where(changed, (what == 5)[:, None], chosen.uploads)
+        layers = jnp.where(changed, jnp.minimum(what, 4)[:, None], chosen.layers)
+        return joint_cost(listed, *chosen), joint_cost(listed, uploads, layers).min()
+
+    for seed in range(5):
+        cost, changed = solve(some_state(scenario, seed, 3)[0])
+        assert float(changed) >= float(cost) * (1 - 2e-6)
+
+
+def slow_and_fast(scenario):
+    """UE 0 trains slowly, UE 1 fast; both hold 4 of 6 layers of what they need."""
+    world = build_world(scenario)
+    state = jax.jit(reset)(jax.random.key(0), world)
+    device = Device(tflops=jnp.array([0.3, 20.0]))
+    family = jnp.zeros(2, jnp.int32)
+    cache = Cache(jnp.full(2, 4, jnp.int32), family)
+    episode = state.episode._replace(device=device, family=state.episode.family.at[0].set(family))
+    return world, observe(world, state._replace(episode=episode, cache=cache))
+
+
+def test_rules_send_the_slow_to_the_server() -> None:
+    world, seen = slow_and_fast(make({"computation"}, 2))
+    # Whole-model training of at most 500 MB takes 5400 TFLOP: 18,000 s and 270 s.
+    key = jax.random.key(0)
+    patient, impatient = jnp.float32(1e6), jnp.float32(2000.0)
+    for patience, expected in ((patient, [False, False]), (impatient, [True, False])):
+        hold = Hold(jnp.float32(0.0), jnp.float32(0.5), patience)
+        np.testing.assert_array_equal(hold.decide(world, seen, key).at_server, expected)
+        table = CountTable(4, jnp.array([0, 1, 2]), jnp.array([0.25, 0.75]), patience)
+        np.testing.assert_array_equal(table.decide(world, seen, key).at_server, expected)
+
+
+@pytest.mark.slow
+def test_lookahead_sends_the_slow_to_the_server() -> None:
+    scenario = make({"computation"}, 2, "computation.server_tflops=500.0", "reward.delay_weight_per_min=-0.5")
+    world, seen = slow_and_fast(scenario)
+    policy = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
+    chosen = jax.jit(policy.decide)(world, seen, jax.random.key(0))
+    np.testing.assert_array_equal(chosen.at_server, [True, False])

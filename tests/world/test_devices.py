@@ -1,0 +1,430 @@
+"""Computation, energy, memory, privacy and idle UEs, alone and together, against plain numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import data_equivalence
+from hypothesis import given, settings
+from scipy import stats
+
+import plain
+from emutune.policies import AllServer, Fixed, Random
+from emutune.scenario import load_scenario
+from emutune.study.evaluate import evaluate_policy, held_out_episodes
+from emutune.world import (
+    Action,
+    Device,
+    DeviceTables,
+    build_world,
+    chooses_case,
+    draw_episode,
+    empty_cache,
+    feature_count,
+    observe,
+    possible_case,
+    possible_levels,
+    reset,
+    step,
+    ue_features,
+)
+from emutune.world.environments import OrchestrationEnv, OrchestrationVectorEnv, parallel_env
+
+OTHER = (
+    "families.others=[{size_gb=4.0,layers=12,parameters_billion=1.0,"
+    "curve={quadratic=0.0,linear=-9.0,constant=30.0}}]"
+)
+EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
+ALONE = ("computation", "energy", "budget", "memory", "privacy", "activity")
+COMBINATIONS = [
+    *(pytest.param({feature}, marks=pytest.mark.slow) for feature in ALONE),
+    pytest.param({"computation", "energy"}, marks=pytest.mark.slow),
+    pytest.param(EVERYTHING, marks=pytest.mark.slow),
+    EVERYTHING | {"delta"},
+]
+
+step_compiled = jax.jit(step)
+reset_compiled = jax.jit(reset)
+
+
+def world_with(features: set[str], *changes: str, name: str = "families"):
+    base = [OTHER] if name == "families" else []
+    return load_scenario(name, [*base, *plain.changes_for(features), *changes])
+
+
+def play_both(scenario, seed: int, tasks: int):
+    """An episode of random wishes, by the simulator and in plain numbers; yields both at every step."""
+    world, draw = build_world(scenario), np.random.default_rng(seed)
+    state = reset_compiled(jax.random.key(seed), world)
+    every = plain.tasks_of(state.episode)
+    carried = [plain.Carried()] * scenario.fleet.ues
+    for t in range(tasks):
+        at_server = draw.random(scenario.fleet.ues) < 0.4
+        # A little off the levels and far from where two of them are equally near.
+        wanted = (draw.integers(240, 960, scenario.fleet.ues) + 0.1) / 1200
+        plan = [
+            plain.project(scenario, task, z, e)
+            for task, z, e in zip(every[t], at_server, wanted, strict=True)
+        ]
+        before, (carried, expected) = carried, plain.serve(scenario, every[t], carried, plan)
+        action = Action(jnp.asarray(at_server), jnp.asarray(wanted, jnp.float32))
+        old, (state, outcome) = state, step_compiled(world, state, action)
+        yield {"t": t, "before": before, "plan": plan, "tasks": every[t], "state": old}, (
+            carried, expected), (state, outcome)  # fmt: skip
+
+
+def assert_same(theirs, ours) -> None:
+    (carried, expected), (state, outcome) = theirs, ours
+    for field in ("delay_s", "perplexity", "reward"):
+        np.testing.assert_allclose(getattr(outcome, field), expected[field], rtol=3e-5, atol=1e-5)
+    for field in ("training_s", "energy_j"):
+        if getattr(outcome, field) is not None:
+            np.testing.assert_allclose(getattr(outcome, field), expected[field], rtol=3e-5, atol=1e-5)
+    np.testing.assert_array_equal(state.cache.layers, [mine.layers for mine in carried])
+    if state.cache.spent_j is not None:
+        np.testing.assert_allclose(state.cache.spent_j, [mine.spent_j for mine in carried], rtol=3e-5)
+
+
+@pytest.mark.parametrize("features", COMBINATIONS)
+def test_a_whole_episode_agrees_with_plain_numbers(features: set[str]) -> None:
+    scenario = world_with(features, "fleet.ues=5")
+    kinds = set()
+    for told, theirs, ours in play_both(scenario, 3, scenario.fleet.tasks):
+        assert_same(theirs, ours)
+        kinds |= {kind for kind, _ in told["plan"]}
+        np.testing.assert_array_equal(ours[1].at_server, [kind == "server" for kind, _ in told["plan"]])
+    assert kinds == {"server", "local", *(["idle"] if "activity" in features else [])}
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(plain.feature_sets())
+def test_any_combination_agrees_with_plain_numbers(features: set[str]) -> None:
+    for _, theirs, ours in play_both(world_with(features, "fleet.ues=4"), 1, 12):
+        assert_same(theirs, ours)
+
+
+# --- what is off costs nothing -----------------------------------------------------------------------------
+
+
+# Returns of three held-out episodes before these features existed, to the last bit.
+BEFORE = {
+    "paper": ["-0x1.614f1a0000000p+7", "-0x1.629e180000000p+7", "-0x1.5f4f640000000p+7"],
+    "families": ["-0x1.76b7660000000p+7", "-0x1.78735c0000000p+7", "-0x1.73d1280000000p+7"],
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_is_off_changes_no_bit(name: str) -> None:
+    scenario = load_scenario(name)
+    world, drawn = build_world(scenario), held_out_episodes(scenario, 3)
+    assert world.devices == DeviceTables()
+    assert jax.tree.leaves(world.devices) == []
+    assert drawn.device == Device()
+    assert drawn.active is None
+    assert empty_cache(world).spent_j is None
+    returns = evaluate_policy(scenario, Random(), drawn).episode_return
+    assert [float(value).hex() for value in returns] == BEFORE[name]
+
+
+def test_the_draws_of_before_stay() -> None:
+    changes = plain.changes_for({"privacy", "activity"})
+    before, after = (
+        held_out_episodes(load_scenario("families", ["fleet.tasks=5", *more]), 2) for more in ([], changes)
+    )
+    for field in ("gain", "complexity", "data_bits", "transmit_power_w", "family"):
+        np.testing.assert_array_equal(getattr(before, field), getattr(after, field))
+
+
+@pytest.mark.slow
+def test_one_program_serves_all_numbers() -> None:
+    traces = []
+
+    @jax.jit
+    def begin_and_step(world):
+        traces.append(None)
+        state = reset(jax.random.key(0), world)
+        return step(world, state, Action(jnp.ones(4, bool), jnp.full(4, 0.5)))[1]
+
+    base = world_with(EVERYTHING, "fleet.ues=4")
+    begin_and_step(build_world(base))
+    for change in (
+        "computation.server_tflops=7.0",
+        "computation.device_tflops={min=1.0,max=2.0}",
+        "energy.budget_j=1.0",
+        "energy.receive_w=0.0",
+        "memory.device_gb.max=20.0",
+        "privacy.share=0.9",
+        "activity.task_probability=1.0",
+    ):
+        begin_and_step(build_world(world_with(EVERYTHING, "fleet.ues=4", change)))
+    assert len(traces) == 1
+
+
+# --- draws -------------------------------------------------------------------------------------------------
+
+
+def test_devices_follow_their_laws() -> None:
+    scenario = world_with(EVERYTHING, "fleet.ues=4000", "fleet.tasks=2")
+    episode = draw_episode(jax.random.key(2), build_world(scenario))
+    device = episode.device
+    logs = np.log(np.asarray(device.tflops, float))
+    assert stats.kstest(logs, stats.uniform(math.log(0.3), math.log(20 / 0.3)).cdf).pvalue > 1e-3
+    each = np.asarray(device.compute_w / device.tflops, float)
+    assert stats.kstest(each, stats.uniform(2, 3).cdf).pvalue > 1e-3
+    memory = np.asarray(device.memory_bits, float) / 8e9
+    assert stats.kstest(memory, stats.uniform(2.4, 6.6).cdf).pvalue > 1e-3
+    assert device.private.sum() == 1600
+    assert episode.active.mean() == pytest.approx(0.6, abs=5 * math.sqrt(0.24 / 8000))
+    columns = [device.tflops, each, memory, device.private, *episode.active, episode.transmit_power_w]
+    ranks = stats.spearmanr(np.stack([np.asarray(one, float) for one in columns], axis=1)).statistic
+    assert np.abs(ranks[~np.eye(len(columns), dtype=bool)]).max() < 5 / math.sqrt(4000)
+
+
+@pytest.mark.slow
+def test_who_may_not_upload_changes_from_episode_to_episode() -> None:
+    world = build_world(world_with({"privacy"}, "fleet.ues=5"))
+    drawn = jax.vmap(draw_episode, (0, None))(jax.random.split(jax.random.key(0), 200), world)
+    private = np.asarray(drawn.device.private)
+    assert (private.sum(1) == 2).all()
+    assert np.abs(private.mean(0) - 0.4).max() < 0.15
+
+
+# --- closed forms ------------------------------------------------------------------------------------------
+
+
+def one_step(scenario, at_server, retention):
+    world = build_world(scenario)
+    state = reset(jax.random.key(0), world)
+    ues = scenario.fleet.ues
+    action = Action(jnp.full(ues, at_server), jnp.full(ues, retention, jnp.float32))
+    return state, *step(world, state, action)
+
+
+def test_training_time_by_hand() -> None:
+    # 4 x 2.7e9 x (400e6 / 2000) x 2 = 4.32e15 operations: 2160 s at 2 TFLOP/s, half that at E = 0.5;
+    # 6 UEs share 5 TFLOP/s: 4320 / 5 x 6 = 5184 s.
+    scenario = world_with(
+        {"computation"},
+        "computation.device_tflops={min=2.0,max=2.0}",
+        "tasks.data_mb={min=400.0,max=400.0}",
+        name="paper",
+    )
+    _, _, outcome = one_step(scenario, False, 0.5)
+    np.testing.assert_allclose(outcome.training_s, 1080, rtol=1e-5)
+    _, _, outcome = one_step(scenario, True, 0.5)
+    np.testing.assert_allclose(outcome.training_s, 5184, rtol=1e-5)
+
+
+def test_energy_and_its_excess_by_hand() -> None:
+    scenario = world_with(
+        {"computation", "budget"},
+        "computation.device_tflops={min=2.0,max=2.0}",
+        "energy.compute_j_per_tflop={min=3.0,max=3.0}",
+        "tasks.data_mb={min=400.0,max=400.0}",
+        name="paper",
+    )
+    # 4320 TFLOP at E = 0.5 and 3 J each are 6480 J; the budget is 2500 J, and receiving takes 1.5 W.
+    _, after, outcome = one_step(scenario, False, 0.5)
+    spent = 6480 + 1.5 * (outcome.delay_s - outcome.training_s)
+    np.testing.assert_allclose(outcome.energy_j, spent, rtol=1e-5)
+    np.testing.assert_allclose(after.cache.spent_j, spent, rtol=1e-5)
+    cost = 1e-5 * spent.mean() + 1e-3 * (spent - 2500).mean()
+    plain_cost = 0.092 * outcome.perplexity.mean() + 0.015 / 60 * outcome.step_delay_s
+    np.testing.assert_allclose(-outcome.reward, plain_cost + cost, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_episode_is_charged_its_excess_once() -> None:
+    scenario = world_with({"computation", "budget"}, "energy.budget_j=60000.0")
+    free = world_with({"computation", "energy"})
+    drawn = held_out_episodes(scenario, 4)
+    for policy in (Random(), Fixed(jnp.float32(0.5))):
+        dear = evaluate_policy(scenario, policy, drawn)
+        cheap = evaluate_policy(free, policy, drawn)
+        np.testing.assert_allclose(dear.energy_kj, cheap.energy_kj, rtol=1e-6)
+        state = jax.tree.map(lambda leaf: leaf[0], drawn)
+        total = np.zeros(scenario.fleet.ues)
+        for _, _, (_, outcome) in play_with(scenario, state, policy):
+            total += np.asarray(outcome.energy_j, float)
+        excess = np.maximum(total - 60000, 0).mean()
+        assert 0 < (total > 60000).mean() < 1 or excess > 0
+        np.testing.assert_allclose(cheap.episode_return[0] - dear.episode_return[0], 1e-3 * excess, rtol=1e-3)
+
+
+def play_with(scenario, episode, policy):
+    from emutune.study.evaluate import _POLICY_KEY, _episode_keys
+    from emutune.world import State, empty_cache
+
+    world, key = build_world(scenario), _episode_keys(_POLICY_KEY, 1)[0]
+    state = State(episode, empty_cache(world), jnp.zeros((), jnp.int32))
+    act = jax.jit(
+        lambda state: step(
+            world, state, policy.decide(world, observe(world, state), jax.random.fold_in(key, state.step))
+        )
+    )
+    for _ in range(scenario.fleet.tasks):
+        old, (state, outcome) = state, act(state)
+        yield old, state, (state, outcome)
+
+
+def test_nobody_with_a_task_costs_nothing_and_changes_nothing() -> None:
+    scenario = world_with(EVERYTHING)
+    world = build_world(scenario)
+    state = reset(jax.random.key(0), world)
+    state, _ = step(world, state, Action(jnp.zeros(6, bool), jnp.full(6, 0.5)))
+    quiet = state._replace(episode=state.episode._replace(active=jnp.zeros_like(state.episode.active)))
+    for at_server in (True, False):
+        after, outcome = step(world, quiet, Action(jnp.full(6, at_server), jnp.full(6, 0.25)))
+        assert outcome.reward == 0
+        assert outcome.step_delay_s == 0
+        assert not outcome.switched.any()
+        for mine, other in zip(after.cache, quiet.cache, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+# --- what is possible --------------------------------------------------------------------------------------
+
+
+def test_every_wish_becomes_what_is_possible() -> None:
+    scenario = world_with({"memory", "privacy", "activity"}, "fleet.ues=4", name="paper")
+    world = build_world(scenario)
+    # Layers of 10.8 GB / 32; levels 7 to 25. UE 1 can hold 9 layers, UE 2 none, UE 3 has nothing to do.
+    device = Device(
+        memory_bits=jnp.array([1e3, 9.0, 6.9, 1e3]) * 8e9 * 10.8 / 32,
+        private=jnp.array([True, False, False, False]),
+    )
+    active = jnp.array([True, True, True, False])
+    low, high = possible_levels(world, None, device)
+    assert low == 7
+    np.testing.assert_array_equal(high, [25, 9, 6, 25])
+    for wish, expected in ((True, [0, 1, 1, 0]), (False, [0, 0, 1, 0])):
+        np.testing.assert_array_equal(
+            possible_case(world, None, device, active, jnp.full(4, wish)), np.array(expected, bool)
+        )
+    np.testing.assert_array_equal(chooses_case(world, None, device, active), [False, True, False, False])
+    state = reset(jax.random.key(0), world)
+    episode = state.episode._replace(device=device, active=state.episode.active.at[0].set(active))
+    after, outcome = step(
+        world, state._replace(episode=episode), Action(jnp.zeros(4, bool), jnp.full(4, 0.75))
+    )
+    np.testing.assert_array_equal(after.cache.layers, [24, 9, 0, 0])
+    np.testing.assert_array_equal(outcome.at_server, [False, False, True, False])
+
+
+# --- observations and environments -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("features", "more"),
+    [
+        ({"computation"}, 2),
+        ({"energy"}, 0),
+        ({"budget"}, 1),
+        ({"computation", "energy"}, 3),
+        ({"memory"}, 1),
+        ({"privacy"}, 1),
+        ({"activity"}, 1),
+        (EVERYTHING, 7),
+    ],
+)
+def test_each_feature_is_seen_where_it_is_on(features: set[str], more: int) -> None:
+    for name, usual in (("paper", 4), ("families", 7)):
+        world = build_world(world_with(features, name=name))
+        assert feature_count(world) == usual + more
+        seen = jax.eval_shape(lambda world: ue_features(world, observe(world, start(world))), world)
+        assert seen.shape == (6, usual + more)
+
+
+def start(world):
+    return reset(jax.random.key(0), world)
+
+
+@pytest.mark.slow
+def test_features_by_hand() -> None:
+    scenario = world_with(EVERYTHING, "fleet.ues=2", name="paper")
+    world = build_world(scenario)
+    state = reset(jax.random.key(0), world)
+    tflops = jnp.array([0.3, 20.0])
+    device = Device(
+        tflops, tflops * jnp.array([2.0, 5.0]), jnp.array([3.4, 9.0]) * 8e9, jnp.array([True, False])
+    )
+    episode = state.episode._replace(
+        device=device, active=state.episode.active.at[0].set(jnp.array([True, False])),
+        data_bits=state.episode.data_bits.at[0].set(jnp.array([500 * 8e6, 300 * 8e6])),
+    )  # fmt: skip
+    cache = state.cache._replace(spent_j=jnp.array([500.0, 9000.0]))
+    seen = ue_features(world, observe(world, state._replace(episode=episode, cache=cache)))
+    budget, speed, seconds, joules, largest, may, active = np.asarray(seen)[:, 4:].T
+    np.testing.assert_allclose(budget, [0.8, -1], rtol=1e-5)
+    np.testing.assert_allclose(speed, [-1, 1], atol=1e-5)
+    np.testing.assert_allclose(seconds, [1, -1], atol=1e-5)
+    np.testing.assert_allclose(joules, [-1, 1], atol=1e-4)
+    np.testing.assert_allclose(largest, [10 / 32 / 0.8, 25 / 32 / 0.8], rtol=1e-5)
+    np.testing.assert_array_equal(may, [-1, 1])
+    np.testing.assert_array_equal(active, [1, -1])
+    np.testing.assert_array_equal(seen[1, 1:3], 0)
+
+
+@pytest.mark.parametrize("name", [pytest.param("paper", marks=pytest.mark.slow), "families"])
+def test_environments_run_with_everything_on(name: str) -> None:
+    changes = [*plain.changes_for(EVERYTHING), "fleet.ues=4", "fleet.tasks=6"]
+    changes += [OTHER] if name == "families" else []
+    env, both = OrchestrationEnv(name, changes), parallel_env(name, changes)
+    many = OrchestrationVectorEnv(2, name, changes)
+    seen, _ = env.reset(seed=3)
+    agents, _ = both.reset(seed=3)
+    batch, _ = many.reset(seed=3)
+    scenario = load_scenario(name, changes)
+    count = feature_count(build_world(scenario))
+    assert seen.shape == (4 * count + 1,)
+    env.action_space.seed(1)
+    for number in range(6):
+        assert env.observation_space.contains(seen)
+        assert both.observation_space("emulator").contains(agents["emulator"])
+        np.testing.assert_array_equal(batch[0], seen)
+        action = env.action_space.sample()
+        seen, reward, ended, _, info = env.step(action)
+        agents, rewards, *_, infos = both.step({"case": action["at_server"], "emulator": action["retention"]})
+        actions = {part: np.stack([value, value]) for part, value in action.items()}
+        batch, batch_rewards, _, _, batch_info = many.step(actions)
+        assert rewards["case"] == reward == batch_rewards[0]
+        assert data_equivalence(infos["case"], info)
+        told = batch_info["final_info"] if number == 5 else batch_info
+        np.testing.assert_array_equal(told["energy_j"][0], info["energy_j"])
+        batch = np.stack(batch_info["final_obs"]) if number == 5 else batch
+        assert info["active"].dtype == bool
+        idle = ~info["active"]
+        for field in ("delay_s", "perplexity", "energy_j", "training_s", "at_server"):
+            assert not info[field][idle].any()
+    assert ended
+
+
+@pytest.mark.slow
+def test_private_data_stay_and_what_does_not_fit_is_not_held() -> None:
+    env = OrchestrationEnv(world_with({"memory", "privacy"}, "fleet.ues=5", name="paper"))
+    _, _ = env.reset(seed=0)
+    everyone = {"at_server": np.ones(5, np.int8), "retention": np.full(5, 0.8, np.float32)}
+    _, _, _, _, first = env.step(everyone)
+    assert first["at_server"].sum() == 3
+    assert (first["switched"] == ~first["at_server"]).all()
+    everyone["at_server"][:] = 0
+    retentions = env.step(everyone)[-1]["retention"]
+    assert (retentions * 10.8 <= 9.0 * (1 + 1e-6)).all()
+    assert len(set(retentions.tolist())) > 1
+
+
+@pytest.mark.slow
+def test_every_policy_keeps_to_what_is_possible() -> None:
+    scenario = world_with(EVERYTHING, "privacy.share=1.0")
+    drawn = held_out_episodes(scenario, 2)
+    for policy in (AllServer(), Random(), Fixed(jnp.float32(0.8))):
+        assert (evaluate_policy(scenario, policy, drawn).server_share == 0).all()
+    for one, other in itertools.pairwise((AllServer(), Fixed(jnp.float32(0.8125)))):
+        left, right = (evaluate_policy(scenario, policy, drawn).episode_return for policy in (one, other))
+        np.testing.assert_allclose(left, right, rtol=2e-6)
