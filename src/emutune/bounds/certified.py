@@ -38,6 +38,7 @@ def certified_bounds(
         raise UsageError(f"method: must be 'linear' or 'integer', got {method!r}")
     bounds = []
     family = None if episodes.family is None else np.asarray(episodes.family)
+    downlink = None if episodes.downlink_gain is None else np.asarray(episodes.downlink_gain, np.float64)
     drawn = [
         np.asarray(part, np.float64)
         for part in (episodes.gain, episodes.complexity, episodes.data_bits, episodes.transmit_power_w)
@@ -45,7 +46,8 @@ def certified_bounds(
     for index in range(len(drawn[0])):
         gain, complexity, data_bits, power_w = (part[index] for part in drawn)
         of_episode = None if family is None else family[index]
-        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w, of_episode)
+        gain_down = None if downlink is None else downlink[index, 1:]
+        costs = episode_costs(scenario, gain[1:], complexity, data_bits, power_w, of_episode, gain_down)
         bounds.append(-cost_bound(costs, method, time_limit_s))
         if progress is not None:
             progress(1)

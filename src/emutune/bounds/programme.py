@@ -10,7 +10,8 @@ what any policy, clairvoyant ones included, costs on that episode:
 - With delta download the layers that level l has more than level l - 1 are sent on their own: they are held
   if any emulator of that level or above is.
 - On the uplink the same holds with the SNR taken at the smallest share, which only shortens delays; and
-  no upload is faster than alone at full bandwidth.
+  no upload is faster than alone at full bandwidth. Both hold for the ergodic rate too, which rises with the
+  SNR and, at a given power, with the bandwidth (``emutune.world.ergodic``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from scipy import optimize, sparse
 
 from emutune.errors import BoundError
 from emutune.scenario import Scenario
+from emutune.world.ergodic import spectral_efficiency
 
 Method = Literal["linear", "integer"]
 
@@ -60,6 +62,7 @@ def episode_costs(
     data_bits: Float[np.ndarray, "tasks ues"],
     transmit_power_w: Float[np.ndarray, "ues"],
     family: Int[np.ndarray, "tasks ues"] | None = None,
+    downlink_gain: Float[np.ndarray, "tasks ues"] | None = None,
 ) -> Costs:
     """What each decision costs.
 
@@ -70,6 +73,7 @@ def episode_costs(
         data_bits: of each task.
         transmit_power_w: of each UE, in W.
         family: of each task, if there are several.
+        downlink_gain: the downlink's gain during each task, if it has one of its own.
     """
     radio, quality, reward = scenario.radio, scenario.quality, scenario.reward
     ues = gain.shape[1]
@@ -83,7 +87,9 @@ def episode_costs(
     divisor = complexity if quality.complexity_factor == "as_printed" else weight
     scale = -reward.perplexity_weight / ues * (complexity + weight) / divisor
     up_hz, down_hz = radio.uplink_bandwidth_hz, radio.downlink_bandwidth_hz
-    down_rate = down_hz * np.log2(1 + radio.downlink_power_w * gain / (noise * down_hz))
+    ergodic = radio.rate == "ergodic"
+    down_snr = radio.downlink_power_w * (gain if downlink_gain is None else downlink_gain) / (noise * down_hz)
+    down_rate = down_hz * spectral_efficiency(down_snr, ergodic)
     up_snr = transmit_power_w * gain / (noise * up_hz)
     of_task = np.zeros(gain.shape, int) if family is None else family
     whole = np.array([model.curve(1.0) for model in scenario.models])
@@ -103,8 +109,8 @@ def episode_costs(
         usable=family_of_slot == of_task[..., None],
         family=family_of_slot,
         delta=delta,
-        shared_upload_s=data_bits / (up_hz * np.log2(1 + up_snr * ues)),
-        lone_upload_s=data_bits / (up_hz * np.log2(1 + up_snr)),
+        shared_upload_s=data_bits / (up_hz * spectral_efficiency(up_snr * ues, ergodic)),
+        lone_upload_s=data_bits / (up_hz * spectral_efficiency(up_snr, ergodic)),
         cost_per_s=-reward.delay_weight_per_min / 60,
     )
 

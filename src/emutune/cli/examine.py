@@ -11,7 +11,7 @@ import typer
 
 from emutune.cli.jax_setup import prepare_jax
 from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps
-from emutune.cli.terminal import print_comparison, progress_bar, resumable, write_json
+from emutune.cli.terminal import print_comparison, print_links, progress_bar, resumable, write_json
 
 
 def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: JsonFile = None) -> None:  # noqa: B006
@@ -25,12 +25,15 @@ def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: Json
     print(f"{loaded.name}: {loaded.fleet.ues} UEs, {loaded.fleet.tasks} tasks each; {loaded.description}")
     print(f"{budget['levels']} emulators, of {budget['fewest_layers']} to {budget['most_layers']} layers")
     for place in ("nearest", "farthest"):
-        row = budget[place]
-        print(
-            f"{place} UE alone, {row['distance_m']:.0f} m: {row['uplink_mbps']:.3g} Mbit/s up, "
-            f"{row['downlink_mbps']:.3g} down; upload {row['upload_s']:.0f} s, emulator "
-            f"{row['smallest_emulator_s']:.0f} to {row['largest_emulator_s']:.0f} s"
-        )
+        if place in budget:
+            row = budget[place]
+            print(
+                f"{place} UE alone, {row['distance_m']:.0f} m: {row['uplink_mbps']:.3g} Mbit/s up, "
+                f"{row['downlink_mbps']:.3g} down; upload {row['upload_s']:.0f} s, emulator "
+                f"{row['smallest_emulator_s']:.0f} to {row['largest_emulator_s']:.0f} s"
+            )
+    if not loaded.plain_radio:
+        print_links(budget["ues"])
     for remark in budget["remarks"]:
         print(f"note: {remark}")
     write_json(json_file, budget)

@@ -18,10 +18,10 @@ from emutune.policies.base import register_policy
 from emutune.policies.prices import lone_downlink_bps, step_prices
 from emutune.scenario import Scenario
 from emutune.world import Action, Observation, World
-from emutune.world.channel import fading_at_scores
 from emutune.world.link import shared_rate_bps
 from emutune.world.parameters import bits_of, layers_of, levels_of
 from emutune.world.quality import complexity_factor, curve_perplexity
+from emutune.world.radio import downlink_gain_bounds, gain_bounds
 
 # Beyond so many UEs, 3 to the power of N joint choices take too long.
 EXACT_UES = 7
@@ -109,9 +109,16 @@ def plan_lookahead(
 
 def _gain_grid(world: World) -> Float[Array, "gains"]:
     """Logarithms of gains from the farthest UE in deep fading to the nearest at its best."""
-    strongest, weakest = world.distance_m**-world.path_loss_exponent
-    low, high = fading_at_scores(world.fading_quantiles, jnp.asarray([-3.0, 3.0]))
-    return jnp.linspace(jnp.log(weakest * low), jnp.log(strongest * high) + 1e-6, _GAINS)
+    weakest, strongest = jnp.log(gain_bounds(world))
+    return jnp.linspace(weakest, strongest + 1e-6, _GAINS)
+
+
+def _downlink_gain(world: World, gain: Float[Array, ""]) -> Float[Array, ""]:
+    """The downlink's gain that goes with one of the uplink: as far between its bounds, in decibels."""
+    if world.trace is None:
+        return gain
+    ends = jnp.log(gain_bounds(world))
+    return jnp.exp(jnp.interp(jnp.log(gain), ends, jnp.log(downlink_gain_bounds(world))))
 
 
 def _worth(
@@ -139,12 +146,13 @@ def _worth(
         gain,
         world.noise_w_per_hz,
         jnp.asarray(1.0),
+        world.ergodic_rate,
     )
     upload = server - world.delay_weight_per_s * upload_price * world.data_bits.mean() / lone_up_bps
     layer_s = (
         jnp.broadcast_to(bits_of(world, each), (count,))[:, None]
         / all_layers
-        / lone_downlink_bps(world, gain)
+        / lone_downlink_bps(world, _downlink_gain(world, gain))
     )
     layer_cost = -world.delay_weight_per_s * download_price * layer_s
     stays = jnp.asarray(1.0) if world.families is None else world.families.persistence

@@ -185,6 +185,10 @@ _UNITS = {
     "_hz": " in Hz",
     "_mb": " in MB (1e6 bytes)",
     "_gb": " in GB (1e9 bytes)",
+    "_ghz": " in GHz",
+    "_mps": " in m/s",
+    "_mbps": " in Mbit/s",
+    "_s": " in s",
     "_w": " in W",
     "_m": " in m",
 }

@@ -47,13 +47,24 @@ class Range(_Interval):
     max: Positive
 
 
+class Span(_Interval):
+    """A uniform distribution over the interval from ``min`` to ``max``, which may begin at 0."""
+
+    min: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+    max: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+
+
 class Fleet(_Section):
-    """The user equipments (UEs) and how long an episode lasts."""
+    """The user equipments (UEs) and how long an episode lasts.
+
+    Attributes:
+        distance_m: from the base station; left out where a trace says what the links carry.
+    """
 
     ues: Count
     tasks: Count
     transmit_power_w: Range
-    distance_m: Range
+    distance_m: Range | None = None
 
 
 class Tasks(_Section):
@@ -83,16 +94,57 @@ class Retention(_Interval):
     hold_tolerance: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
 
 
+class PathLoss(_Section):
+    """Path loss of 3GPP TR 38.901 instead of a power of the distance.
+
+    Attributes:
+        model: street canyons (UMi) or a macro cell (UMa).
+        bs_height_m: of the base station; 10 m for UMi and 25 m for UMa if left out.
+        ue_height_m: of the UEs.
+        line_of_sight: drawn by the model's probability, or the same for all.
+        shadowing: whether there is log-normal shadowing.
+    """
+
+    model: Literal["umi", "uma"]
+    bs_height_m: Annotated[float, Field(ge=2, le=150, allow_inf_nan=False)] | None = None
+    ue_height_m: Annotated[float, Field(ge=1.5, lt=13, allow_inf_nan=False)] = 1.5
+    line_of_sight: Literal["drawn", "always", "never"] = "drawn"
+    shadowing: bool = True
+
+
+class Fading(_Section):
+    """Fading that drifts from task to task (D14) instead of being drawn anew.
+
+    Attributes:
+        speed_mps: of every UE or its surroundings; left out where UEs move, each at its own.
+        interval_s: from a block of one task to that of the next; where UEs move, that of ``mobility``.
+    """
+
+    speed_mps: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    interval_s: Positive | None = None
+
+
 class Radio(_Section):
-    """Bandwidths and powers of the links, and the law of the channel gain (D8)."""
+    """Bandwidths and powers of the links, and the law of the channel gain (D8).
+
+    Attributes:
+        path_loss_exponent: the gain is the distance to the power of minus this; or give ``path_loss``.
+        fading_blocks: a task's gain is the mean over so many Rayleigh blocks.
+        rate: that of a task's gain, or its mean over Rayleigh fading, which then is no part of the gain (D13).
+        carrier_ghz: for ``path_loss`` and ``fading``.
+    """
 
     uplink_bandwidth_hz: Positive
     downlink_bandwidth_hz: Positive
     downlink_power_w: Positive
     noise_dbm_per_hz: Annotated[float, Field(ge=-250, le=0, allow_inf_nan=False)]
-    path_loss_exponent: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+    path_loss_exponent: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
     # One block would be a single Rayleigh draw: the mean delay of such a link diverges (D8).
-    fading_blocks: Annotated[int, Field(ge=2, le=1_000_000)]
+    fading_blocks: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    rate: Literal["shannon", "ergodic"] = "shannon"
+    carrier_ghz: Annotated[float, Field(ge=0.5, le=100, allow_inf_nan=False)] | None = None
+    path_loss: PathLoss | None = None
+    fading: Fading | None = None
 
 
 class Curve(_Section):
@@ -190,6 +242,44 @@ class Download(_Section):
     delta: bool = False
 
 
+class Mobility(_Section):
+    """UEs that walk from one random waypoint to the next, in the ring of ``fleet.distance_m`` (D15).
+
+    Attributes:
+        speed_mps: drawn for every way.
+        pause_s: drawn for every waypoint.
+        interval_s: from one task to the next.
+    """
+
+    speed_mps: Range
+    pause_s: Span = Span(min=0.0, max=0.0)
+    interval_s: Positive
+
+
+class Trace(_Section):
+    """Measured rates instead of a modelled channel (D16): those of a UE alone with the whole band.
+
+    A scenario file may name the rates' file, as ``emutune trace import`` writes it, with ``file`` instead of
+    the two lists.
+
+    Attributes:
+        interval_s: from one task to the next; what each of the rates is the mean over.
+        downlink_mbps: the rates one after another, at least one more than an episode has tasks.
+        uplink_mbps: as many.
+    """
+
+    interval_s: Positive
+    downlink_mbps: Annotated[tuple[Positive, ...], Field(min_length=2, strict=False)]
+    uplink_mbps: Annotated[tuple[Positive, ...], Field(min_length=2, strict=False)]
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        down, up = len(self.downlink_mbps), len(self.uplink_mbps)
+        if down != up:
+            raise ValueError(f"{down} downlink rates but {up} uplink rates; give one of each per interval")
+        return self
+
+
 class Model(NamedTuple):
     """One family's model: size, whole layers, fewest and most layers of an emulator, and its curve."""
 
@@ -220,6 +310,8 @@ class Scenario(_Section):
     reward: Reward
     families: Families | None = None
     download: Download | None = None
+    mobility: Mobility | None = None
+    trace: Trace | None = None
 
     @property
     def level_bounds(self) -> tuple[int, int]:
@@ -240,6 +332,23 @@ class Scenario(_Section):
         """Whether only missing layers are sent."""
         return self.download is not None and self.download.delta
 
+    @property
+    def fading_interval_s(self) -> float | None:
+        """Seconds from one task's fading to the next one's; None where it is drawn anew."""
+        fading = self.radio.fading
+        if fading is None:
+            return None
+        if fading.interval_s is None and self.mobility is not None:
+            return self.mobility.interval_s
+        return fading.interval_s
+
+    @property
+    def plain_radio(self) -> bool:
+        """Whether gains are a power of the distance times fading that is drawn anew."""
+        radio = self.radio
+        features = (self.trace, self.mobility, radio.path_loss, radio.fading)
+        return radio.rate == "shannon" and all(feature is None for feature in features)
+
     def _levels(self, layers: int) -> tuple[int, int]:
         # The guard absorbs binary fractions: 0.3 * 10 is 2.9999999999999996 or 3.0000000000000004.
         guard = 1e-9 * layers
@@ -259,6 +368,13 @@ class Scenario(_Section):
         return self
 
     @model_validator(mode="after")
+    def _channel_is_described_once(self) -> Scenario:
+        problem = _trace_problem(self) if self.trace else _model_problem(self)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _perplexity_is_positive(self) -> Scenario:
         for index, model in enumerate(self.models):
             retention, lowest = model.curve.lowest_between(self.retention.min, 1.0)
@@ -270,3 +386,67 @@ class Scenario(_Section):
                     "it must stay positive from retention.min to 1"
                 )
         return self
+
+
+# No modulation carries more bits per second and Hz than this, on however many antennas a UE has.
+_MOST_BITS_PER_HZ = 50.0
+
+
+def _trace_problem(scenario: Scenario) -> str | None:
+    """What is wrong with a scenario whose links are measured ones."""
+    trace, radio = scenario.trace, scenario.radio
+    assert trace is not None
+    for name, section in (
+        ("radio.path_loss", radio.path_loss),
+        ("radio.fading", radio.fading),
+        ("mobility", scenario.mobility),
+    ):
+        if section is not None:
+            return f"{name}: the rates of a trace hold all of that already; drop this section or trace"
+    windows, needed = len(trace.downlink_mbps), scenario.fleet.tasks + 1
+    if windows < needed:
+        return (
+            f"trace: too short: {windows} intervals of {trace.interval_s:g} s, but {scenario.fleet.tasks} tasks "
+            f"need {needed}; take a longer trace, or lower trace.interval_s or fleet.tasks"
+        )
+    for link in ("uplink", "downlink"):
+        hertz = getattr(radio, f"{link}_bandwidth_hz")
+        fastest = max(getattr(trace, f"{link}_mbps"))
+        if fastest * 1e6 > _MOST_BITS_PER_HZ * hertz:
+            return (
+                f"trace.{link}_mbps: {fastest:g} Mbit/s over {hertz:g} Hz are {fastest * 1e6 / hertz:.3g} bit/s "
+                f"per Hz, more than any radio carries ({_MOST_BITS_PER_HZ:g}); raise radio.{link}_bandwidth_hz "
+                "to the band that the trace was measured on"
+            )
+    return None
+
+
+def _model_problem(scenario: Scenario) -> str | None:
+    """What is wrong with a scenario whose channel is a modelled one."""
+    radio, distance = scenario.radio, scenario.fleet.distance_m
+    if distance is None:
+        return "fleet.distance_m: missing; add it to the scenario"
+    if radio.path_loss is None and radio.path_loss_exponent is None:
+        return "radio.path_loss_exponent: missing; add it to the scenario, or a section radio.path_loss"
+    if radio.path_loss is not None:
+        if radio.path_loss_exponent is not None:
+            return "radio.path_loss: there is a path_loss_exponent too; drop one of them"
+        if distance.min < 10 or distance.max > 5000:
+            return (
+                f"fleet.distance_m: path loss {radio.path_loss.model} holds from 10 to 5000 m, "
+                f"got {distance.min:g} to {distance.max:g}"
+            )
+    if radio.fading_blocks is None and radio.rate == "shannon":
+        return "radio.fading_blocks: missing; add it to the scenario"
+    if radio.fading is not None:
+        if radio.rate == "ergodic":
+            return (
+                "radio.fading: the ergodic rate is the mean over all fading; drop the section or radio.rate"
+            )
+        if radio.fading.speed_mps is None and scenario.mobility is None:
+            return "radio.fading.speed_mps: missing where UEs do not move; add it to the scenario"
+        if scenario.fading_interval_s is None:
+            return "radio.fading.interval_s: missing where UEs do not move; add it to the scenario"
+    if radio.carrier_ghz is None and (radio.path_loss or radio.fading):
+        return "radio.carrier_ghz: missing; path_loss and fading need it, e.g. 3.5"
+    return None

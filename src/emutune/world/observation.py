@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from emutune.world.channel import fading_at_scores
 from emutune.world.dynamics import Cache, State, Task, current_task, usable_layers
 from emutune.world.families import FamilyTables
 from emutune.world.parameters import World, layers_of
 from emutune.world.quality import curve_perplexity
+from emutune.world.radio import TIMING_ADVANCE_M, downlink_gain_bounds, gain_bounds
 
 
 class Observation(NamedTuple):
@@ -25,6 +25,9 @@ class Observation(NamedTuple):
         family: family of each task; this and the next two are None in a world of one family.
         held_family: family of the emulator that each UE holds; means nothing where it holds none.
         held_retention: retention of that emulator, 0 for none.
+        previous_downlink_gain: None where both links have one gain.
+        distance_m: of each UE, as its timing advance tells the base station; None where UEs do not move.
+        approach_m: by how much it came nearer since the task before.
     """
 
     previous_gain: Float[Array, "*batch ues"]
@@ -36,6 +39,16 @@ class Observation(NamedTuple):
     family: Int[Array, "*batch ues"] | None = None
     held_family: Int[Array, "*batch ues"] | None = None
     held_retention: Float[Array, "*batch ues"] | None = None
+    previous_downlink_gain: Float[Array, "*batch ues"] | None = None
+    distance_m: Float[Array, "*batch ues"] | None = None
+    approach_m: Float[Array, "*batch ues"] | None = None
+
+
+def downlink_gain(observation: Observation) -> Float[Array, "*batch ues"]:
+    """The gain of the downlink during the previous task."""
+    if observation.previous_downlink_gain is None:
+        return observation.previous_gain
+    return observation.previous_downlink_gain
 
 
 def observe(world: World, state: State) -> Observation:
@@ -56,6 +69,9 @@ def observe_task(world: World, cache: Cache, task: Task, step: Int[Array, ""]) -
         family=family,
         held_family=cache.family,
         held_retention=None if cache.family is None else cache.layers / layers_of(world, cache.family),
+        previous_downlink_gain=task.previous_downlink_gain,
+        distance_m=task.distance_m,
+        approach_m=task.approach_m,
     )
 
 
@@ -64,32 +80,32 @@ def ue_features(world: World, observation: Observation) -> Float[Array, "*batch 
 
     In the order of s1 gain, complexity, data, cached retention. With several families there follow the
     retention of an emulator of another family, and what sets the task's family apart: its size and its
-    perplexity at the server, each as a share of the largest.
+    perplexity at the server, each as a share of the largest. Where the downlink has a gain of its own, that
+    comes next, and where UEs move, their distance and by how much they came nearer.
     """
     return join_features(task_features(world, observation), cache_features(world, observation))
 
 
 def feature_count(world: World) -> int:
     """Features of each UE."""
-    return 4 if world.families is None else 7
+    families = 0 if world.families is None else 3
+    return 4 + families + (world.trace is not None) + 2 * (world.mobility is not None)
 
 
 def task_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
-    """The features that no action changes: gain, complexity, data, and those of the task's family.
+    """The features that no action changes: gain, complexity, data, those of the task's family and of the radio.
 
     Gains vary over decades, so they enter as logarithms, scaled by the path loss at the fleet's nearest
     and farthest distance and by fading up to three standard normal scores either way.
     """
-    strongest, weakest = world.distance_m**-world.path_loss_exponent
-    faded = fading_at_scores(world.fading_quantiles, jnp.asarray([-3.0, 3.0]))
-    gain_bounds = jnp.log(jnp.stack([weakest, strongest]) * faded)
     columns = [
-        _centred(jnp.log(observation.previous_gain), gain_bounds),
+        _centred(jnp.log(observation.previous_gain), jnp.log(gain_bounds(world))),
         _centred(observation.complexity, world.complexity),
         _centred(observation.data_bits, world.data_bits),
     ]
     if world.families is not None and observation.family is not None:
         columns += _family_columns(world, world.families, observation.family)
+    columns += _radio_columns(world, observation)
     return jnp.stack(columns, axis=-1)
 
 
@@ -123,6 +139,20 @@ def _family_columns(world: World, tables: FamilyTables, family: Int[Array, "*bat
     each = jnp.arange(tables.model_bits.shape[0])
     whole = curve_perplexity(world, jnp.ones(each.shape), each)
     return [(tables.model_bits / tables.model_bits.max())[family], (whole / whole.max())[family]]
+
+
+def _radio_columns(world: World, observation: Observation) -> list[Array]:
+    columns = []
+    if observation.previous_downlink_gain is not None:
+        bounds = jnp.log(downlink_gain_bounds(world))
+        columns.append(_centred(jnp.log(observation.previous_downlink_gain), bounds))
+    if observation.distance_m is not None and observation.approach_m is not None:
+        assert world.mobility is not None
+        assert world.distance_m is not None
+        farthest_m = world.mobility.speed_mps[1] * world.mobility.interval_s + TIMING_ADVANCE_M
+        columns.append(_centred(observation.distance_m, world.distance_m))
+        columns.append(observation.approach_m / farthest_m)
+    return columns
 
 
 def _centred(values: Float[Array, "*batch"], bounds: Float[Array, "2"]) -> Float[Array, "*batch"]:

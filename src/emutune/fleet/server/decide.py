@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emutune.errors import FleetError
-from emutune.fleet.server.links import middle_gain
+from emutune.fleet.server.links import middle_gain, plain_law
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
 from emutune.scenario import Scenario
@@ -67,7 +67,7 @@ class Decider:
         seed: of policies that draw.
 
     Raises:
-        FleetError: the scenario is one of several foundation models.
+        FleetError: the scenario is one of several foundation models, or of links that a fleet cannot have.
     """
 
     def __init__(self, scenario: Scenario, policy: Policy, seed: int = 0) -> None:
@@ -76,6 +76,7 @@ class Decider:
                 f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
                 "for a scenario without the section families"
             )
+        plain_law(scenario)
         self.scenario = scenario
         self._world = build_world(scenario)
         self._policy = policy
@@ -189,7 +190,9 @@ def _rates(
     world: World, gain: jax.Array, power: jax.Array, uploads: jax.Array, downloads: jax.Array
 ) -> jax.Array:
     up, down = jnp.sum(uploads) * 1.0, jnp.sum(downloads) * 1.0
-    rate = partial(shared_rate_bps, gain=gain, noise_w_per_hz=world.noise_w_per_hz)
+    rate = partial(
+        shared_rate_bps, gain=gain, noise_w_per_hz=world.noise_w_per_hz, ergodic=world.ergodic_rate
+    )
     upward = rate(world.uplink_bandwidth_hz, power, sharers=up)
     downward = rate(
         world.downlink_bandwidth_hz, world.downlink_power_w / jnp.maximum(down, 1.0), sharers=down

@@ -28,14 +28,17 @@ def action_space(scenario: Scenario) -> spaces.Dict:
 def observation_space(scenario: Scenario) -> spaces.Box:
     """The 4N features of s1 (gains, complexities, data sizes, cached retentions), then the progress.
 
-    With several families 3N more stand before the progress; see ``emutune.world.ue_features``. A gain has
-    no bounds, since fading has none.
+    With several families 3N more stand before the progress, then N with a trace and 2N where UEs move; see
+    ``emutune.world.ue_features``. A gain has no bounds, since fading has none.
     """
     ues, bound = scenario.fleet.ues, _FEATURE_BOUND
     more = 0 if scenario.families is None else 3
-    counts = [ues] * (4 + more) + [1]
-    low = np.repeat([-np.inf, -bound, -bound, 0.0, *[0.0] * more, -bound], counts)
-    high = np.repeat([np.inf, bound, bound, bound, *[bound] * more, bound], counts)
+    gains = 0 if scenario.trace is None else 1
+    places = 0 if scenario.mobility is None else 2
+    counts = [ues] * (4 + more + gains + places) + [1]
+    radio_low, radio_high = [-np.inf] * gains + [-bound] * places, [np.inf] * gains + [bound] * places
+    low = np.repeat([-np.inf, -bound, -bound, 0.0, *[0.0] * more, *radio_low, -bound], counts)
+    high = np.repeat([np.inf, bound, bound, bound, *[bound] * more, *radio_high, bound], counts)
     return spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
 
 
