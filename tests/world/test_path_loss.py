@@ -27,6 +27,10 @@ from emutune.world.path_loss import (
 )
 from emutune.world.radio import gain_bounds, middle_gain
 
+# Compiled once for every path loss: what differs between models are numbers.
+propagate = jax.jit(draw_propagation)
+links = jax.jit(draw_links)
+draw_episode_compiled = jax.jit(draw_episode)
 NAMES = {"umi": "UMi-StreetCanyon", "uma": "UMa"}
 
 
@@ -132,7 +136,7 @@ def test_draws_have_the_laws_of_line_of_sight_and_shadowing(model: str) -> None:
     tables, ues = tables_of(model), 20_000
     # Half of a correlation distance a row: later rows must have the same laws as the first.
     distance_m, moved_m = jnp.full((4, ues), 80.0), jnp.full((4, ues), 25.0)
-    way = jax.jit(draw_propagation)(jax.random.key(0), tables, distance_m, moved_m)
+    way = propagate(jax.random.key(0), tables, distance_m, moved_m)
     clear, shadow = np.asarray(way.line_of_sight), np.asarray(way.shadowing_db, float)
     expected = float(los_probability(tables, jnp.asarray(80.0)))
     for row in range(4):
@@ -146,7 +150,7 @@ def test_draws_have_the_laws_of_line_of_sight_and_shadowing(model: str) -> None:
 @pytest.mark.parametrize("moved", [0.0, 5.0, 13.0, 40.0])
 def test_shadowing_is_correlated_exponentially_in_the_distance_moved(moved: float) -> None:
     tables, ues = tables_of("umi", "radio.path_loss.line_of_sight=never"), 20_000
-    way = draw_propagation(jax.random.key(1), tables, jnp.full((3, ues), 100.0), jnp.full((3, ues), moved))
+    way = propagate(jax.random.key(1), tables, jnp.full((3, ues), 100.0), jnp.full((3, ues), moved))
     drawn = np.asarray(way.shadowing_db, float)
     for lag in (1, 2):
         expected = math.exp(-lag * moved / 13)
@@ -158,7 +162,7 @@ def test_line_of_sight_changes_less_over_short_ways() -> None:
     # Orthant probability of two normals of correlation r at the threshold: by quadrature.
     threshold = stats.norm.ppf(float(los_probability(tables, jnp.asarray(60.0))))
     for moved in (1.0, 10.0, 50.0):
-        way = draw_propagation(jax.random.key(2), tables, jnp.full((2, ues), 60.0), jnp.full((2, ues), moved))
+        way = propagate(jax.random.key(2), tables, jnp.full((2, ues), 60.0), jnp.full((2, ues), moved))
         clear = np.asarray(way.line_of_sight)
         r = math.exp(-moved / 50)
         both = stats.multivariate_normal([0, 0], [[1, r], [r, 1]]).cdf([threshold, threshold])
@@ -167,7 +171,7 @@ def test_line_of_sight_changes_less_over_short_ways() -> None:
 
 def test_ues_that_stay_keep_their_line_of_sight_and_shadowing() -> None:
     world = build_world(scenario_of("umi", "fleet.ues=500", "fleet.tasks=4", "radio.rate=ergodic"))
-    channel, _ = draw_links(jax.random.key(0), world)
+    channel, _ = links(jax.random.key(0), world)
     gain = np.asarray(channel.gain)
     np.testing.assert_array_equal(gain, np.broadcast_to(gain[0], gain.shape))
     assert np.unique(gain[0]).size > 490
@@ -176,7 +180,7 @@ def test_ues_that_stay_keep_their_line_of_sight_and_shadowing() -> None:
 def test_an_episode_s_gain_is_loss_shadowing_and_fading() -> None:
     quiet = scenario_of("umi", "fleet.ues=300", "radio.path_loss.shadowing=false")
     world = build_world(quiet)
-    episode = draw_episode(jax.random.key(4), world)
+    episode = draw_episode_compiled(jax.random.key(4), world)
     fading = np.asarray(episode.gain) / np.median(np.asarray(episode.gain), axis=0)
     assert fading.std() == pytest.approx(0.1, rel=0.05)
     distance = np.asarray(
@@ -194,7 +198,7 @@ def test_an_episode_s_gain_is_loss_shadowing_and_fading() -> None:
 @pytest.mark.parametrize("sight", ["drawn", "always", "never"])
 def test_features_are_scaled_by_the_gains_that_occur(model: str, sight: str) -> None:
     world = build_world(scenario_of(model, "fleet.ues=3000", f"radio.path_loss.line_of_sight={sight}"))
-    gain = np.asarray(draw_episode(jax.random.key(5), world).gain)
+    gain = np.asarray(draw_episode_compiled(jax.random.key(5), world).gain)
     low, high = np.asarray(gain_bounds(world))
     assert 0.95 < ((gain > low) & (gain < high)).mean() <= 1
     assert low < float(middle_gain(world)) < high
@@ -202,7 +206,7 @@ def test_features_are_scaled_by_the_gains_that_occur(model: str, sight: str) -> 
 
 def test_path_loss_is_a_thing_of_its_own_keys() -> None:
     plain, with_loss = (
-        draw_episode(jax.random.key(6), build_world(scenario))
+        draw_episode_compiled(jax.random.key(6), build_world(scenario))
         for scenario in (load_scenario("paper"), scenario_of("umi"))
     )
     for field in ("complexity", "data_bits", "transmit_power_w"):

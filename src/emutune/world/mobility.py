@@ -127,7 +127,8 @@ def _draw_path(key: Key[Array, ""], tables: MobilityTables, distance_m: Float[Ar
 def _begin(key: Key[Array, ""], tables: MobilityTables, distance_m: Float[Array, "2"]) -> Walk:
     """The stationary state: pausing, or on a way drawn by its length and by how long it takes."""
     start, target = _draw_long_way(key, distance_m)
-    state, where, pace, rest, pause = jax.random.uniform(jax.random.fold_in(key, 0), (5,))
+    draws = jax.random.uniform(jax.random.fold_in(key, 0), (7,))
+    state, where, pace, rest, pause = draws[:5]
     slow, fast = tables.speed_mps
     speed = slow * (fast / slow) ** pace
     length = _length(target - start)
@@ -141,7 +142,7 @@ def _begin(key: Key[Array, ""], tables: MobilityTables, distance_m: Float[Array,
     low, high = tables.pause_s
     resting = walking._replace(
         # Where UEs pause is drawn like any target.
-        target_m=_draw_point(jax.random.fold_in(key, 1), distance_m),
+        target_m=_point(draws[5:], distance_m),
         left_s=jnp.zeros(()),
         pause_s=(1 - rest) * jnp.sqrt(low**2 + (high**2 - low**2) * pause),
     )
@@ -155,9 +156,10 @@ def _draw_long_way(
 
     def attempt(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         count = state[0] + 1
-        keys = jax.random.split(jax.random.fold_in(key, -count), 3)
-        start, target = _draw_point(keys[0], distance_m), _draw_point(keys[1], distance_m)
-        accepted = jax.random.uniform(keys[2]) * 2 * distance_m[1] < _length(target - start)
+        # Numbers of ways count from 0 up, those of attempts from the top down.
+        draws = jax.random.uniform(jax.random.fold_in(key, -count), (5,))
+        start, target = _point(draws[:2], distance_m), _point(draws[2:4], distance_m)
+        accepted = draws[4] * 2 * distance_m[1] < _length(target - start)
         return count, accepted, start, target
 
     def refused(state: tuple[Array, Array, Array, Array]) -> Bool[Array, ""]:
@@ -193,16 +195,15 @@ def _advance(
 
 def _next_way(key: Key[Array, ""], tables: MobilityTables, distance_m: Float[Array, "2"], walk: Walk) -> Walk:
     """From the end of a way to a new target."""
-    target_key, rest_key = jax.random.split(jax.random.fold_in(key, 1 + walk.ways))
-    target = _draw_point(target_key, distance_m)
-    pace, pause = jax.random.uniform(rest_key, (2,))
-    speed, way = _between(tables.speed_mps, pace), target - walk.target_m
+    draws = jax.random.uniform(jax.random.fold_in(key, walk.ways), (4,))
+    target = _point(draws[:2], distance_m)
+    speed, way = _between(tables.speed_mps, draws[2]), target - walk.target_m
     length = jnp.maximum(_length(way), 1e-3)
     return Walk(
         target_m=target,
         velocity_mps=speed / length * way,
         left_s=length / speed,
-        pause_s=_between(tables.pause_s, pause),
+        pause_s=_between(tables.pause_s, draws[3]),
         ways=walk.ways + 1,
     )
 
@@ -211,9 +212,9 @@ def _place(walk: Walk) -> Float[Array, "2"]:
     return walk.target_m - walk.left_s * walk.velocity_mps
 
 
-def _draw_point(key: Key[Array, ""], distance_m: Float[Array, "2"]) -> Float[Array, "2"]:
-    """A point of the ring, uniform over its area."""
-    share, turn = jax.random.uniform(key, (2,))
+def _point(uniform: Float[Array, "2"], distance_m: Float[Array, "2"]) -> Float[Array, "2"]:
+    """A point of the ring, uniform over its area, from two uniform draws."""
+    share, turn = uniform
     near, far = distance_m**2
     radius = jnp.sqrt(near + (far - near) * share)
     return radius * jnp.stack([jnp.cos(2 * math.pi * turn), jnp.sin(2 * math.pi * turn)])
