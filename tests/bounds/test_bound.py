@@ -202,5 +202,5 @@ def test_no_policy_beats_it_and_holding_comes_close(ues):
 
 
 def test_an_unknown_method_is_refused(paper):
-    with pytest.raises(UsageError, match=r"method: must be 'linear' or 'integer'"):
+    with pytest.raises(UsageError, match=r"method: must be 'linear', 'integer' or 'prices'"):
         certified_bounds(paper, held_out_episodes(paper, 1), method="magic")  # type: ignore[arg-type]

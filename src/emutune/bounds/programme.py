@@ -26,7 +26,7 @@ from emutune.errors import BoundError
 from emutune.scenario import Scenario
 from emutune.world.ergodic import spectral_efficiency
 
-Method = Literal["linear", "integer"]
+Method = Literal["linear", "integer", "prices"]
 
 
 class Costs(NamedTuple):

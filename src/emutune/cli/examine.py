@@ -42,7 +42,10 @@ def check(scenario: ScenarioArgument, overrides: Overrides = [], json_file: Json
 def bound(
     scenario: ScenarioArgument,
     episodes: Episodes = 64,
-    method: Annotated[str, typer.Option(help="linear or integer.")] = "linear",
+    method: Annotated[
+        str | None,
+        typer.Option(help="linear, integer or prices; linear if not given, prices in large fleets."),
+    ] = None,
     time_limit_s: Annotated[float, typer.Option(min=0.1, help="Limit of each integer programme.")] = 60.0,
     overrides: Overrides = [],  # noqa: B006
     json_file: JsonFile = None,
