@@ -24,15 +24,15 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 _LINKS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "distance m": lambda row: f"{row['distance_m']:.0f} to {row['last_distance_m']:.0f}",
+    "distance\nm": lambda row: f"{row['distance_m']:.0f}-{row['last_distance_m']:.0f}",
     "line of\nsight %": lambda row: f"{100 * row['line_of_sight_share']:.0f}",
-    "path\nloss dB": lambda row: f"{row['path_loss_db']:.1f}",
-    "SNR up,\ndown dB": lambda row: f"{row['uplink_snr_db']:.1f}, {row['downlink_snr_db']:.1f}",
+    "path\nloss dB": lambda row: f"{row['path_loss_db']:.0f}",
+    "SNR up,\ndown dB": lambda row: f"{row['uplink_snr_db']:.0f}, {row['downlink_snr_db']:.0f}",
     "Mbit/s\nup, down": lambda row: f"{row['uplink_mbps']:.3g}, {row['downlink_mbps']:.3g}",
-    "upload s": lambda row: f"{row['upload_s']:.3g}",
-    "emulator s": lambda row: f"{row['smallest_emulator_s']:.3g} to {row['largest_emulator_s']:.3g}",
+    "upload\ns": lambda row: f"{row['upload_s']:.3g}",
+    "emulator\ns": lambda row: f"{row['smallest_emulator_s']:.3g}-{row['largest_emulator_s']:.3g}",
 }
-_LINK_NEEDS = {"distance m": "distance_m", "line of\nsight %": "line_of_sight_share"}
+_LINK_NEEDS = {"distance\nm": "distance_m", "line of\nsight %": "line_of_sight_share"}
 _LINKS_SHOWN = 12
 
 
