@@ -26,6 +26,9 @@ def check_calls(function: Callable) -> Callable:
 sys.modules["shape_checks"] = ModuleType("shape_checks")
 sys.modules["shape_checks"].check_calls = check_calls
 
+# Tests spend most of their time on compiling; programs that are compiled in haste serve them as well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # This must come before the first import of any of these packages; one that nobody imports costs nothing.
 install_import_hook(("emutune.world", "emutune.policies", "emutune.learning"), "shape_checks.check_calls")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -431,19 +432,30 @@ def draw_curve(path: Path, points: list[Point], fits: dict[Any, Fit]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries from looking for a hub, and from writing between our lines."""
+    """Keep the model libraries from looking for a hub, and from writing between our lines.
+
+    Raises:
+        UsageError: they are not installed.
+    """
+    expect_libraries()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def expect_libraries() -> None:
+    """The same for processes that this one starts; nothing is imported here.
+
+    Raises:
+        UsageError: they are not installed.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"{error.name}: not installed; pip install 'emutune[tuning]'") from error
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    for name in ("peft", "torch"):
+        if find_spec(name) is None:
+            raise UsageError(f"{name}: not installed; pip install 'emutune[tuning]'")
 
 
 def going_on(out: Path) -> AbstractContextManager[None]:

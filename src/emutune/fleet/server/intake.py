@@ -96,6 +96,21 @@ class Uploads:
         async with upload.lock:
             return await self._settle(expected)
 
+    def discard(self, lease: str) -> bool:
+        """Delete what arrived of an upload that nobody goes on with; whether there was any."""
+        upload = self._open.pop(lease, None)
+        if upload is not None:
+            # A request that still writes notices, and ends.
+            upload.turn += 1
+        part = self._directory / f"{lease}.part"
+        there = part.exists()
+        part.unlink(missing_ok=True)
+        return there
+
+    def begun(self) -> list[str]:
+        """Leases of which a part has arrived."""
+        return sorted(path.stem for path in self._directory.glob("*.part"))
+
     async def _write(
         self, request: Request, expected: Expected, upload: _Upload, turn: int, offset: int
     ) -> None:

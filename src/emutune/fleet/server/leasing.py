@@ -10,9 +10,10 @@ from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.protocol import Lease, Report
 from emutune.fleet.rows import Decision
-from emutune.fleet.server.decide import Candidate, Choice, Decider, Forecast
+from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
 from emutune.fleet.server.links import DrawnLink, middle_gain
-from emutune.tuning.catalogue import Catalogue
+from emutune.scenario import Scenario
+from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator, missing
 
 MegaBytes = 1e6
@@ -36,8 +37,8 @@ class Leasing:
     def __init__(
         self,
         config: FleetConfig,
-        catalogue: Catalogue,
-        decider: Decider,
+        catalogue: Inventory,
+        decider: Deciding,
         complexity: Callable[[str], float],
         last_gain: Callable[[str], float | None],
         in_service: Callable[[str], str | None],
@@ -45,13 +46,13 @@ class Leasing:
         self._config, self._catalogue, self._decider = config, catalogue, decider
         self._complexity, self._last_gain, self._in_service = complexity, last_gain, in_service
         self._scenario = decider.scenario
-        self.emulators = _usable_emulators(catalogue, decider)
+        self.emulators = _usable_emulators(catalogue, decider.scenario)
         self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
 
-    def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
+    async def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
         """Decide a step; the same for the same step and reports."""
         candidates = [self._candidate(step, device, report) for device, report in reports]
-        choices = self._decider.decide(step, candidates)
+        choices = await self._decider.decide(step, candidates)
         choices = [
             self._allowed(choice, report) for choice, (_, report) in zip(choices, reports, strict=True)
         ]
@@ -61,8 +62,8 @@ class Leasing:
             for choice, emulator, (_, report) in zip(choices, wanted, reports, strict=True)
         ]
         scaled = [bytes_ * self._config.shaping.byte_scale for bytes_ in moved]
-        predicted = self._decider.forecast(candidates, choices, scaled)
-        rates = self._rates(step, reports, candidates, choices, scaled)
+        predicted = await self._decider.forecast(candidates, choices, scaled)
+        rates = await self._rates(step, reports, candidates, choices, scaled)
         return [
             self._decision(step, *row)
             for row in zip(reports, candidates, choices, wanted, moved, predicted, rates, strict=True)
@@ -107,7 +108,7 @@ class Leasing:
     def _missing(self, report: Report, wanted: Emulator) -> int:
         return sum(missing(self._held(report), wanted).values())
 
-    def _rates(
+    async def _rates(
         self,
         step: int,
         reports: Sequence[tuple[str, Report]],
@@ -128,7 +129,7 @@ class Leasing:
             )
             for candidate, (device, _) in zip(candidates, reports, strict=True)
         ]
-        actual = self._decider.forecast(during, choices, scaled)
+        actual = await self._decider.forecast(during, choices, scaled)
         scale = shaping.time_scale / shaping.byte_scale
         return [
             forecast.rate_bps * scale if bytes_ else None
@@ -177,9 +178,8 @@ class Leasing:
         )
 
 
-def _usable_emulators(catalogue: Catalogue, decider: Decider) -> list[Emulator]:
+def _usable_emulators(catalogue: Inventory, scenario: Scenario) -> list[Emulator]:
     """The catalogue's emulators within the scenario's bounds, by rising retention."""
-    scenario = decider.scenario
     if scenario.model.base not in (None, catalogue.info.base):
         raise FleetError(
             f"{catalogue.directory}: was made from the model {catalogue.info.base[:12]}, but the policy's scenario "

@@ -20,13 +20,13 @@ from emutune.fleet.disk import is_full
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
-from emutune.fleet.server.decide import Decider
+from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.leasing import Leasing
 from emutune.fleet.server.links import DrawnLink, gain_of_rate
 from emutune.fleet.server.pool import Pool
 from emutune.fleet.server.worker import JudgeJob, TrainJob
-from emutune.tuning.adapters import check_belongs, load_adapter
-from emutune.tuning.catalogue import BASE, Catalogue
+from emutune.tuning.adapter_manifest import check_belongs, read_manifest
+from emutune.tuning.inventory import BASE, Inventory
 
 log = logging.getLogger("emutune.fleet")
 
@@ -54,8 +54,8 @@ class Orchestrator:
         self,
         config: FleetConfig,
         ledger: Ledger,
-        catalogue: Catalogue,
-        decider: Decider,
+        catalogue: Inventory,
+        decider: Deciding,
         trainers: Pool,
         judge: Pool,
         report: Callable[[int], None] = lambda step: None,
@@ -94,7 +94,7 @@ class Orchestrator:
         for step in range(self._ledger.last_step() + 1, self._config.steps.count):
             reports = await self._gather()
             await self._measure_complexities(reports)
-            decided = self._leasing.lease_step(step, reports)
+            decided = await self._leasing.lease_step(step, reports)
             await self._noted(partial(self._ledger.begin_step, step, decided))
             for decision in decided:
                 self._wake(decision.device)
@@ -452,7 +452,7 @@ class Orchestrator:
         Raises:
             AdapterError: it belongs to another model, or to other layers.
         """
-        manifest, _ = load_adapter(path)
+        manifest = read_manifest(path)
         info = self._catalogue.info
         check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
