@@ -196,6 +196,7 @@ def test_all_tasks_are_the_tasks_of_each_step() -> None:
                 np.testing.assert_array_equal(mine, theirs[t])
 
 
+@pytest.mark.slow
 def test_environments_show_distance_and_approach() -> None:
     env = OrchestrationEnv(walking())
     seen, _ = env.reset(seed=0)

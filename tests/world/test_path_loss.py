@@ -194,8 +194,7 @@ def test_an_episode_s_gain_is_loss_shadowing_and_fading() -> None:
     assert 0.05 < clear.mean() < 0.3
 
 
-@pytest.mark.parametrize("model", ["umi", "uma"])
-@pytest.mark.parametrize("sight", ["drawn", "always", "never"])
+@pytest.mark.parametrize(("model", "sight"), [("umi", "drawn"), ("umi", "always"), ("uma", "never")])
 def test_features_are_scaled_by_the_gains_that_occur(model: str, sight: str) -> None:
     world = build_world(scenario_of(model, "fleet.ues=3000", f"radio.path_loss.line_of_sight={sight}"))
     gain = np.asarray(draw_episode_compiled(jax.random.key(5), world).gain)

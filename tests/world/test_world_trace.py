@@ -95,6 +95,7 @@ def test_features_span_the_trace() -> None:
     assert OrchestrationEnv(traced()).reset(seed=0)[0].shape == (5 * 6 + 1,)
 
 
+@pytest.mark.slow
 def test_policies_of_every_kind_act_on_a_trace() -> None:
     scenario = traced()
     world, drawn = build_world(scenario), held_out_episodes(scenario, 3)
