@@ -108,7 +108,9 @@ def test_world_of_several_models_is_refused() -> None:
 )
 def test_links_that_a_fleet_cannot_shape_are_refused(changes: list[str]) -> None:
     scenario = load_scenario("paper", changes)
-    with pytest.raises(FleetError, match="a fleet's follow radio.path_loss_exponent and radio.fading_blocks"):
+    with pytest.raises(
+        FleetError, match=r"a fleet.s follow radio\.path_loss_exponent and radio\.fading_blocks"
+    ):
         Decider(scenario, open_decider("all_server", PAPER)._policy)
     with pytest.raises(FleetError, match="use a policy for such a scenario"):
         middle_gain(scenario)

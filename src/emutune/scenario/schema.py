@@ -113,7 +113,7 @@ class PathLoss(_Section):
 
 
 class Fading(_Section):
-    """Fading that drifts from task to task (D14) instead of being drawn anew.
+    """Fading that drifts from task to task (D21) instead of being drawn anew.
 
     Attributes:
         speed_mps: of every UE or its surroundings; left out where UEs move, each at its own.
@@ -130,7 +130,7 @@ class Radio(_Section):
     Attributes:
         path_loss_exponent: the gain is the distance to the power of minus this; or give ``path_loss``.
         fading_blocks: a task's gain is the mean over so many Rayleigh blocks.
-        rate: that of a task's gain, or its mean over Rayleigh fading, which then is no part of the gain (D13).
+        rate: that of a task's gain, or its mean over Rayleigh fading, which then is no part of the gain (D20).
         carrier_ghz: for ``path_loss`` and ``fading``.
     """
 
@@ -243,7 +243,7 @@ class Download(_Section):
 
 
 class Mobility(_Section):
-    """UEs that walk from one random waypoint to the next, in the ring of ``fleet.distance_m`` (D15).
+    """UEs that walk from one random waypoint to the next, in the ring of ``fleet.distance_m`` (D22).
 
     Attributes:
         speed_mps: drawn for every way.
@@ -257,7 +257,7 @@ class Mobility(_Section):
 
 
 class Trace(_Section):
-    """Measured rates instead of a modelled channel (D16): those of a UE alone with the whole band.
+    """Measured rates instead of a modelled channel (D23): those of a UE alone with the whole band.
 
     A scenario file may name the rates' file, as ``emutune trace import`` writes it, with ``file`` instead of
     the two lists.
