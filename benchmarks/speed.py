@@ -3,7 +3,7 @@
     python benchmarks/speed.py --json speed.json
 
 Every figure is measured in a process of its own, one after the other. Compilation is left out of the
-``train_*`` and ``world_*`` figures: every program runs once before it is timed. The peer is PPO of
+``train_*`` and other ``*_per_s`` figures: every program runs once before it is timed. The peer is PPO of
 Stable-Baselines3 on the Gymnasium environment; it is left out if the ``bench`` extra is not installed.
 """
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from emutune.cli.jax_setup import prepare_jax
@@ -91,6 +92,56 @@ def world(episodes=2048, repeats=5):
     return {"world_steps_per_s": len(batches) * repeats * episodes * scenario.fleet.tasks / seconds}
 
 
+def fleet_sizes(sizes=(6, 64, 1024, 10_000)):
+    """The random policy in fleets of many sizes, on one device: draws of episodes included."""
+    prepare_jax()
+    import jax
+
+    from emutune.policies import Random
+    from emutune.scenario import load_scenario
+    from emutune.study.evaluate import draw_episodes, run_episodes
+    from emutune.world import build_world
+
+    @partial(jax.jit, static_argnums=2)
+    def play(world, stream, episodes):
+        return run_episodes(world, Random(), draw_episodes(world, stream, episodes))[0].sum()
+
+    def rate(scenario):
+        numbers, episodes = build_world(scenario), max(1, 12_288 // scenario.fleet.ues)
+        play(numbers, 0, episodes).block_until_ready()
+        seconds = (timed(lambda: play(numbers, 1, episodes).block_until_ready()) for _ in range(REPEATS))
+        return episodes * scenario.fleet.tasks / statistics.median(seconds)
+
+    return {
+        f"{name}_n{ues}_steps_per_s": rate(load_scenario(name, [f"fleet.ues={ues}"]))
+        for name in ("paper", "urban")
+        for ues in sizes
+    }
+
+
+def large_bound(ues=256):
+    """Seconds that the bound of one episode of a large fleet takes."""
+    prepare_jax()
+    import jax
+
+    from emutune.bounds import certified_bounds
+    from emutune.scenario import load_scenario
+    from emutune.study.evaluate import held_out_episodes
+
+    def seconds(scenario):
+        drawn = held_out_episodes(scenario, 5)
+        first, later = (
+            jax.tree.map(lambda part, cut=cut: part[cut], drawn) for cut in (slice(1), slice(1, 5))
+        )
+        certified_bounds(scenario, first, method="prices")
+        return timed(lambda: certified_bounds(scenario, later, method="prices")) / 4
+
+    return {
+        f"{name}_n{ues}_bound_seconds": seconds(load_scenario(name, [f"fleet.ues={ues}"]))
+        for name in ("families", "city")
+    }
+
+
 def command():
     """From shell to result: the help, and a ``train`` whose program the cache already holds."""
 
@@ -128,7 +179,17 @@ def peer(environments=16):
     return {"sb3_steps_per_s": STEPS / seconds, "sb3_return": float(returns)}
 
 
-MEASURES = (train_flat_1_seed, train_flat_8_seeds, train_set, train_set_8_seeds, world, command, peer)
+MEASURES = (
+    train_flat_1_seed,
+    train_flat_8_seeds,
+    train_set,
+    train_set_8_seeds,
+    world,
+    fleet_sizes,
+    large_bound,
+    command,
+    peer,
+)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 EmutuneError            something the user can put right; the command line prints it as one line
 ├── ScenarioError       a scenario file or override is wrong; names the field and the remedy
+├── TraceError          a throughput trace is damaged, too short, or of another form
 ├── CheckpointError     a checkpoint is damaged, or belongs to another scenario or version
 ├── ModelError          a foundation model cannot be loaded, cut or compressed
 ├── DataError           text to tune on is missing, empty or unreadable
@@ -20,6 +21,10 @@ class EmutuneError(Exception):
 
 class ScenarioError(EmutuneError):
     """A scenario is invalid; the message names the field and the remedy."""
+
+
+class TraceError(EmutuneError):
+    """A throughput trace cannot be used; the message names the line and the remedy."""
 
 
 class CheckpointError(EmutuneError):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
-from emutune.bounds import certified_bounds, cost_bound, episode_costs
+from emutune.bounds import Draws, certified_bounds, cost_bound, episode_costs
 from emutune.errors import UsageError
 from emutune.policies import AllServer, Fixed, Random
 from emutune.scenario import load_scenario
@@ -17,9 +18,10 @@ from emutune.study.evaluate import evaluate_policy, held_out_episodes
 UES, TASKS, LAYERS = 2, 3, 3
 
 
-def enumerated_optimum(scenario, gain, complexity, data_bits, power, family=None):
+def enumerated_optimum(scenario, gain, complexity, data_bits, power, family=None, down=None):
     """Cheapest of all decision sequences, by Eq. 1 to 9 in plain loops."""
     family = np.zeros((TASKS, UES), int) if family is None else family
+    down = gain if down is None else down
     choices = [[0, *range(model.fewest, model.most + 1)] for model in scenario.models]  # 0: at the server
     best = np.inf
     fleets = [list(itertools.product(*(choices[f] for f in row))) for row in family]
@@ -27,13 +29,24 @@ def enumerated_optimum(scenario, gain, complexity, data_bits, power, family=None
         cached, cost = [(0, 0)] * UES, 0.0
         for t, chosen in enumerate(plan):
             held = [old if of == f else 0 for (of, old), f in zip(cached, family[t], strict=True)]
-            cost += step_cost(scenario, gain[t], complexity[t], data_bits[t], power, family[t], chosen, held)
+            cost += step_cost(
+                scenario, gain[t], complexity[t], data_bits[t], power, family[t], chosen, held, down[t]
+            )
             cached = [(f, c) if c else old for c, f, old in zip(chosen, family[t], cached, strict=True)]
         best = min(best, cost)
     return best
 
 
-def step_cost(scenario, gain, complexity, data_bits, power, family, chosen, held):
+def efficiency(scenario, snr):
+    return (
+        np.exp(1 / snr) * special.exp1(1 / snr) / np.log(2)
+        if scenario.radio.rate == "ergodic"
+        else np.log2(1 + snr)
+    )
+
+
+def step_cost(scenario, gain, complexity, data_bits, power, family, chosen, held, down=None):
+    down = gain if down is None else down
     radio, iota = scenario.radio, scenario.quality.complexity_weight
     noise = 10 ** ((radio.noise_dbm_per_hz - 30) / 10)
     uploads = sum(c == 0 for c in chosen)
@@ -50,11 +63,11 @@ def step_cost(scenario, gain, complexity, data_bits, power, family, chosen, held
         perplexities.append(model.curve(retention) * (complexity[n] + iota) / divisor)
         if c == 0:
             share = radio.uplink_bandwidth_hz / uploads
-            delays.append(data_bits[n] / (share * np.log2(1 + power[n] * gain[n] / (noise * share))))
+            delays.append(data_bits[n] / (share * efficiency(scenario, power[n] * gain[n] / (noise * share))))
         elif sent[n]:
             share = radio.downlink_bandwidth_hz / downloads
-            snr = radio.downlink_power_w / downloads * gain[n] / (noise * share)
-            delays.append(8e9 * model.size_gb * sent[n] / model.layers / (share * np.log2(1 + snr)))
+            snr = radio.downlink_power_w / downloads * down[n] / (noise * share)
+            delays.append(8e9 * model.size_gb * sent[n] / model.layers / (share * efficiency(scenario, snr)))
     weights = scenario.reward
     return (
         -weights.perplexity_weight * np.mean(perplexities) - weights.delay_weight_per_min * max(delays) / 60
@@ -132,6 +145,41 @@ def test_never_exceeds_the_enumerated_optimum_with_families(delta):
     check()
 
 
+def test_never_exceeds_the_enumerated_optimum_of_ergodic_rates_and_two_gains():
+    @settings(max_examples=12)
+    @given(
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([-0.001, -0.015, -0.1]),
+        st.sampled_from([-190, -150, -130]),
+    )
+    def check(seed, delay_weight, noise):
+        scenario = load_scenario(
+            "paper",
+            [
+                "radio.rate=ergodic",
+                f"fleet.ues={UES}",
+                f"fleet.tasks={TASKS}",
+                f"model.layers={LAYERS}",
+                "retention.max=0.7",
+                f"reward.delay_weight_per_min={delay_weight}",
+                f"radio.noise_dbm_per_hz={noise}",
+            ],
+        )
+        draw = np.random.default_rng(seed)
+        shape = (TASKS, UES)
+        gain, down = draw.uniform(50, 500, shape) ** -3, draw.uniform(50, 500, shape) ** -3
+        complexity, data = draw.uniform(1, 10, shape), draw.uniform(2.4e9, 4e9, shape)
+        power = draw.uniform(0.2, 1, UES)
+        optimum = enumerated_optimum(scenario, gain, complexity, data, power, down=down)
+        costs = episode_costs(scenario, gain, complexity, data, power, draws=Draws(downlink_gain=down))
+        linear, integer = cost_bound(costs), cost_bound(costs, "integer")
+        assert linear <= integer + 1e-5 * abs(integer)
+        assert integer <= optimum
+        assert linear >= 0.3 * optimum
+
+    check()
+
+
 @pytest.mark.parametrize("name", ["families", "delta"])
 def test_no_policy_beats_it_with_families(name):
     scenario = load_scenario(name, ["fleet.ues=3", "fleet.tasks=8"])
@@ -154,5 +202,5 @@ def test_no_policy_beats_it_and_holding_comes_close(ues):
 
 
 def test_an_unknown_method_is_refused(paper):
-    with pytest.raises(UsageError, match=r"method: must be 'linear' or 'integer'"):
+    with pytest.raises(UsageError, match=r"method: must be 'linear', 'integer' or 'prices'"):
         certified_bounds(paper, held_out_episodes(paper, 1), method="magic")  # type: ignore[arg-type]

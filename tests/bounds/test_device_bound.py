@@ -61,16 +61,19 @@ def optimum(scenario, tasks) -> float:
     return max(reached.values())
 
 
-def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tuple[float, float, float]:
+def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tuple[float, ...]:
     scenario = tiny(features, *changes)
     episodes = jax.tree.map(
         lambda leaf: leaf[None], jax.jit(draw_episode)(jax.random.key(seed), build_world(scenario))
     )
     best = optimum(scenario, plain.tasks_of(jax.tree.map(lambda leaf: leaf[0], episodes)))
-    linear, integer = (certified_bounds(scenario, episodes, method=m)[0] for m in ("linear", "integer"))
+    linear, integer, prices = (
+        certified_bounds(scenario, episodes, method=m)[0] for m in ("linear", "integer", "prices")
+    )
     assert linear >= integer - 1e-5 * abs(integer)
     assert integer >= best
-    return linear, integer, best
+    assert prices >= best
+    return linear, integer, prices, best
 
 
 @pytest.mark.parametrize(
@@ -88,11 +91,12 @@ def test_enumeration_never_beats_it(features: set[str]) -> None:
     gaps = []
     for seed, weight in enumerate((-0.001, -0.015, -0.1, -0.015)):
         found = assert_below_the_optimum(features, seed, f"reward.delay_weight_per_min={weight}")
-        gaps.append([bound / found[2] for bound in found[:2]])
-    linear, integer = np.mean(gaps, axis=0)
+        gaps.append([bound / found[-1] for bound in found[:-1]])
+    linear, integer, prices = np.mean(gaps, axis=0)
     # How near they come: what is left is uploads' ratios and the mean over those that share.
     assert linear > 0.6
     assert integer > 0.75
+    assert prices > 0.5
 
 
 @pytest.mark.slow
@@ -108,7 +112,7 @@ def test_enumeration_never_beats_it_in_any_world(features, seed, weight, uplink_
     changes = [f"reward.delay_weight_per_min={weight}", f"radio.uplink_bandwidth_hz={uplink_hz}"]
     if "computation" in features:
         changes.append(f"computation.server_tflops={server_tflops}")
-    linear, _, best = assert_below_the_optimum(features, seed, *changes)
+    linear, *_, best = assert_below_the_optimum(features, seed, *changes)
     assert linear >= best / 0.3
 
 

@@ -99,6 +99,24 @@ def test_world_of_several_models_is_refused() -> None:
         Decider(load_scenario("families"), open_decider("all_server", PAPER)._policy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["radio.rate=ergodic"],
+        ["mobility={speed_mps={min=1, max=2}, interval_s=30}"],
+        ["fleet.tasks=1", "trace={interval_s=9, downlink_mbps=[1, 1], uplink_mbps=[1, 1]}"],
+    ],
+)
+def test_links_that_a_fleet_cannot_shape_are_refused(changes: list[str]) -> None:
+    scenario = load_scenario("paper", changes)
+    with pytest.raises(
+        FleetError, match=r"a fleet.s follow radio\.path_loss_exponent and radio\.fading_blocks"
+    ):
+        Decider(scenario, open_decider("all_server", PAPER)._policy)
+    with pytest.raises(FleetError, match="use a policy for such a scenario"):
+        middle_gain(scenario)
+
+
 @given(st.floats(1e-9, 1e-2), st.floats(0.2, 60), st.integers(1, 64), st.booleans())
 def test_gain_is_recovered_from_the_rate_that_it_gives(
     gain: float, power: float, sharers: int, uplink: bool

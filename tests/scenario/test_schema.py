@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from emutune.errors import EmutuneError, ScenarioError
 from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario, shipped_scenarios
-from emutune.scenario.schema import Curve
+from emutune.scenario.sections import Curve
 
 PAPER_TEXT = dump_scenario(load_scenario("paper"))
 
@@ -51,6 +51,7 @@ def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
             "noise_dbm_per_hz": -174.0,
             "path_loss_exponent": 2.0,
             "fading_blocks": 100,
+            "rate": "shannon",
         },
         "quality": {
             "curve": {"quadratic": 25.2, "linear": -43.1, "constant": 31.9, "knots": ()},
@@ -238,6 +239,48 @@ def test_override_below_a_single_value_is_refused() -> None:
         ("retention={min=0.3, max=0.305}", "retention", "widen the bounds or raise model.layers"),
         ("quality.curve.constant=10", "quality.curve", "must stay positive from retention.min to 1"),
         ("quality.complexity_factor=falling", "quality.complexity_factor", "'rising' or 'as_printed'"),
+        # A channel that is described twice, or not at all.
+        (
+            "radio.path_loss.model=umi",
+            "radio.path_loss",
+            "there is a path_loss_exponent too; drop one of them",
+        ),
+        ("radio.path_loss.model=rma", "radio.path_loss.model", "must be 'umi' or 'uma', got 'rma'"),
+        (
+            "radio.path_loss={model='uma', ue_height_m=13}",
+            "radio.path_loss.ue_height_m",
+            "must be below 13, got 13",
+        ),
+        ("radio.rate=mean", "radio.rate", "must be 'shannon' or 'ergodic', got 'mean'"),
+        ("radio.fading.interval_s=1", "radio.fading.speed_mps", "missing where UEs do not move; add it"),
+        ("radio.fading.speed_mps=1", "radio.fading.interval_s", "missing where UEs do not move; add it"),
+        (
+            "radio.fading={speed_mps=1, interval_s=1}",
+            "radio.carrier_ghz",
+            "path_loss and fading need it, e.g. 3.5",
+        ),
+        ("radio.carrier_ghz=3.5 GHz", "radio.carrier_ghz", "a number in GHz, got '3.5 GHz'"),
+        ("mobility={speed_mps={min=2, max=1}, interval_s=9}", "mobility.speed_mps", "min is above max"),
+        (
+            "mobility={speed_mps={min=0, max=1}, interval_s=9}",
+            "mobility.speed_mps.min",
+            "must be positive, got 0",
+        ),
+        (
+            "trace={interval_s=9, downlink_mbps=[1, 2], uplink_mbps=[1, 2, 3]}",
+            "trace",
+            "2 downlink rates but 3 up",
+        ),
+        (
+            "trace={interval_s=9, downlink_mbps=[1, 0], uplink_mbps=[1, 2]}",
+            "trace.downlink_mbps.1",
+            "must be positive",
+        ),
+        (
+            "trace={interval_s=9, downlink_mbps=[1, 2], uplink_mbps=[1, 2]}",
+            "trace",
+            "50 tasks need 51; take a longer",
+        ),
         # Wholly different things.
         ("fleet=3", "fleet", "must be a table of fields, got 3"),
         ("tasks.data_mb=400", "tasks.data_mb", "must be a table of fields, got 400"),
@@ -249,6 +292,72 @@ def test_wrong_value_is_refused_by_field_and_remedy(override: str, field: str, r
     message = refusal(override)
     assert message.startswith(f"mine.toml: {field}: ")
     assert remedy in message
+
+
+UMI = PAPER_TEXT.replace("path_loss_exponent = 2.0", 'carrier_ghz = 3.5\npath_loss = { model = "umi" }')
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "remedy"),
+    [
+        (
+            UMI,
+            ["fleet.distance_m.min=9"],
+            "fleet.distance_m: path loss umi holds from 10 to 5000 m, got 9 to 500",
+        ),
+        (
+            UMI.replace("carrier_ghz = 3.5", ""),
+            [],
+            "radio.carrier_ghz: missing; path_loss and fading need it",
+        ),
+        (
+            PAPER_TEXT.replace("fading_blocks = 100", ""),
+            [],
+            "radio.fading_blocks: missing; add it to the scenario",
+        ),
+        (PAPER_TEXT.replace("path_loss_exponent = 2.0", ""), [], "or a section radio.path_loss"),
+        (
+            PAPER_TEXT.replace("[fleet.distance_m]\nmin = 50.0\nmax = 500.0", ""),
+            [],
+            "fleet.distance_m: missing",
+        ),
+        (
+            PAPER_TEXT,
+            ["radio.rate=ergodic", "radio.fading={speed_mps=1, interval_s=1}"],
+            "radio.fading: the ergodic rate is the mean over all fading",
+        ),
+        (
+            PAPER_TEXT,
+            ["fleet.tasks=1", "trace={interval_s=9, downlink_mbps=[9, 9], uplink_mbps=[9, 9]}"],
+            "trace.uplink_mbps: 9 Mbit/s over 100000 Hz are 90 bit/s per Hz, more than any radio carries (50)",
+        ),
+        (
+            UMI,
+            ["fleet.tasks=1", "trace={interval_s=9, downlink_mbps=[1, 1], uplink_mbps=[1, 1]}"],
+            "radio.path_loss: the rates of a trace hold all of that already",
+        ),
+    ],
+)
+def test_a_channel_is_described_once_and_whole(text: str, overrides: list[str], remedy: str) -> None:
+    assert remedy in refusal(*overrides, text=text)
+
+
+def test_every_radio_feature_survives_the_text_form() -> None:
+    walking = parse_scenario(
+        UMI,
+        overrides=[
+            "mobility={speed_mps={min=1, max=2}, pause_s={min=0, max=60}, interval_s=30}",
+            "radio.fading={}",
+        ],
+    )
+    assert walking.fading_interval_s == 30
+    assert not walking.plain_radio
+    assert parse_scenario(dump_scenario(walking)) == walking
+    rates = "trace={interval_s=60, downlink_mbps=[9, 8, 7.5], uplink_mbps=[1, 2, 3]}"
+    traced = parse_scenario(PAPER_TEXT, overrides=["fleet.tasks=2", rates])
+    assert traced.trace is not None
+    assert traced.trace.downlink_mbps == (9, 8, 7.5)
+    assert parse_scenario(dump_scenario(traced)) == traced
 
 
 def number_fields() -> list[str]:

@@ -162,6 +162,10 @@ def test_the_paper_s_world_is_as_before_there_were_families(paper: Scenario) -> 
     # Measured before these features existed.
     returns = evaluate_policy(paper, Random(), held_out_episodes(paper, 3)).episode_return
     np.testing.assert_allclose(returns, GOLDEN, rtol=1e-6)
+    assert (world.path_loss, world.fading, world.mobility, world.trace) == (None,) * 4
+    assert not world.ergodic_rate
+    assert len(jax.tree.leaves(world)) == 21
+    assert len(jax.tree.leaves(state.episode)) == 4
     small = jax.make_jaxpr(serve)(world, state.cache, *_first(state))
     large = jax.make_jaxpr(serve)(*_families_serve())
     assert len(small.eqns) < len(large.eqns)

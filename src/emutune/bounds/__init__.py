@@ -1,6 +1,18 @@
 """Certified lower bounds on the cost of every policy."""
 
 from emutune.bounds.certified import certified_bounds
+from emutune.bounds.prices import Prices, bound_at_prices, find_prices, price_bound
 from emutune.bounds.programme import Costs, Draws, Method, cost_bound, episode_costs
 
-__all__ = ["Costs", "Draws", "Method", "certified_bounds", "cost_bound", "episode_costs"]
+__all__ = [
+    "Costs",
+    "Draws",
+    "Method",
+    "Prices",
+    "bound_at_prices",
+    "certified_bounds",
+    "cost_bound",
+    "episode_costs",
+    "find_prices",
+    "price_bound",
+]

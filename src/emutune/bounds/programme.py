@@ -10,7 +10,8 @@ what any policy, clairvoyant ones included, costs on that episode:
 - With delta download the layers that level l has more than level l - 1 are sent on their own: they are held
   if any emulator of that level or above is.
 - On the uplink the same holds with the SNR taken at the smallest share, which only shortens delays; and
-  no upload is faster than alone at full bandwidth.
+  no upload is faster than alone at full bandwidth. Both hold for the ergodic rate too, which rises with the
+  SNR and, at a given power, with the bandwidth (``emutune.world.ergodic``).
 
 Where training takes time:
 
@@ -49,8 +50,9 @@ from scipy import optimize, sparse
 
 from emutune.errors import BoundError
 from emutune.scenario import Scenario
+from emutune.world.ergodic import spectral_efficiency
 
-Method = Literal["linear", "integer"]
+Method = Literal["linear", "integer", "prices"]
 
 # Up to so many UEs, pairs of them have variables of their own; their number grows with the square.
 _PAIRED_UES = 12
@@ -113,6 +115,7 @@ class Draws(NamedTuple):
         compute_w: what that takes.
         private: who may not upload.
         most_layers: of the largest emulator of each family that a UE can hold.
+        downlink_gain: during each task, where the downlink has a gain of its own.
     """
 
     active: Bool[np.ndarray, "tasks ues"] | None = None
@@ -120,6 +123,7 @@ class Draws(NamedTuple):
     compute_w: Float[np.ndarray, "ues"] | None = None
     private: Bool[np.ndarray, "ues"] | None = None
     most_layers: Int[np.ndarray, "ues families"] | None = None
+    downlink_gain: Float[np.ndarray, "tasks ues"] | None = None
 
 
 def episode_costs(
@@ -154,7 +158,10 @@ def episode_costs(
     divisor = complexity if quality.complexity_factor == "as_printed" else weight
     scale = -reward.perplexity_weight / ues * (complexity + weight) / divisor
     up_hz, down_hz = radio.uplink_bandwidth_hz, radio.downlink_bandwidth_hz
-    down_rate = down_hz * np.log2(1 + radio.downlink_power_w * gain / (noise * down_hz))
+    ergodic = radio.rate == "ergodic"
+    down_gain = gain if draws.downlink_gain is None else draws.downlink_gain
+    down_snr = radio.downlink_power_w * down_gain / (noise * down_hz)
+    down_rate = down_hz * spectral_efficiency(down_snr, ergodic)
     up_snr = transmit_power_w * gain / (noise * up_hz)
     of_task = np.zeros(gain.shape, int) if family is None else family
     whole = np.array([model.curve(1.0) for model in scenario.models])
@@ -175,7 +182,7 @@ def episode_costs(
         usable = usable & (layers_of_slot <= draws.most_layers[:, family_of_slot])
     may_upload = _may_upload(draws, gain.shape)
     sharers = ues if may_upload is None else np.maximum(may_upload.sum(1, keepdims=True), 1)
-    lone_upload_s = data_bits / (up_hz * np.log2(1 + up_snr))
+    lone_upload_s = data_bits / (up_hz * spectral_efficiency(up_snr, ergodic))
     costs = Costs(
         server_cost=scale * whole[of_task],
         local_cost=scale[..., None] * curve,
@@ -183,7 +190,7 @@ def episode_costs(
         usable=usable,
         family=family_of_slot,
         delta=delta,
-        shared_upload_s=data_bits / (up_hz * np.log2(1 + up_snr * sharers)),
+        shared_upload_s=data_bits / (up_hz * spectral_efficiency(up_snr * sharers, ergodic)),
         lone_upload_s=lone_upload_s,
         cost_per_s=-reward.delay_weight_per_min / 60,
         active=draws.active,

@@ -11,7 +11,7 @@ import typer
 
 from emutune.cli.jax_setup import prepare_jax
 from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps
-from emutune.cli.terminal import print_comparison, progress_bar, resumable, write_json
+from emutune.cli.terminal import print_comparison, print_links, progress_bar, resumable, write_json
 
 
 def check(
@@ -33,12 +33,13 @@ def check(
     print(f"{loaded.name}: {loaded.fleet.ues} UEs, {loaded.fleet.tasks} tasks each; {loaded.description}")
     print(f"{budget['levels']} emulators, of {budget['fewest_layers']} to {budget['most_layers']} layers")
     for place in ("nearest", "farthest"):
-        row = budget[place]
-        print(
-            f"{place} UE alone, {row['distance_m']:.0f} m: {row['uplink_mbps']:.3g} Mbit/s up, "
-            f"{row['downlink_mbps']:.3g} down; upload {row['upload_s']:.0f} s, emulator "
-            f"{row['smallest_emulator_s']:.0f} to {row['largest_emulator_s']:.0f} s"
-        )
+        if place in budget:
+            row = budget[place]
+            print(
+                f"{place} UE alone, {row['distance_m']:.0f} m: {row['uplink_mbps']:.3g} Mbit/s up, "
+                f"{row['downlink_mbps']:.3g} down; upload {row['upload_s']:.0f} s, emulator "
+                f"{row['smallest_emulator_s']:.0f} to {row['largest_emulator_s']:.0f} s"
+            )
     for number, row in enumerate(budget["models"]):
         energy = f", {row['least_j']:.3g} to {row['most_j']:.3g} J" if "least_j" in row else ""
         print(
@@ -48,6 +49,8 @@ def check(
         )
     shares = ", ".join(f"{name} {share:.0f} %" for name, share in budget["shares"].items())
     print(f"cost of the random policy: {shares}")
+    if not loaded.plain_radio:
+        print_links(budget["ues"])
     for remark in budget["remarks"]:
         print(f"note: {remark}")
     if trivial:
@@ -59,7 +62,10 @@ def check(
 def bound(
     scenario: ScenarioArgument,
     episodes: Episodes = 64,
-    method: Annotated[str, typer.Option(help="linear or integer.")] = "linear",
+    method: Annotated[
+        str | None,
+        typer.Option(help="linear, integer or prices; linear if not given, prices in large fleets."),
+    ] = None,
     time_limit_s: Annotated[float, typer.Option(min=0.1, help="Limit of each integer programme.")] = 60.0,
     overrides: Overrides = [],  # noqa: B006
     json_file: JsonFile = None,

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from emutune.cli import examine, fleet, join, learn, ledger, serve, tune
+from emutune.cli import examine, fleet, join, learn, ledger, serve, trace, tune
 from emutune.errors import EmutuneError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ for command in (
     app.command()(command)
 app.add_typer(tune.catalogue, name="catalogue")
 app.add_typer(tune.reference, name="reference")
+app.add_typer(trace.trace, name="trace")
 
 
 def run() -> NoReturn:

@@ -23,6 +23,19 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+_LINKS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "distance\nm": lambda row: f"{row['distance_m']:.0f}-{row['last_distance_m']:.0f}",
+    "line of\nsight %": lambda row: f"{100 * row['line_of_sight_share']:.0f}",
+    "path\nloss dB": lambda row: f"{row['path_loss_db']:.0f}",
+    "SNR up,\ndown dB": lambda row: f"{row['uplink_snr_db']:.0f}, {row['downlink_snr_db']:.0f}",
+    "Mbit/s\nup, down": lambda row: f"{row['uplink_mbps']:.3g}, {row['downlink_mbps']:.3g}",
+    "upload\ns": lambda row: f"{row['upload_s']:.3g}",
+    "emulator\ns": lambda row: f"{row['smallest_emulator_s']:.3g}-{row['largest_emulator_s']:.3g}",
+}
+_LINK_NEEDS = {"distance\nm": "distance_m", "line of\nsight %": "line_of_sight_share"}
+_LINKS_SHOWN = 12
+
+
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on standard error, if that is a terminal; yields what advances it by a number."""
@@ -125,3 +138,14 @@ def write_json(path: Path | None, figures: Any) -> None:
             aside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     except OSError as error:
         raise UsageError(f"--json {path}: cannot be written: {error.strerror}") from error
+
+
+def print_links(links: Sequence[Mapping[str, Any]]) -> None:
+    """Print the links of a fleet's UEs, each alone; of a large fleet some, from the best to the worst."""
+    order = sorted(range(len(links)), key=lambda n: links[n]["path_loss_db"])
+    if len(order) > _LINKS_SHOWN:
+        step = (len(order) - 1) / (_LINKS_SHOWN - 1)
+        order = [order[round(index * step)] for index in range(_LINKS_SHOWN)]
+    columns = [name for name in _LINKS if _LINK_NEEDS.get(name, "path_loss_db") in links[0]]
+    print("links in the first held-out episode, each UE alone:")
+    print_table(["UE", *columns], [[str(n), *(_LINKS[name](links[n]) for name in columns)] for n in order])

@@ -28,7 +28,10 @@ from emutune.world import (
     progress_feature,
     ue_features,
 )
+from emutune.world.ergodic import spectral_nats
+from emutune.world.observation import downlink_gain
 from emutune.world.parameters import bits_of
+from emutune.world.radio import middle_gain
 
 
 class Actors(NamedTuple):
@@ -94,20 +97,23 @@ def lone_times(
     """``Inputs.lone``."""
     if kind != "ranked":
         return None
-    noise, gain = world.noise_w_per_hz, observation.previous_gain
-    middle = world.distance_m.mean() ** -world.path_loss_exponent
+    noise = world.noise_w_per_hz
 
     def seconds(bits: Array, hz: Array, received_w: Array) -> Array:
-        return bits / (hz * jnp.log1p(received_w / (noise * hz)))
+        return bits / (hz * spectral_nats(received_w / (noise * hz), world.ergodic_rate))
 
     largest = world.retention_bounds[1] * bits_of(world, observation.family)
     unit = seconds(
         world.retention_bounds[1] * world.model_bits,
         world.downlink_bandwidth_hz,
-        world.downlink_power_w * middle,
+        world.downlink_power_w * middle_gain(world),
     )
-    up = seconds(observation.data_bits, world.uplink_bandwidth_hz, observation.transmit_power_w * gain)
-    down = seconds(largest, world.downlink_bandwidth_hz, world.downlink_power_w * gain)
+    up = seconds(
+        observation.data_bits,
+        world.uplink_bandwidth_hz,
+        observation.transmit_power_w * observation.previous_gain,
+    )
+    down = seconds(largest, world.downlink_bandwidth_hz, world.downlink_power_w * downlink_gain(observation))
     whole = whole_training_s(world, observation)
     if whole is None:
         return jnp.stack([up, down], axis=-1) / unit

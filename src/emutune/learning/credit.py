@@ -29,7 +29,12 @@ def marginal_costs(world: World, cache: Cache, task: Task, outcome: Outcome) -> 
     sharers = jnp.sum(at_server, dtype=jnp.float32)
     fewer = jnp.maximum(sharers - 1, 1.0)
     rate = shared_rate_bps(
-        world.uplink_bandwidth_hz, task.transmit_power_w, task.gain, world.noise_w_per_hz, fewer
+        world.uplink_bandwidth_hz,
+        task.transmit_power_w,
+        task.gain,
+        world.noise_w_per_hz,
+        fewer,
+        world.ergodic_rate,
     )
     # Band and power of the downlink are both shared, so one sharer fewer shortens all alike.
     loaders = jnp.sum(downloads, dtype=jnp.float32)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from emutune.policies.base import register_policy
 from emutune.world import Observation, World
-from emutune.world.channel import fading_at_scores
 from emutune.world.devices import spread_quantile
+from emutune.world.radio import gain_bounds
 
 # Points of each axis; fewer gains where there are other axes as well.
 _GAINS, _FEWER_GAINS = 9, 4
@@ -163,6 +163,5 @@ def _between(
 
 def _gain_grid(world: World, count: int) -> Float[Array, "gains"]:
     """Logarithms of gains from the farthest UE in deep fading to the nearest at its best."""
-    strongest, weakest = world.distance_m**-world.path_loss_exponent
-    low, high = fading_at_scores(world.fading_quantiles, jnp.asarray([-3.0, 3.0]))
-    return jnp.linspace(jnp.log(weakest * low), jnp.log(strongest * high) + 1e-6, count)
+    weakest, strongest = jnp.log(gain_bounds(world))
+    return jnp.linspace(weakest, strongest + 1e-6, count)

@@ -25,6 +25,7 @@ from emutune.world import Action, Device, Observation, World, possible_levels
 from emutune.world.link import shared_rate_bps
 from emutune.world.parameters import bits_of, layers_of
 from emutune.world.quality import complexity_factor, curve_perplexity
+from emutune.world.radio import downlink_gain_bounds, gain_bounds
 
 # Beyond so many UEs, 3 to the power of N joint choices take too long.
 EXACT_UES = 7
@@ -172,6 +173,14 @@ def plan_lookahead(
     return Lookahead(most, exact, kinds, jnp.moveaxis(worth, 0, 1))
 
 
+def _downlink_gain(world: World, gain: Float[Array, ""]) -> Float[Array, ""]:
+    """The downlink's gain that goes with one of the uplink: as far between its bounds, in decibels."""
+    if world.trace is None:
+        return gain
+    ends = jnp.log(gain_bounds(world))
+    return jnp.exp(jnp.interp(jnp.log(gain), ends, jnp.log(downlink_gain_bounds(world))))
+
+
 def _worth(
     world: World, most: int, kind: Kind, prices: LaterPrices
 ) -> Float[Array, "tasks families families levels"]:
@@ -200,12 +209,13 @@ def _worth(
         kind.gain,
         world.noise_w_per_hz,
         jnp.asarray(1.0),
+        world.ergodic_rate,
     )
     upload = server - world.delay_weight_per_s * prices.upload * world.data_bits.mean() / lone_up_bps
     layer_s = (
         jnp.broadcast_to(bits_of(world, each), (count,))[:, None]
         / all_layers
-        / lone_downlink_bps(world, kind.gain)
+        / lone_downlink_bps(world, _downlink_gain(world, kind.gain))
     )
     layer_cost = -world.delay_weight_per_s * prices.download * layer_s
     local, upload = _with_training(world, kind, prices, layers / all_layers, local, upload)

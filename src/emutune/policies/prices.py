@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emutune.world import Observation, World, possible_levels
+from emutune.world.ergodic import spectral_nats
 from emutune.world.link import shared_rate_bps
+from emutune.world.observation import downlink_gain
 from emutune.world.parameters import bits_of, layers_of
 from emutune.world.quality import complexity_factor, curve_perplexity
 from emutune.world.spending import training_tflop
@@ -64,7 +66,7 @@ def step_prices(world: World, observation: Observation, most: int) -> Prices:
         local=scale[:, None] * curve_perplexity(world, layers / all_layers, each),
         allowed=(layers >= low) & (layers <= high),
         held=held,
-        download_s=bits / lone_downlink_bps(world, observation.previous_gain)[:, None],
+        download_s=bits / lone_downlink_bps(world, downlink_gain(observation))[:, None],
         per_s=-world.delay_weight_per_s,
         training_s=None if whole is None else layers / all_layers * whole[0][:, None],
         server_s=None if whole is None else whole[1],
@@ -85,7 +87,12 @@ def whole_training_s(
 def lone_downlink_bps(world: World, gain: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Rate of a UE that has the downlink to itself; n that share it have an n-th each (Eq. 6)."""
     return shared_rate_bps(
-        world.downlink_bandwidth_hz, world.downlink_power_w, gain, world.noise_w_per_hz, jnp.asarray(1.0)
+        world.downlink_bandwidth_hz,
+        world.downlink_power_w,
+        gain,
+        world.noise_w_per_hz,
+        jnp.asarray(1.0),
+        world.ergodic_rate,
     )
 
 
@@ -95,4 +102,4 @@ def upload_s(
     """Seconds of each UE's upload when so many share the uplink (Eq. 1 to 3)."""
     share_hz = world.uplink_bandwidth_hz / jnp.maximum(sharers, 1.0)[:, None]
     snr = observation.transmit_power_w * observation.previous_gain / (world.noise_w_per_hz * share_hz)
-    return observation.data_bits / (share_hz * jnp.log1p(snr) * (1 / math.log(2)))
+    return observation.data_bits / (share_hz * spectral_nats(snr, world.ergodic_rate) * (1 / math.log(2)))

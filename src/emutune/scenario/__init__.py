@@ -1,27 +1,31 @@
 """What a world is made of: the validated schema, its units, and the shipped scenario files."""
 
 from emutune.scenario.load import dump_scenario, load_scenario, parse_scenario, shipped_scenarios
-from emutune.scenario.schema import (
+from emutune.scenario.schema import Model, Scenario
+from emutune.scenario.sections import (
     Activity,
     Computation,
     Curve,
     Download,
     Energy,
+    Fading,
     Families,
     Family,
     Fleet,
     FoundationModel,
     Memory,
-    Model,
+    Mobility,
+    PathLoss,
     Privacy,
     Quality,
     Radio,
     Range,
     Retention,
     Reward,
-    Scenario,
+    Span,
     Spread,
     Tasks,
+    Trace,
 )
 
 __all__ = [
@@ -30,12 +34,15 @@ __all__ = [
     "Curve",
     "Download",
     "Energy",
+    "Fading",
     "Families",
     "Family",
     "Fleet",
     "FoundationModel",
     "Memory",
+    "Mobility",
     "Model",
+    "PathLoss",
     "Privacy",
     "Quality",
     "Radio",
@@ -43,8 +50,10 @@ __all__ = [
     "Retention",
     "Reward",
     "Scenario",
+    "Span",
     "Spread",
     "Tasks",
+    "Trace",
     "dump_scenario",
     "load_scenario",
     "parse_scenario",

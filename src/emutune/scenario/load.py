@@ -12,8 +12,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from emutune.errors import ScenarioError
+from emutune.errors import ScenarioError, TraceError
 from emutune.scenario.schema import Scenario
+from emutune.scenario.trace import mean_rates, read_trace
 
 
 def shipped_scenarios() -> list[str]:
@@ -41,7 +42,7 @@ def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "s
     """Validate a scenario given as TOML text; see ``load_scenario``.
 
     ``quality.curve`` may be the path of a curve file, as ``emutune calibrate`` writes it, seen from the
-    scenario's file or from the working directory.
+    scenario's file or from the working directory; so may ``trace.file`` be that of a trace.
     """
     tree = _tree(text, source)
     for override in overrides:
@@ -49,6 +50,8 @@ def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "s
     for holder in _curve_holders(tree):
         if isinstance(holder, dict) and isinstance(holder.get("curve"), str):
             holder["curve"] = _read_curve(holder["curve"], Path(source).parent)
+    if isinstance(tree.get("trace"), dict) and "file" in tree["trace"]:
+        tree["trace"] = _read_trace(tree["trace"], source)
     try:
         return Scenario.model_validate(tree)
     except ValidationError as error:
@@ -98,6 +101,29 @@ def _read_curve(name: str, beside: Path) -> Any:
     if "curve" not in content:
         raise ScenarioError(f"quality.curve: {name!r} has no section curve; write one with emutune calibrate")
     return content["curve"]
+
+
+def _read_trace(section: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The section with the rates of its file, in its intervals, instead of the file."""
+    name, interval_s = section["file"], section.get("interval_s")
+    if not isinstance(name, str):
+        raise ScenarioError(f"{source}: trace.file: must be the path of a trace, got {name!r}")
+    rest = {key: value for key, value in section.items() if key != "file"}
+    if isinstance(interval_s, bool) or not isinstance(interval_s, int | float) or not interval_s > 0:
+        # Validation says what is wrong with the interval; the rates are of no account.
+        return rest | {"downlink_mbps": [1.0, 1.0], "uplink_mbps": [1.0, 1.0]}
+    try:
+        rates = mean_rates(read_trace(_trace_path(name, source)), float(interval_s))
+    except TraceError as error:
+        raise ScenarioError(f"{source}: trace.file: {error}") from error
+    return rest | {"downlink_mbps": list(rates.downlink_mbps), "uplink_mbps": list(rates.uplink_mbps)}
+
+
+def _trace_path(name: str, source: str) -> Path:
+    """Beside the scenario, in the library where the scenario is a shipped one, or from the working directory."""
+    shipped = source in shipped_scenarios()
+    beside = Path(str(resources.files("emutune.scenario") / "library")) if shipped else Path(source).parent
+    return beside / name if (beside / name).is_file() else Path(name)
 
 
 def _curve_holders(tree: Mapping[str, Any]) -> Iterable[Any]:
@@ -189,6 +215,10 @@ _UNITS = {
     "_per_j": " per joule",
     "_j": " in J",
     "_j_per_tflop": " in J per 1e12 operations",
+    "_ghz": " in GHz",
+    "_mps": " in m/s",
+    "_mbps": " in Mbit/s",
+    "_s": " in s",
     "_w": " in W",
     "_m": " in m",
 }

@@ -1,288 +1,33 @@
-"""The schema of a scenario: every number that describes a fleet, with its unit in its name.
-
-Symbols and equation numbers refer to Yu, Chua and Zhao, "Orchestration of Emulator Assisted Mobile
-Edge Tuning for AI Foundation Models" (arXiv 2310.17492); D1 to D12 to ``docs/decisions.md``.
-"""
+"""A whole scenario: its sections together, and what must be true of all of them."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple, Self
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-# The upper limits keep every derived quantity inside single precision.
-Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
-Weight = Annotated[float, Field(le=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=100_000)]
-Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-# Narrower limits where numbers are multiplied: a product of all of them still is a single-precision number.
-Speed = Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]
-
-
-# TOML has lists, no tuples.
-Knot = Annotated[tuple[Share, Positive], Field(strict=False)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Interval(_Section):
-    min: float
-    max: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min is above max ({self.min:g} > {self.max:g}); swap them")
-        return self
-
-
-class Range(_Interval):
-    """A uniform distribution over the interval from ``min`` to ``max``, both positive."""
-
-    min: Positive
-    max: Positive
-
-
-class Spread(_Interval):
-    """A distribution over a positive interval: uniform, or uniform in the logarithm."""
-
-    min: Positive
-    max: Positive
-    law: Literal["uniform", "log_uniform"] = "uniform"
-
-
-class Speeds(Spread):
-    """A distribution of training speeds in TFLOP/s."""
-
-    min: Speed
-    max: Speed
-
-
-class Fleet(_Section):
-    """The user equipments (UEs) and how long an episode lasts."""
-
-    ues: Count
-    tasks: Count
-    transmit_power_w: Range
-    distance_m: Range
-
-
-class Tasks(_Section):
-    """What each task brings: local data to train on, and its complexity."""
-
-    data_mb: Range
-    complexity: Range
-
-
-class FoundationModel(_Section):
-    """The model whose emulators the UEs hold.
-
-    Attributes:
-        parameters_billion: what training has to compute with; wanted where there is ``computation``.
-        base: hash of the real model that the scenario was measured on; a fleet with another one is refused.
-    """
-
-    size_gb: Positive
-    layers: Count
-    parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
-    base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-
-
-class Retention(_Interval):
-    """The share of layers an emulator may keep, and when a UE keeps the one it has (D9)."""
-
-    min: Share
-    max: Share
-    hold_tolerance: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-
-
-class Radio(_Section):
-    """Bandwidths and powers of the links, and the law of the channel gain (D8)."""
-
-    uplink_bandwidth_hz: Positive
-    downlink_bandwidth_hz: Positive
-    downlink_power_w: Positive
-    noise_dbm_per_hz: Annotated[float, Field(ge=-250, le=0, allow_inf_nan=False)]
-    path_loss_exponent: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
-    # One block would be a single Rayleigh draw: the mean delay of such a link diverges (D8).
-    fading_blocks: Annotated[int, Field(ge=2, le=1_000_000)]
-
-
-class Curve(_Section):
-    """Perplexity at retention E: ``quadratic * E**2 + linear * E + constant``, or between measured knots.
-
-    Attributes:
-        knots: pairs of retention and perplexity, by rising retention. If there are any, perplexity is
-            linear between them and constant outside, and the quadratic is only a description.
-        untuned: perplexity of the whole model, not tuned, on the text that the curve was measured on. In a
-            real fleet a task's complexity is measured against it.
-    """
-
-    quadratic: Number
-    linear: Number
-    constant: Number
-    knots: tuple[Knot, ...] = Field(default=(), strict=False)
-    untuned: Positive | None = None
-
-    def __call__(self, retention: float) -> float:
-        """Perplexity at one retention, dimensionless."""
-        if not self.knots:
-            return self.quadratic * retention**2 + self.linear * retention + self.constant
-        if retention <= self.knots[0][0]:
-            return self.knots[0][1]
-        for (left, before), (right, after) in pairwise(self.knots):
-            if retention <= right:
-                return before + (after - before) * (retention - left) / (right - left)
-        return self.knots[-1][1]
-
-    def lowest_between(self, low: float, high: float) -> tuple[float, float]:
-        """The retention in [low, high] with the lowest perplexity, and that perplexity."""
-        candidates = [low, high, *(knot[0] for knot in self.knots if low < knot[0] < high)]
-        if (
-            not self.knots
-            and self.quadratic > 0
-            and low < (vertex := -self.linear / (2 * self.quadratic)) < high
-        ):
-            candidates.append(vertex)
-        best = min(candidates, key=self)
-        return best, self(best)
-
-    @model_validator(mode="after")
-    def _knots_rise(self) -> Self:
-        retentions = [knot[0] for knot in self.knots]
-        if any(later <= earlier for earlier, later in pairwise(retentions)):
-            raise ValueError("knots: their retentions must rise; sort them and drop doubles")
-        return self
-
-
-class Quality(_Section):
-    """Perplexity against retention and complexity (Eq. 9, D2)."""
-
-    curve: Curve
-    complexity_weight: Positive
-    complexity_factor: Literal["rising", "as_printed"] = "rising"
-
-
-class Reward(_Section):
-    """The weights of the joint objective (Eq. 12, D6); both are costs, so neither is positive."""
-
-    perplexity_weight: Weight
-    delay_weight_per_min: Weight
-
-
-class Family(_Section):
-    """A foundation model beside the one in ``model``.
-
-    Attributes:
-        parameters_billion: what training has to compute with; wanted where there is ``computation``.
-        curve: its perplexity against retention, where that differs from ``quality.curve``.
-    """
-
-    size_gb: Positive
-    layers: Count
-    parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
-    curve: Curve | None = None
-
-
-class Families(_Section):
-    """Several foundation models, so that an emulator at hand may be of the wrong one.
-
-    The family of a UE's task is a Markov chain: it stays with probability ``persistence`` and is drawn
-    anew from all families otherwise. The model in ``model`` is the first family, ``others`` the rest.
-    """
-
-    persistence: Probability
-    others: Annotated[tuple[Family, ...], Field(min_length=1, max_length=63, strict=False)]
-
-
-class Download(_Section):
-    """How emulators travel.
-
-    Attributes:
-        delta: an emulator contains every smaller one of its family, and only missing layers are sent.
-    """
-
-    delta: bool = False
-
-
-class Computation(_Section):
-    """Training takes time: 4 P E operations for every token and epoch (D13).
-
-    Attributes:
-        device_tflops: what a UE sustains in training; drawn for each UE and episode.
-        server_tflops: what the server sustains, shared equally by all who train there.
-        bytes_per_token: of a task's data.
-        epochs: passes over a task's data.
-    """
-
-    device_tflops: Speeds
-    server_tflops: Speed
-    bytes_per_token: Annotated[float, Field(ge=0.1, le=1e9, allow_inf_nan=False)]
-    epochs: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
-
-
-class Energy(_Section):
-    """What UEs spend on sending, receiving and computing (D14).
-
-    Attributes:
-        receive_w: power of a UE's receiver while an emulator arrives.
-        compute_j_per_tflop: energy of 1e12 operations on the UE; drawn for each UE and episode. Wanted
-            where there is ``computation``. Times the UE's speed it is the power that training takes.
-        weight_per_j: cost of a joule, as the mean over the fleet's UEs.
-        budget_j: what a UE should spend in an episode at most.
-        over_budget_weight_per_j: what a joule costs beyond the budget, on top.
-    """
-
-    receive_w: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-    compute_j_per_tflop: Spread | None = None
-    weight_per_j: Weight
-    budget_j: Positive | None = None
-    over_budget_weight_per_j: Weight | None = None
-
-    @model_validator(mode="after")
-    def _budget_has_a_price(self) -> Self:
-        if (self.budget_j is None) != (self.over_budget_weight_per_j is None):
-            missing = "budget_j" if self.budget_j is None else "over_budget_weight_per_j"
-            raise ValueError(
-                f"{missing}: missing; budget_j and over_budget_weight_per_j go together, give both or none"
-            )
-        return self
-
-
-class Memory(_Section):
-    """How large an emulator may be (D15).
-
-    Attributes:
-        device_gb: what a UE can hold; drawn for each UE and episode.
-    """
-
-    device_gb: Spread
-
-
-class Privacy(_Section):
-    """UEs whose data may not leave them (D15).
-
-    Attributes:
-        share: of the UEs, rounded to whole ones; who they are is drawn for each episode.
-    """
-
-    share: Probability
-
-
-class Activity(_Section):
-    """UEs that now and then have nothing to train (D16).
-
-    Attributes:
-        task_probability: how likely a UE has a task at a step.
-    """
-
-    task_probability: Share
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, model_validator
+
+from emutune.scenario.sections import (
+    Activity,
+    Computation,
+    Curve,
+    Download,
+    Energy,
+    Families,
+    Family,
+    Fleet,
+    FoundationModel,
+    Memory,
+    Mobility,
+    Privacy,
+    Quality,
+    Radio,
+    Retention,
+    Reward,
+    Section,
+    Tasks,
+    Trace,
+)
 
 
 class Model(NamedTuple):
@@ -302,7 +47,7 @@ def _with_curves(
     return [(first, None), *((other, other.curve) for other in others)]
 
 
-class Scenario(_Section):
+class Scenario(Section):
     """A whole world: fleet, tasks, model, links, quality and objective; the last sections are optional."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -321,6 +66,8 @@ class Scenario(_Section):
     memory: Memory | None = None
     privacy: Privacy | None = None
     activity: Activity | None = None
+    mobility: Mobility | None = None
+    trace: Trace | None = None
 
     @property
     def private_ues(self) -> int:
@@ -358,6 +105,23 @@ class Scenario(_Section):
         """Whether only missing layers are sent."""
         return self.download is not None and self.download.delta
 
+    @property
+    def fading_interval_s(self) -> float | None:
+        """Seconds from one task's fading to the next one's; None where it is drawn anew."""
+        fading = self.radio.fading
+        if fading is None:
+            return None
+        if fading.interval_s is None and self.mobility is not None:
+            return self.mobility.interval_s
+        return fading.interval_s
+
+    @property
+    def plain_radio(self) -> bool:
+        """Whether gains are a power of the distance times fading that is drawn anew."""
+        radio = self.radio
+        features = (self.trace, self.mobility, radio.path_loss, radio.fading)
+        return radio.rate == "shannon" and all(feature is None for feature in features)
+
     def _levels(self, layers: int) -> tuple[int, int]:
         # The guard absorbs binary fractions: 0.3 * 10 is 2.9999999999999996 or 3.0000000000000004.
         guard = 1e-9 * layers
@@ -374,6 +138,13 @@ class Scenario(_Section):
                     f"retention: no whole number of the {model.layers} layers lies between "
                     f"{self.retention.min:g} and {self.retention.max:g}; widen the bounds or raise {where}.layers"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _channel_is_described_once(self) -> Scenario:
+        problem = _trace_problem(self) if self.trace else _model_problem(self)
+        if problem:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -433,3 +204,67 @@ class Scenario(_Section):
                     "to that, lower retention.min or set privacy.share to 0"
                 )
         return self
+
+
+# No modulation carries more bits per second and Hz than this, on however many antennas a UE has.
+_MOST_BITS_PER_HZ = 50.0
+
+
+def _trace_problem(scenario: Scenario) -> str | None:
+    """What is wrong with a scenario whose links are measured ones."""
+    trace, radio = scenario.trace, scenario.radio
+    assert trace is not None
+    for name, section in (
+        ("radio.path_loss", radio.path_loss),
+        ("radio.fading", radio.fading),
+        ("mobility", scenario.mobility),
+    ):
+        if section is not None:
+            return f"{name}: the rates of a trace hold all of that already; drop this section or trace"
+    windows, needed = len(trace.downlink_mbps), scenario.fleet.tasks + 1
+    if windows < needed:
+        return (
+            f"trace: too short: {windows} intervals of {trace.interval_s:g} s, but {scenario.fleet.tasks} tasks "
+            f"need {needed}; take a longer trace, or lower trace.interval_s or fleet.tasks"
+        )
+    for link in ("uplink", "downlink"):
+        hertz = getattr(radio, f"{link}_bandwidth_hz")
+        fastest = max(getattr(trace, f"{link}_mbps"))
+        if fastest * 1e6 > _MOST_BITS_PER_HZ * hertz:
+            return (
+                f"trace.{link}_mbps: {fastest:g} Mbit/s over {hertz:g} Hz are {fastest * 1e6 / hertz:.3g} bit/s "
+                f"per Hz, more than any radio carries ({_MOST_BITS_PER_HZ:g}); raise radio.{link}_bandwidth_hz "
+                "to the band that the trace was measured on"
+            )
+    return None
+
+
+def _model_problem(scenario: Scenario) -> str | None:
+    """What is wrong with a scenario whose channel is a modelled one."""
+    radio, distance = scenario.radio, scenario.fleet.distance_m
+    if distance is None:
+        return "fleet.distance_m: missing; add it to the scenario"
+    if radio.path_loss is None and radio.path_loss_exponent is None:
+        return "radio.path_loss_exponent: missing; add it to the scenario, or a section radio.path_loss"
+    if radio.path_loss is not None:
+        if radio.path_loss_exponent is not None:
+            return "radio.path_loss: there is a path_loss_exponent too; drop one of them"
+        if distance.min < 10 or distance.max > 5000:
+            return (
+                f"fleet.distance_m: path loss {radio.path_loss.model} holds from 10 to 5000 m, "
+                f"got {distance.min:g} to {distance.max:g}"
+            )
+    if radio.fading_blocks is None and radio.rate == "shannon":
+        return "radio.fading_blocks: missing; add it to the scenario"
+    if radio.fading is not None:
+        if radio.rate == "ergodic":
+            return (
+                "radio.fading: the ergodic rate is the mean over all fading; drop the section or radio.rate"
+            )
+        if radio.fading.speed_mps is None and scenario.mobility is None:
+            return "radio.fading.speed_mps: missing where UEs do not move; add it to the scenario"
+        if scenario.fading_interval_s is None:
+            return "radio.fading.interval_s: missing where UEs do not move; add it to the scenario"
+    if radio.carrier_ghz is None and (radio.path_loss or radio.fading):
+        return "radio.carrier_ghz: missing; path_loss and fading need it, e.g. 3.5"
+    return None

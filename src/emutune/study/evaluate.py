@@ -54,6 +54,11 @@ def held_out_episodes(scenario: Scenario, count: int) -> Episode:
     return draw_episodes(build_world(scenario), _HELD_OUT_KEY, count)
 
 
+def held_out_key(index: int) -> Key[Array, ""]:
+    """The key of one held-out episode."""
+    return jax.random.fold_in(jax.random.key(_HELD_OUT_KEY), index)
+
+
 def evaluate_policy(scenario: Scenario, policy: Policy, episodes: Episode) -> EpisodeFigures:
     """Run a policy through a batch of episodes."""
     figures = run_episodes(build_world(scenario), policy, episodes)

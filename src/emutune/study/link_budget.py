@@ -1,53 +1,143 @@
-"""What a scenario amounts to: seconds and joules of what may be done, and whether there is something to learn."""
+"""What a scenario amounts to: links, seconds and joules of what may be done, and whether there is much to learn."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy import special
 
 from emutune.bounds import certified_bounds
 from emutune.policies import AllServer, Random
 from emutune.scenario import Scenario
-from emutune.study.evaluate import evaluate_policy, held_out_episodes, run_episodes, search_best_fixed
+from emutune.study.evaluate import (
+    evaluate_policy,
+    held_out_episodes,
+    held_out_key,
+    run_episodes,
+    search_best_fixed,
+)
 from emutune.world import World, build_world
 from emutune.world.channel import path_gain
-from emutune.world.link import shared_rate_bps
+from emutune.world.dynamics import draw_links
+from emutune.world.ergodic import spectral_efficiency
+from emutune.world.fading import LIGHT_M_PER_S
+from emutune.world.path_loss import path_loss_db
 
 # Below this many percent over the bound, a policy that decides the same at every step is good enough.
 _TRIVIAL_PERCENT = 2.0
 
 
+class _Link(NamedTuple):
+    """One UE's gains, one value or several."""
+
+    gain: Float[np.ndarray, "*rows"]
+    downlink_gain: Float[np.ndarray, "*rows"]
+    transmit_power_w: float
+
+
 def link_budget(scenario: Scenario) -> dict[str, Any]:
-    """Rates and delays of one UE alone at the nearest and farthest distance, without fading."""
+    """What links carry and how long transfers take, each UE alone; see ``docs/figures.md`` for the keys.
+
+    At the nearest and farthest distance without shadowing and fading (with line of sight if it is drawn, and
+    without), and for each UE of the first held-out episode, at its median gain.
+    """
     world = build_world(scenario)
-    one = jnp.asarray(1.0)
     low, high = scenario.level_bounds
-    power_w = (scenario.fleet.transmit_power_w.min + scenario.fleet.transmit_power_w.max) / 2
-    data_mb = (scenario.tasks.data_mb.min + scenario.tasks.data_mb.max) / 2
     budget: dict[str, Any] = {"levels": high - low + 1, "fewest_layers": low, "most_layers": high}
-    for place, distance_m in (("nearest", world.distance_m[0]), ("farthest", world.distance_m[1])):
-        gain = path_gain(distance_m, world.path_loss_exponent)
-        up, down = (
-            float(shared_rate_bps(bandwidth, jnp.asarray(power), gain, world.noise_w_per_hz, one))
-            for bandwidth, power in (
-                (world.uplink_bandwidth_hz, power_w),
-                (world.downlink_bandwidth_hz, world.downlink_power_w),
-            )
-        )
-        budget[place] = {
-            "distance_m": float(distance_m),
-            "uplink_mbps": up / 1e6,
-            "downlink_mbps": down / 1e6,
-            "upload_s": 8e6 * data_mb / up,
-            "smallest_emulator_s": 8e9 * scenario.model.size_gb * low / scenario.model.layers / down,
-            "largest_emulator_s": 8e9 * scenario.model.size_gb * high / scenario.model.layers / down,
-        }
+    power = scenario.fleet.transmit_power_w
+    for place, index in (("nearest", 0), ("farthest", 1)):
+        if world.distance_m is not None and scenario.trace is None:
+            gain = np.asarray(_gain_at(world, scenario, index), np.float64)
+            link = _Link(gain, gain, (power.min + power.max) / 2)
+            budget[place] = {"distance_m": float(world.distance_m[index]), **_carried(scenario, link)}
+    budget["ues"] = _each_ue(scenario, world)
+    budget["coherence"] = _coherence(scenario)
     budget["models"] = _training(scenario, world)
     budget["shares"] = reward_shares(scenario)
-    budget["remarks"] = _remarks(scenario)
+    budget["remarks"] = [*_remarks(scenario), *_radio_remarks(scenario, budget)]
     return budget
+
+
+def _gain_at(world: World, scenario: Scenario, index: int) -> jax.Array:
+    assert world.distance_m is not None
+    distance_m = world.distance_m[index]
+    if world.path_loss is None:
+        assert world.path_loss_exponent is not None
+        return path_gain(distance_m, world.path_loss_exponent)
+    assert scenario.radio.path_loss is not None
+    clear = {"always": True, "never": False, "drawn": index == 0}[scenario.radio.path_loss.line_of_sight]
+    return 10 ** (-path_loss_db(world.path_loss, distance_m, jnp.asarray(clear)) / 10)
+
+
+def _carried(scenario: Scenario, link: _Link) -> dict[str, float]:
+    """Ratios, rates and delays of a UE that has the bands to itself, at its median gain."""
+    radio, model = scenario.radio, scenario.model
+    low, high = scenario.level_bounds
+    noise = 10 ** ((radio.noise_dbm_per_hz - 30) / 10)
+    up_hz, down_hz = radio.uplink_bandwidth_hz, radio.downlink_bandwidth_hz
+    up_snr = link.transmit_power_w * np.median(link.gain) / (noise * up_hz)
+    down_snr = radio.downlink_power_w * np.median(link.downlink_gain) / (noise * down_hz)
+    up, down = (
+        hertz * float(spectral_efficiency(np.asarray(snr), radio.rate == "ergodic"))
+        for hertz, snr in ((up_hz, up_snr), (down_hz, down_snr))
+    )
+    data_mb = (scenario.tasks.data_mb.min + scenario.tasks.data_mb.max) / 2
+    return {
+        "path_loss_db": -10 * math.log10(np.median(link.downlink_gain)),
+        "uplink_snr_db": 10 * math.log10(up_snr),
+        "downlink_snr_db": 10 * math.log10(down_snr),
+        "uplink_mbps": up / 1e6,
+        "downlink_mbps": down / 1e6,
+        "upload_s": 8e6 * data_mb / up,
+        "smallest_emulator_s": 8e9 * model.size_gb * low / model.layers / down,
+        "largest_emulator_s": 8e9 * model.size_gb * high / model.layers / down,
+    }
+
+
+def _each_ue(scenario: Scenario, world: World) -> list[dict[str, float]]:
+    """The UEs of the first held-out episode."""
+    channel, power_w = jax.jit(draw_links)(held_out_key(0), world)
+    gain = np.asarray(channel.gain, np.float64)[1:]
+    down = gain if channel.downlink_gain is None else np.asarray(channel.downlink_gain, np.float64)[1:]
+    rows = []
+    for n in range(world.ues):
+        row: dict[str, float] = {}
+        if channel.path is not None:
+            walked_m = np.asarray(channel.path.distance_m)[:, n]
+            row |= {"distance_m": float(walked_m[0]), "last_distance_m": float(walked_m[-1])}
+        if channel.line_of_sight is not None:
+            row["line_of_sight_share"] = float(np.asarray(channel.line_of_sight)[:, n].mean())
+        rows.append(row | _carried(scenario, _Link(gain[:, n], down[:, n], float(power_w[n]))))
+    return rows
+
+
+def _coherence(scenario: Scenario) -> list[dict[str, float]]:
+    """Doppler spread and coherence time 0.423 / f_D at the slowest and fastest speed, if speeds are known."""
+    radio, mobility = scenario.radio, scenario.mobility
+    if radio.carrier_ghz is None:
+        return []
+    if radio.fading is not None and radio.fading.speed_mps is not None:
+        speeds = [radio.fading.speed_mps]
+    else:
+        speeds = [] if mobility is None else [mobility.speed_mps.min, mobility.speed_mps.max]
+    interval_s = scenario.fading_interval_s or (mobility.interval_s if mobility else None)
+    rows = []
+    for speed in dict.fromkeys(speeds):
+        doppler_hz = speed * 1e9 * radio.carrier_ghz / LIGHT_M_PER_S
+        row = {"speed_mps": speed, "doppler_hz": doppler_hz}
+        if doppler_hz > 0:
+            row["coherence_s"] = 0.423 / doppler_hz
+        if interval_s is not None:
+            row["interval_s"] = interval_s
+            row["correlation"] = float(special.j0(2 * math.pi * doppler_hz * interval_s))
+        rows.append(row)
+    return rows
 
 
 def reward_shares(scenario: Scenario, episodes: int = 4) -> dict[str, float]:
@@ -123,4 +213,31 @@ def _remarks(scenario: Scenario) -> list[str]:
         )
     if scenario.reward.perplexity_weight == 0 or scenario.reward.delay_weight_per_min == 0:
         remarks.append("one of the two reward weights is zero: there is no trade-off to learn")
+    return remarks
+
+
+def _radio_remarks(scenario: Scenario, budget: dict[str, Any]) -> list[str]:
+    remarks = []
+    shortest_s = min(row["upload_s"] for row in budget["ues"])
+    longest_s = float(np.median([row["largest_emulator_s"] for row in budget["ues"]]))
+    for row in budget["coherence"]:
+        at = f"at {row['speed_mps']:g} m/s the coherence time is {row.get('coherence_s', math.inf):.3g} s"
+        if scenario.radio.rate == "ergodic" and row.get("coherence_s", math.inf) > shortest_s / 10:
+            remarks.append(
+                f"{at}, and an upload may take {shortest_s:.3g} s: too short for the ergodic rate, which is a mean "
+                "over many coherence times"
+            )
+        if scenario.radio.fading is not None and "interval_s" in row:
+            lasts = "hardly any of it is left" if row["correlation"] ** 2 < 0.01 else "some of it stays"
+            remarks.append(
+                f"{at} and a block's fading of the next task comes {row['interval_s']:.3g} s later: {lasts} "
+                f"(J0 = {row['correlation']:.3f})"
+            )
+    clock = scenario.mobility or scenario.trace
+    interval_s = None if clock is None else clock.interval_s
+    if interval_s is not None and longest_s > interval_s:
+        remarks.append(
+            f"the largest emulator takes the median UE {longest_s:.3g} s alone, longer than the {interval_s:.3g} s "
+            "from one task to the next, through which its gain stays the same"
+        )
     return remarks

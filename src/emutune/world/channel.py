@@ -16,7 +16,7 @@ _KNOTS = 4097
 
 
 @lru_cache(maxsize=64)
-def fading_quantiles(blocks: int) -> Float[np.ndarray, "knots"]:
+def fading_quantiles(blocks: int | float) -> Float[np.ndarray, "knots"]:
     """Quantiles of Gamma(K, 1/K) at equally spaced standard normal scores from -6 to 6.
 
     The average of K independent Rayleigh power blocks has exactly this law. Reading the quantile at a

@@ -6,19 +6,20 @@ that meet the same key meet the same distances, gains, complexities and data siz
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from emutune.world.channel import draw_fading, path_gain
 from emutune.world.devices import Device, draw_activity, draw_devices, for_every_step
 from emutune.world.families import draw_families
 from emutune.world.link import download_delay_s, upload_delay_s
 from emutune.world.parameters import World, bits_of, layers_of
 from emutune.world.possible import mean_over_tasks, possible_case, possible_levels, trains_locally
 from emutune.world.quality import task_perplexity
+from emutune.world.radio import Channel, draw_channel, timing_advance_m
 from emutune.world.spending import energy_cost, energy_j, training_s
 
 
@@ -27,7 +28,8 @@ class Episode(NamedTuple):
 
     ``gain`` has one row more than there are tasks: row t is the gain that is known before task t, row
     t + 1 the gain during it. ``family`` is None in a world of one foundation model, ``active`` (who has a
-    task) where everybody always has one.
+    task) where everybody always has one, ``downlink_gain`` where both links have one gain, and
+    ``distance_m``, as the base station knows it, where UEs do not move.
     """
 
     gain: Float[Array, "rows ues"]
@@ -37,10 +39,16 @@ class Episode(NamedTuple):
     family: Int[Array, "tasks ues"] | None = None
     device: Device = Device()
     active: Bool[Array, "tasks ues"] | None = None
+    downlink_gain: Float[Array, "rows ues"] | None = None
+    distance_m: Float[Array, "rows ues"] | None = None
 
 
 class Task(NamedTuple):
-    """The part of an episode that belongs to one step, one value per UE."""
+    """The part of an episode that belongs to one step, one value per UE.
+
+    Attributes:
+        approach_m: by how much a UE came nearer since the task before, as the base station knows it.
+    """
 
     previous_gain: Float[Array, "ues"]
     gain: Float[Array, "ues"]
@@ -50,6 +58,10 @@ class Task(NamedTuple):
     family: Int[Array, "ues"] | None = None
     device: Device = Device()
     active: Bool[Array, "ues"] | None = None
+    previous_downlink_gain: Float[Array, "ues"] | None = None
+    downlink_gain: Float[Array, "ues"] | None = None
+    distance_m: Float[Array, "ues"] | None = None
+    approach_m: Float[Array, "ues"] | None = None
 
 
 class Cache(NamedTuple):
@@ -102,17 +114,25 @@ def draw_episode(key: Key[Array, ""], world: World) -> Episode:
     """Draw everything random in one episode (sec. VI-A, D3, D8)."""
     keys = jax.random.split(key, 5)
     steps, ues = world.tasks, world.ues
-    distance_m = _uniform(keys[0], world.distance_m, (ues,))
-    fading = draw_fading(keys[1], world.fading_quantiles, (steps + 1, ues))
+    channel, transmit_power_w = draw_links(key, world)
     return Episode(
-        gain=path_gain(distance_m, world.path_loss_exponent) * fading,
+        gain=channel.gain,
         complexity=_uniform(keys[2], world.complexity, (steps, ues)),
         data_bits=_uniform(keys[3], world.data_bits, (steps, ues)),
-        transmit_power_w=_uniform(keys[4], world.transmit_power_w, (ues,)),
+        transmit_power_w=transmit_power_w,
         family=world.families and draw_families(jax.random.fold_in(key, 5), world.families, steps, ues),
         device=draw_devices(key, world.devices, ues),
         active=draw_activity(key, world.devices, steps, ues),
+        downlink_gain=channel.downlink_gain,
+        distance_m=timing_advance_m(world, channel.path),
     )
+
+
+def draw_links(key: Key[Array, ""], world: World) -> tuple[Channel, Float[Array, "ues"]]:
+    """The channel of the episode of a key, and the transmit powers."""
+    keys = jax.random.split(key, 5)
+    transmit_power_w = _uniform(keys[4], world.transmit_power_w, (world.ues,))
+    return draw_channel(key, keys[0], keys[1], world, transmit_power_w), transmit_power_w
 
 
 def empty_cache(world: World) -> Cache:
@@ -155,6 +175,7 @@ def current_task(state: State) -> Task:
         family=None if episode.family is None else episode.family[now],
         device=episode.device,
         active=None if episode.active is None else episode.active[now],
+        **_radio(episode, lambda rows, later: rows[now + later]),
     )
 
 
@@ -169,6 +190,7 @@ def all_tasks(episode: Episode) -> Task:
         family=episode.family,
         device=for_every_step(episode.device, episode.complexity.shape[0]),
         active=episode.active,
+        **_radio(episode, lambda rows, later: rows[later : rows.shape[0] - 1 + later]),
     )
 
 
@@ -183,7 +205,8 @@ def serve(world: World, cache: Cache, task: Task, action: Action) -> tuple[Cache
     switched = local & (layers != held)
     downloads, bits = _sent(world, family, layers, held, switched)
     upload_s = upload_delay_s(world, task.data_bits, task.transmit_power_w, task.gain, at_server)
-    download_s = download_delay_s(world, bits, task.gain, downloads)
+    downlink_gain = task.gain if task.downlink_gain is None else task.downlink_gain
+    download_s = download_delay_s(world, bits, downlink_gain, downloads)
     delay_s = upload_s + download_s
     trained_s = training_s(world, task.data_bits, family, device, retention, at_server, local)
     delay_s = delay_s if trained_s is None else delay_s + trained_s
@@ -239,6 +262,19 @@ def updated_cache(
     if cache.family is None or family is None:
         return Cache(after, None, cache.spent_j)
     return Cache(after, jnp.where(keeps, cache.family, family), cache.spent_j)
+
+
+def _radio(episode: Episode, rows_of: Callable[[Array, int], Array]) -> dict[str, Array]:
+    """The fields of a task that only some radios have; ``rows_of`` takes rows and how many tasks later."""
+    found = {}
+    if episode.downlink_gain is not None:
+        found["previous_downlink_gain"] = rows_of(episode.downlink_gain, 0)
+        found["downlink_gain"] = rows_of(episode.downlink_gain, 1)
+    if episode.distance_m is not None:
+        before = jnp.concatenate([episode.distance_m[:1], episode.distance_m[:-1]])
+        found["distance_m"] = rows_of(episode.distance_m, 0)
+        found["approach_m"] = rows_of(before - episode.distance_m, 0)
+    return found
 
 
 def _sent(

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from emutune.world.channel import fading_at_scores
 from emutune.world.devices import ComputationTable, Device, SpreadTable, spread_quantile
 from emutune.world.dynamics import Cache, State, Task, current_task, usable_layers
 from emutune.world.families import FamilyTables
 from emutune.world.parameters import World, layers_of
 from emutune.world.possible import possible_levels
 from emutune.world.quality import curve_perplexity
+from emutune.world.radio import TIMING_ADVANCE_M, downlink_gain_bounds, gain_bounds
 from emutune.world.spending import training_tflop
 
 
@@ -32,6 +32,9 @@ class Observation(NamedTuple):
         active: who has a task; None where everybody always has one. A UE without one still shows the family
             that its next tasks come from.
         spent_j: energy spent so far; None where there is no budget.
+        previous_downlink_gain: None where both links have one gain.
+        distance_m: of each UE, as its timing advance tells the base station; None where UEs do not move.
+        approach_m: by how much it came nearer since the task before.
     """
 
     previous_gain: Float[Array, "*batch ues"]
@@ -46,6 +49,16 @@ class Observation(NamedTuple):
     device: Device = Device()
     active: Bool[Array, "*batch ues"] | None = None
     spent_j: Float[Array, "*batch ues"] | None = None
+    previous_downlink_gain: Float[Array, "*batch ues"] | None = None
+    distance_m: Float[Array, "*batch ues"] | None = None
+    approach_m: Float[Array, "*batch ues"] | None = None
+
+
+def downlink_gain(observation: Observation) -> Float[Array, "*batch ues"]:
+    """The gain of the downlink during the previous task."""
+    if observation.previous_downlink_gain is None:
+        return observation.previous_gain
+    return observation.previous_downlink_gain
 
 
 def observe(world: World, state: State) -> Observation:
@@ -69,6 +82,9 @@ def observe_task(world: World, cache: Cache, task: Task, step: Int[Array, ""]) -
         device=task.device,
         active=task.active,
         spent_j=cache.spent_j,
+        previous_downlink_gain=task.previous_downlink_gain,
+        distance_m=task.distance_m,
+        approach_m=task.approach_m,
     )
 
 
@@ -78,15 +94,16 @@ def ue_features(world: World, observation: Observation) -> Float[Array, "*batch 
     In the order of s1 gain, complexity, data, cached retention. Then follows what the world has of: the
     retention of an emulator of another family; the share of the energy budget that is left (below 0: what is
     spent beyond it, to -1); size of the task's family and its perplexity at the server, each as a share of
-    the largest; the UE's training speed, and how long this task would take it with the whole model;
-    energy of an operation; the largest emulator that it can hold; whether it may upload; whether it has a
-    task (without one its complexity and data read 0).
+    the largest; the gain of the downlink, where that is another; the UE's distance and by how much it came
+    nearer; its training speed, and how long this task would take it with the whole model; energy of an
+    operation; the largest emulator that it can hold; whether it may upload; whether it has a task (without
+    one its complexity and data read 0).
     """
     return join_features(task_features(world, observation), cache_features(world, observation))
 
 
 def feature_bounds(world: World) -> list[tuple[float, float]]:
-    """Lowest and highest value of each feature, up to rounding; fading leaves the gain without any."""
+    """Lowest and highest value of each feature, up to rounding; fading leaves gains without any."""
     devices, energy = world.devices, world.devices.energy
     several = world.families is not None
     unlimited, signed, share = (-float("inf"), float("inf")), (-1.0, 1.0), (0.0, 1.0)
@@ -95,6 +112,8 @@ def feature_bounds(world: World) -> list[tuple[float, float]]:
         *[share] * several,
         *[signed] * (energy is not None and energy.budget_j is not None),
         *[share] * (2 * several),
+        *[unlimited] * (world.trace is not None),
+        *[signed] * (2 * (world.mobility is not None)),
         *[signed] * (2 * (devices.computation is not None)),
         *[signed] * (energy is not None and energy.compute_j_per_tflop is not None),
         *[share] * (devices.memory_bits is not None),
@@ -109,21 +128,19 @@ def feature_count(world: World) -> int:
 
 
 def task_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
-    """The features that no action changes: gain, complexity, data, and those of the family and the device.
+    """The features that no action changes: gain, complexity, data, those of family, radio and device.
 
     Gains vary over decades, so they enter as logarithms, scaled by the path loss at the fleet's nearest
     and farthest distance and by fading up to three standard normal scores either way.
     """
-    strongest, weakest = world.distance_m**-world.path_loss_exponent
-    faded = fading_at_scores(world.fading_quantiles, jnp.asarray([-3.0, 3.0]))
-    gain_bounds = jnp.log(jnp.stack([weakest, strongest]) * faded)
     columns = [
-        _centred(jnp.log(observation.previous_gain), gain_bounds),
+        _centred(jnp.log(observation.previous_gain), jnp.log(gain_bounds(world))),
         _centred(observation.complexity, world.complexity),
         _centred(observation.data_bits, world.data_bits),
     ]
     if world.families is not None and observation.family is not None:
         columns += _family_columns(world, world.families, observation.family)
+    columns += _radio_columns(world, observation)
     columns += _device_columns(world, observation)
     if observation.active is None:
         return jnp.stack(columns, axis=-1)
@@ -165,6 +182,20 @@ def _family_columns(world: World, tables: FamilyTables, family: Int[Array, "*bat
     each = jnp.arange(tables.model_bits.shape[0])
     whole = curve_perplexity(world, jnp.ones(each.shape), each)
     return [(tables.model_bits / tables.model_bits.max())[family], (whole / whole.max())[family]]
+
+
+def _radio_columns(world: World, observation: Observation) -> list[Array]:
+    columns = []
+    if observation.previous_downlink_gain is not None:
+        bounds = jnp.log(downlink_gain_bounds(world))
+        columns.append(_centred(jnp.log(observation.previous_downlink_gain), bounds))
+    if observation.distance_m is not None and observation.approach_m is not None:
+        assert world.mobility is not None
+        assert world.distance_m is not None
+        farthest_m = world.mobility.speed_mps[1] * world.mobility.interval_s + TIMING_ADVANCE_M
+        columns.append(_centred(observation.distance_m, world.distance_m))
+        columns.append(observation.approach_m / farthest_m)
+    return columns
 
 
 def _device_columns(world: World, observation: Observation) -> list[Array]:

@@ -11,7 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from emutune.scenario import Range, Scenario
 from emutune.world.channel import fading_quantiles
 from emutune.world.devices import DeviceTables, build_devices
+from emutune.world.fading import FadingTables, build_fading
 from emutune.world.families import FamilyTables, build_families
+from emutune.world.mobility import MobilityTables, build_mobility
+from emutune.world.path_loss import PathLossTables, build_path_loss
+from emutune.world.trace import TraceTables, build_trace
 
 
 @jax.tree_util.register_dataclass
@@ -27,8 +31,9 @@ class World:
     ues: int = field(metadata={"static": True})
     tasks: int = field(metadata={"static": True})
     delta_download: bool = field(metadata={"static": True})
+    ergodic_rate: bool = field(metadata={"static": True})
     transmit_power_w: Float[Array, "2"]
-    distance_m: Float[Array, "2"]
+    distance_m: Float[Array, "2"] | None
     data_bits: Float[Array, "2"]
     complexity: Float[Array, "2"]
     model_bits: Float[Array, ""]
@@ -40,8 +45,8 @@ class World:
     downlink_bandwidth_hz: Float[Array, ""]
     downlink_power_w: Float[Array, ""]
     noise_w_per_hz: Float[Array, ""]
-    path_loss_exponent: Float[Array, ""]
-    fading_quantiles: Float[Array, "knots"]
+    path_loss_exponent: Float[Array, ""] | None
+    fading_quantiles: Float[Array, "knots"] | None
     curve: Float[Array, "3"]
     curve_knots: Float[Array, "2 knots_of_curve"]
     complexity_weight: Float[Array, ""]
@@ -50,6 +55,10 @@ class World:
     delay_weight_per_s: Float[Array, ""]
     families: FamilyTables | None
     devices: DeviceTables
+    path_loss: PathLossTables | None
+    fading: FadingTables | None
+    mobility: MobilityTables | None
+    trace: TraceTables | None
 
 
 def build_world(scenario: Scenario) -> World:
@@ -60,8 +69,9 @@ def build_world(scenario: Scenario) -> World:
         ues=fleet.ues,
         tasks=fleet.tasks,
         delta_download=scenario.delta_download,
+        ergodic_rate=radio.rate == "ergodic",
         transmit_power_w=_interval(fleet.transmit_power_w),
-        distance_m=_interval(fleet.distance_m),
+        distance_m=None if fleet.distance_m is None else _interval(fleet.distance_m),
         data_bits=_interval(scenario.tasks.data_mb, scale=8e6),
         complexity=_interval(scenario.tasks.complexity),
         model_bits=_real(8e9 * scenario.model.size_gb),
@@ -73,8 +83,8 @@ def build_world(scenario: Scenario) -> World:
         downlink_bandwidth_hz=_real(radio.downlink_bandwidth_hz),
         downlink_power_w=_real(radio.downlink_power_w),
         noise_w_per_hz=_real(10 ** ((radio.noise_dbm_per_hz - 30) / 10)),
-        path_loss_exponent=_real(radio.path_loss_exponent),
-        fading_quantiles=jnp.asarray(fading_quantiles(radio.fading_blocks), jnp.float32),
+        path_loss_exponent=None if radio.path_loss_exponent is None else _real(radio.path_loss_exponent),
+        fading_quantiles=_fading_quantiles(scenario),
         curve=jnp.asarray([curve.quadratic, curve.linear, curve.constant], jnp.float32),
         curve_knots=jnp.asarray(curve.knots, jnp.float32).reshape(-1, 2).T,
         complexity_weight=_real(quality.complexity_weight),
@@ -83,6 +93,10 @@ def build_world(scenario: Scenario) -> World:
         delay_weight_per_s=_real(reward.delay_weight_per_min / 60),
         families=build_families(scenario),
         devices=build_devices(scenario),
+        path_loss=build_path_loss(scenario),
+        fading=build_fading(scenario),
+        mobility=build_mobility(scenario),
+        trace=build_trace(scenario),
     )
 
 
@@ -108,6 +122,14 @@ def levels_of(
         return world.level_bounds[0], world.level_bounds[1]
     bounds = world.families.level_bounds[family]
     return bounds[..., 0], bounds[..., 1]
+
+
+def _fading_quantiles(scenario: Scenario) -> Float[Array, "knots"] | None:
+    """None where fading is no part of the gain: it is in a trace's rates, or in the rate itself."""
+    blocks = scenario.radio.fading_blocks
+    if blocks is None or scenario.trace is not None or scenario.radio.rate == "ergodic":
+        return None
+    return jnp.asarray(fading_quantiles(blocks), jnp.float32)
 
 
 def _real(value: float) -> Float[Array, ""]:

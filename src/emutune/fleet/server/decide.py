@@ -13,6 +13,7 @@ import numpy as np
 
 from emutune.errors import FleetError
 from emutune.fleet.server.choices import Candidate, Choice, Forecast
+from emutune.fleet.server.links import plain_law
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
 from emutune.scenario import Scenario
@@ -32,8 +33,8 @@ class Decider:
         seed: of policies that draw.
 
     Raises:
-        FleetError: the scenario is one of several foundation models, or of devices that differ in what a
-            fleet does not know of its own.
+        FleetError: the scenario is one of several foundation models, of devices that differ in what a fleet
+            does not know of its own, or of links that a fleet cannot have.
     """
 
     def __init__(self, scenario: Scenario, policy: Policy, seed: int = 0) -> None:
@@ -48,6 +49,7 @@ class Decider:
                     f"scenario {scenario.name!r}: has the section {section}, which devices of a fleet do not "
                     "report; use a policy for a scenario without it"
                 )
+        plain_law(scenario)
         self.scenario = scenario
         self._world = build_world(scenario)
         self._policy = policy
@@ -165,7 +167,9 @@ def _rates(
     world: World, gain: jax.Array, power: jax.Array, uploads: jax.Array, downloads: jax.Array
 ) -> jax.Array:
     up, down = jnp.sum(uploads) * 1.0, jnp.sum(downloads) * 1.0
-    rate = partial(shared_rate_bps, gain=gain, noise_w_per_hz=world.noise_w_per_hz)
+    rate = partial(
+        shared_rate_bps, gain=gain, noise_w_per_hz=world.noise_w_per_hz, ergodic=world.ergodic_rate
+    )
     upward = rate(world.uplink_bandwidth_hz, power, sharers=up)
     downward = rate(
         world.downlink_bandwidth_hz, world.downlink_power_w / jnp.maximum(down, 1.0), sharers=down

@@ -5,10 +5,41 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from emutune.scenario import Scenario
+from emutune.errors import FleetError
+from emutune.scenario import Range, Scenario
+
+
+class PlainLaw(NamedTuple):
+    """Gains that are a power of the distance times the mean of so many Rayleigh blocks."""
+
+    distance_m: Range
+    exponent: float
+    blocks: int
+
+
+def plain_law(scenario: Scenario) -> PlainLaw:
+    """The law of a scenario's gains.
+
+    Raises:
+        FleetError: the scenario has another one.
+    """
+    distance, radio = scenario.fleet.distance_m, scenario.radio
+    if (
+        not scenario.plain_radio
+        or distance is None
+        or radio.path_loss_exponent is None
+        or radio.fading_blocks is None
+    ):
+        raise FleetError(
+            f"scenario {scenario.name!r}: its links follow a trace, a path loss model, mobility, drifting fading or "
+            "the ergodic rate, but a fleet's follow radio.path_loss_exponent and radio.fading_blocks alone; use a "
+            "policy for such a scenario"
+        )
+    return PlainLaw(distance, radio.path_loss_exponent, radio.fading_blocks)
 
 
 @dataclass(frozen=True)
@@ -30,10 +61,10 @@ class DrawnLink:
 
     def gain(self, step: int) -> float:
         """During a step; of step -1, what is known before the first."""
-        distance, radio = self.scenario.fleet.distance_m, self.scenario.radio
-        metres = self._generator(2).uniform(distance.min, distance.max)
-        fading = self._generator(3, step + 1).gamma(radio.fading_blocks, 1 / radio.fading_blocks)
-        return float(metres**-radio.path_loss_exponent * fading)
+        law = plain_law(self.scenario)
+        metres = self._generator(2).uniform(law.distance_m.min, law.distance_m.max)
+        fading = self._generator(3, step + 1).gamma(law.blocks, 1 / law.blocks)
+        return float(metres**-law.exponent * fading)
 
     def _generator(self, *purpose: int) -> np.random.Generator:
         name = int.from_bytes(hashlib.sha256(self.device.encode()).digest()[:8], "big")
@@ -42,8 +73,8 @@ class DrawnLink:
 
 def middle_gain(scenario: Scenario) -> float:
     """The gain of a link of which nothing is known: that of the middle of the distances, without fading."""
-    distance = scenario.fleet.distance_m
-    return float(((distance.min + distance.max) / 2) ** -scenario.radio.path_loss_exponent)
+    law = plain_law(scenario)
+    return float(((law.distance_m.min + law.distance_m.max) / 2) ** -law.exponent)
 
 
 def gain_of_rate(scenario: Scenario, rate_bps: float, power_w: float, sharers: int, *, uplink: bool) -> float:
