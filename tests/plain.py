@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from scipy import special
 
 from emutune.scenario import Scenario
 from emutune.world import Episode
@@ -28,6 +29,7 @@ def tasks_of(episode: Episode) -> list[list[dict[str, Any]]]:
         "complexity": episode.complexity,
         "data_bits": episode.data_bits,
         "gain": episode.gain[1:],
+        "downlink_gain": (episode.gain if episode.downlink_gain is None else episode.downlink_gain)[1:],
         "family": episode.family,
         "active": episode.active,
     }
@@ -67,6 +69,13 @@ def project(scenario: Scenario, task: dict[str, Any], at_server: bool, wanted: f
     return "local", min(levels, key=lambda k: abs(k / layers - wanted))
 
 
+def bits_per_hz(scenario: Scenario, snr: float) -> float:
+    """What a link carries: at its gain, or on average over Rayleigh fading about it."""
+    if scenario.radio.rate == "ergodic":
+        return float(special.exp1(1 / snr) * math.exp(1 / snr) / math.log(2))
+    return math.log2(1 + snr)
+
+
 def serve(
     scenario: Scenario, tasks: list[dict[str, Any]], carried: list[Carried], plan: list[tuple[str, int]]
 ) -> tuple[list[Carried], dict[str, Any]]:
@@ -93,12 +102,12 @@ def serve(
         if kind == "server":
             share = radio.uplink_bandwidth_hz / there
             snr = task["transmit_power_w"] * task["gain"] / (noise * share)
-            up = task["data_bits"] / (share * math.log2(1 + snr))
+            up = task["data_bits"] / (share * bits_per_hz(scenario, snr))
             if scenario.computation:
                 train = tflop / (scenario.computation.server_tflops / there)
         if missing:
-            snr = radio.downlink_power_w * task["gain"] / (noise * radio.downlink_bandwidth_hz)
-            rate = radio.downlink_bandwidth_hz / loading * math.log2(1 + snr)
+            snr = radio.downlink_power_w * task["downlink_gain"] / (noise * radio.downlink_bandwidth_hz)
+            rate = radio.downlink_bandwidth_hz / loading * bits_per_hz(scenario, snr)
             down = 8e9 * model.size_gb * missing / model.layers / rate
         if kind == "local" and scenario.computation:
             train = tflop * layers / model.layers / task["tflops"]
@@ -148,6 +157,11 @@ FEATURES = {
     "privacy": ["privacy={share=0.4}"],
     "activity": ["activity={task_probability=0.6}"],
     "delta": ["download={delta=true}"],
+    "mobility": ["mobility={speed_mps={min=1.0,max=20.0},interval_s=60.0}"],
+    "fading": ["radio.fading={speed_mps=1.0,interval_s=0.01}", "radio.carrier_ghz=3.5"],
+    "ergodic": ["radio.rate='ergodic'"],
+    "trace": [f"trace={{interval_s=60.0,downlink_mbps={list(range(45, 16, -1)) * 2 + [9]},"
+              f"uplink_mbps={[0.1 * (1 + t * t % 17) for t in range(59)]}}}"],
 }  # fmt: skip
 
 
@@ -163,4 +177,6 @@ def changes_for(features: set[str]) -> list[str]:
 def feature_sets(draw: st.DrawFn) -> set[str]:
     """Any combination of features that a scenario may have together."""
     features = draw(st.sets(st.sampled_from(sorted(FEATURES))))
-    return features - {"energy"} if "budget" in features else features
+    if "trace" in features:
+        features -= {"mobility", "fading", "ergodic"}
+    return features - {"energy" if "budget" in features else "", "fading" if "ergodic" in features else ""}

@@ -80,7 +80,7 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
     "features",
     [
         {"computation", "budget"},
-        EVERYTHING,
+        EVERYTHING | {"trace"},
         *(
             pytest.param(few, marks=pytest.mark.slow)
             for few in ({"computation"}, {"memory", "privacy"}, {"activity"})

@@ -45,7 +45,8 @@ COMBINATIONS = [
     *(pytest.param({feature}, marks=pytest.mark.slow) for feature in ALONE),
     pytest.param({"computation", "energy"}, marks=pytest.mark.slow),
     pytest.param(EVERYTHING, marks=pytest.mark.slow),
-    EVERYTHING | {"delta"},
+    EVERYTHING | {"delta", "trace"},
+    pytest.param(EVERYTHING | {"ergodic", "mobility"}, marks=pytest.mark.slow),
 ]
 
 step_compiled = jax.jit(step)
