@@ -59,20 +59,21 @@ class Watching:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        shard = scope["path"].startswith(_SHARDS)
+        shard = False
 
         async def watched(message: Message) -> None:
+            nonlocal shard
             await send(message)
             # Who asks is known only once the route has checked the key.
             device = scope.get("state", {}).get("device")
             if device is None:
                 return
+            self._watch.heard[device] = self._watch.now()
             if message["type"] == "http.response.start":
-                self._watch.heard[device] = self._watch.now()
-                if shard and message["status"] in (200, 206):
+                shard = scope["path"].startswith(_SHARDS) and message["status"] in (200, 206)
+                if shard:
                     self._watch.begin_shard(device)
             elif shard:
-                self._watch.heard[device] = self._watch.now()
                 self._watch.count(device, len(message.get("body", b"")))
 
         await self._app(scope, receive, watched)
