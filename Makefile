@@ -8,8 +8,8 @@ demo: .venv/.ready  ## learn on the paper's world, compare, write a report; lear
 	$(BIN)/emutune train reference --out runs/policy
 	$(BIN)/emutune fleet demo --devices 3 --policy runs/policy --fresh
 
-test: .venv/.ready  ## all tests but the slow ones
-	$(BIN)/python -m pytest
+test: .venv/.ready  ## all tests but the slow ones, a process for each of two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/.ready  ## style, types and import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -196,6 +196,23 @@ def peak_mb(process="self"):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6
 
 
+def taken(process="self"):
+    """What a process has taken of the machine."""
+    times = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return {"peak_mb": peak_mb(process), "cpu_seconds": sum(map(int, times)) / os.sysconf("SC_CLK_TCK")}
+
+
+def decider_of(server):
+    """The process in which a server's policy decides."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    (found,) = [
+        child
+        for child in children
+        if b"emutune.fleet.server.deciding" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    return int(found)
+
+
 # Transfer
 
 
@@ -236,7 +253,7 @@ def transfers(folder, rounds):
             os.sync()
             theirs.append(curl(folder, config, address, emulator))
             print(f"{name}: emutune {ours[-1]:.2f} s, nginx {theirs[-1]:.2f} s", flush=True)
-        server_peak = peak_mb(server.pid)
+        server_peak, decider_peak = peak_mb(server.pid), peak_mb(decider_of(server.pid))
     return {
         "transfer_ratio_to_nginx": statistics.median(theirs) / statistics.median(ours),
         "transfer_mb_per_s": {
@@ -244,7 +261,7 @@ def transfers(folder, rounds):
             "nginx": emulator.bytes / 1e6 / statistics.median(theirs),
         },
         "transfer_seconds": {"emutune": ours, "nginx": theirs},
-        "transfer_peak_rss_mb": {"server": server_peak, "device": max(peaks)},
+        "transfer_peak_rss_mb": {"server": server_peak, "decider": decider_peak, "device": max(peaks)},
         "transfer_server_grew_mb": server_peak - server_before,
     }
 
@@ -385,28 +402,34 @@ def noting_server(fleet, catalogue, notes):
 
 
 def serve_until_done(fleet, catalogue, judge=None):
-    """As ``emutune serve`` does it; what the server had taken when devices could come."""
+    """As ``emutune serve`` does it; what server and decider had taken when devices could come, and at the end."""
     from emutune.cli.jax_setup import prepare_jax
 
     prepare_jax()
     from emutune.fleet.config import load_fleet
     from emutune.fleet.loop import run
-    from emutune.fleet.server.decide import open_decider
+    from emutune.fleet.server.deciding import deciding
     from emutune.fleet.server.run import run_server
     from emutune.scenario import load_scenario
-    from emutune.tuning.catalogue import open_catalogue
+    from emutune.tuning.inventory import open_inventory
 
-    config, catalogue = load_fleet(fleet), open_catalogue(Path(catalogue))
-    decider, idle = open_decider("fixed", load_scenario(config.scenario), 0.75), {}
+    config, catalogue, noted = load_fleet(fleet), open_inventory(Path(catalogue)), {}
+
+    async def serving():
+        async with deciding("fixed", load_scenario(config.scenario), 0.75) as decider:
+
+            def note(when):
+                noted[when] = {"server": taken(), "decider": taken(decider.pid)}
+
+            try:
+                await run_server(config, catalogue, decider, started=lambda url: note("idle"), judge=judge)
+            finally:
+                note("ended")
+
     # An interrupt is how a benchmark that has seen enough ends its server.
     with contextlib.suppress(KeyboardInterrupt):
-        run(run_server(config, catalogue, decider, started=lambda url: idle.update(taken()), judge=judge))
-    return idle
-
-
-def taken():
-    """What this process has taken of the machine."""
-    return {"peak_mb": peak_mb(), "cpu_seconds": sum(os.times()[:2])}
+        run(serving())
+    return noted
 
 
 def idle_device(folder, steps):
@@ -450,7 +473,8 @@ def load(work, devices=300, steps=5):
     with server_process(command, config, url) as server:
         result = started_alone("many_devices", folder / "fleet", devices, steps)["result"]
         server.wait(HELD_S)
-    server = json.loads((config.server.directory / "server.log").read_text().splitlines()[-1])
+    noted = json.loads((config.server.directory / "server.log").read_text().splitlines()[-1])["result"]
+    idle, last = noted["idle"], noted["ended"]
     from emutune.fleet.server.run import opened_ledger
 
     with opened_ledger(config) as ledger:
@@ -463,10 +487,11 @@ def load(work, devices=300, steps=5):
             "devices": devices,
             "steps_completed": ended,
             "errors": len(result["errors"]) + lost,
-            "server_rss_mb": server["peak_mb"],
-            "server_idle_rss_mb": server["result"]["peak_mb"],
+            "server_rss_mb": sum(part["peak_mb"] for part in last.values()),
+            "server_rss_mb_of": {name: part["peak_mb"] for name, part in last.items()},
+            "server_idle_rss_mb": sum(part["peak_mb"] for part in idle.values()),
             "seconds": result["seconds"],
-            "server_cpu_seconds": server["cpu_seconds"] - server["result"]["cpu_seconds"],
+            "server_cpu_seconds": sum(last[name]["cpu_seconds"] - idle[name]["cpu_seconds"] for name in last),
             "first_errors": result["errors"][:3],
         }
     }

@@ -5,12 +5,12 @@
 Two devices and a server do two steps, half of the runs with training on the devices (the rule ``fixed``), half with
 training at the server (``all_server``). Faults come at random moments; each repeat has a seed of its own.
 
-With processes of their own over TLS, ``repeats`` runs of each: ``kill_server``, ``kill_device`` and ``kill_worker``
-(kill -9, once or twice, of the server, of a device, of a process that trains or judges; what was killed starts again
-with the same command), ``decay`` (kill -9 of a device, of whose cache a shard is damaged before it starts again;
-always ``fixed``), ``cut`` and ``alter`` (connections that end, or in which a bit flips, at random bytes), ``fill`` (the
-disk of all of them, a real one of 6 MB, is full for a while; root only). Their processes are forked from one that has
-imported what is slow to import.
+With processes of their own over TLS, ``repeats`` runs of each: ``kill_server``, ``kill_device``, ``kill_worker`` and
+``kill_decider`` (kill -9, once or twice, of the server, of a device, of a process that trains or judges, of the one
+that decides, which is stopped for a while before; what was killed starts again with the same command), ``decay`` (kill
+-9 of a device, of whose cache a shard is damaged before it starts again; always ``fixed``), ``cut`` and ``alter``
+(connections that end, or in which a bit flips, at random bytes), ``fill`` (the disk of all of them, a real one of 6 MB,
+is full for a while; root only). Their processes are forked from one that has imported what is slow to import.
 
 Within one process, which for these makes no difference, ``repeats`` runs of each: ``duplicate`` (requests that arrive
 again, most of them late, and answers that get lost), ``reorder`` (requests that overtake each other), ``damage``
@@ -34,7 +34,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 POLICIES = ("fixed", "all_server")
-PROCESSES = ("kill_server", "kill_device", "kill_worker", "decay", "cut", "alter", "fill")
+PROCESSES = ("kill_server", "kill_device", "kill_worker", "kill_decider", "decay", "cut", "alter", "fill")
 MEMORY = ("duplicate", "reorder", "damage", "jump_clock", "fill_device", "fill_server")
 COUNTS = ("runs", "lost", "duplicated", "differing_ledgers")
 

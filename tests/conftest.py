@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -26,6 +27,14 @@ def check_calls(function: Callable) -> Callable:
 sys.modules["shape_checks"] = ModuleType("shape_checks")
 sys.modules["shape_checks"].check_calls = check_calls
 
+# One of several test processes has one core to itself.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would every process that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # This must come before the first import of any of these packages; one that nobody imports costs nothing.
 install_import_hook(("emutune.world", "emutune.policies", "emutune.learning"), "shape_checks.check_calls")
 
@@ -36,6 +45,23 @@ settings.register_profile("local", deadline=None)
 # What fails in CI must fail again on the machine of whoever looks into it.
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# Where tests compile much and compute little.
+HASTY = {"bounds", "policies", "study", "world"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_in_haste(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs that are compiled in haste serve most tests as well."""
+    if HASTY.isdisjoint(request.path.parts):
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

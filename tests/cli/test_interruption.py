@@ -60,6 +60,7 @@ def test_a_seed_has_the_same_bits_alone_and_beside_another(tmp_path, whole):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, whole):
     earlier = checkpoint(tmp_path)
     earlier.parent.mkdir()

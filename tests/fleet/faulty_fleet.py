@@ -203,9 +203,17 @@ class ProcessFleet:
         self.running[name].kill()
         self.running[name].wait()
 
-    def workers(self) -> list[int]:
-        """Processes that train and judge for the server that runs now."""
+    def children(self) -> list[int]:
+        """Processes of the server that runs now."""
         return children(self.running["server"].pid)
+
+    def workers(self) -> list[int]:
+        """Those that train and judge."""
+        return [child for child in self.children() if runs(child, "worker")]
+
+    def deciders(self) -> list[int]:
+        """The one that decides; none while it starts."""
+        return [child for child in self.children() if runs(child, "deciding")]
 
     def run(self, fault: Callable[[ProcessFleet], None] = lambda fleet: None) -> Outcome:
         """Run the fleet to its end, with a fault on the way.
@@ -295,6 +303,18 @@ def children(parent: int) -> list[int]:
     return [int(number) for number in listed.split()]
 
 
+def runs(process: int, module: str) -> bool:
+    """Whether a process runs a module of ``emutune.fleet.server``, started warm or as from a shell."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        return (
+            f"emutune.fleet.server.{module}" in words
+            or Path(f"/proc/{process}/comm").read_text().strip() == module
+        )
+    except OSError:
+        return False
+
+
 def alive(process: int) -> bool:
     """Whether a process runs; a zombie does not."""
     try:
@@ -323,18 +343,18 @@ class Injector:
         self.random = random.Random(self.seed)
 
     def kill_server(self, fleet: ProcessFleet) -> None:
-        """Kill -9 of the server, once or twice; its workers must not outlive it for long."""
+        """Kill -9 of the server, once or twice; its children must not outlive it for long."""
         for _ in range(self.random.choice((1, 1, 2))):
             if not self._wait(fleet, "server"):
                 return
-            workers = fleet.workers()
+            left = fleet.children()
             fleet.kill("server")
-            self.did.append(f"server killed, {len(workers)} workers")
+            self.did.append(f"server killed, {len(left)} children")
             time.sleep(self.random.uniform(0, 0.5))
             fleet.start("server")
             until = time.monotonic() + 5
-            while any(map(alive, workers)):
-                assert time.monotonic() < until, "a worker outlives its server"
+            while any(map(alive, left)):
+                assert time.monotonic() < until, "a child outlives its server"
                 time.sleep(0.02)
 
     def kill_device(self, fleet: ProcessFleet) -> None:
@@ -361,6 +381,18 @@ class Injector:
                 with suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGKILL)
                     self.did.append("worker killed")
+
+    def kill_decider(self, fleet: ProcessFleet) -> None:
+        """Kill -9 of the process that decides, once or twice; before that it is stopped, so that questions wait."""
+        for _ in range(self.random.choice((1, 1, 2))):
+            if not self._wait(fleet, "server"):
+                return
+            for decider in fleet.deciders():
+                with suppress(ProcessLookupError):
+                    os.kill(decider, signal.SIGSTOP)
+                    time.sleep(self.random.uniform(0, self.span_s))
+                    os.kill(decider, signal.SIGKILL)
+                    self.did.append("decider killed")
 
     def decay(self, fleet: ProcessFleet) -> None:
         """Kill -9 of a device while it works on a lease whose shards have arrived; then one of them is damaged.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from served import DASHBOARD_KEY, DATA, KEYS, SHA, TOKENS, Served, report, safetensors
+from served import DASHBOARD_KEY, DATA, KEYS, SHA, TOKENS, UNLEASED, Served, report, safetensors
 
 Body = bytes | Callable[[], AsyncIterator[bytes]]
 
@@ -160,6 +160,8 @@ OTHERS_LEASES = [
     if "/leases/" in path
     for thief in [("ue2" if "train-1" in path else "ue1")]
 ] + [
+    Attack("shard of another's lease", "GET", f"/v1/shards/{SHA}", (404,), device="ue2"),
+    Attack("shard of no lease", "GET", f"/v1/shards/{UNLEASED}", (404,), device="ue1"),
     Attack("lease that does not exist", "GET", "/v1/leases/none/data", (404,), device="ue2"),
     Attack("lease: wildcard", "GET", "/v1/leases/%25/data", (422,), device="ue2"),
     Attack("lease: injection", "GET", "/v1/leases/'%20OR%201=1--/data", (422,), device="ue2"),

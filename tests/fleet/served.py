@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +24,12 @@ from emutune.fleet.server.dashboard.board import Board, Fleet
 from emutune.fleet.server.dashboard.messages import Model
 from emutune.fleet.server.dashboard.watch import Watch
 from emutune.fleet.shaping import TokenBucket
+from emutune.tuning.manifest import Emulator
 
 DATA = b"how a thing is done, and why " * 3000
-SHARD = os.urandom(3 * (1 << 20) + 17)
+SHARD = random.Random(5).randbytes(3 * (1 << 20) + 17)
+# A shard of the catalogue that no lease names.
+UNLEASED = "3" * 64
 TOKENIZER = b'{"words": 3}'
 SHA = hashlib.sha256(SHARD).hexdigest()
 KEYS = {"ue1": new_secret(), "ue2": new_secret(), "gone": new_secret()}
@@ -114,6 +119,7 @@ class Served:
         (self.catalogue / "shards").mkdir(parents=True, exist_ok=True)
         (self.catalogue / "tokenizer").mkdir(exist_ok=True)
         (self.catalogue / "shards" / f"{SHA}.safetensors").write_bytes(SHARD)
+        (self.catalogue / "shards" / f"{UNLEASED}.safetensors").write_bytes(b"a part of the model")
         (self.catalogue / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER)
         (self.catalogue / "catalogue.json").write_text("secret of the catalogue")
         self.ledger = Ledger(directory / "ledger.sqlite")
@@ -140,7 +146,7 @@ class Served:
                 assert self.ledger.enrol(name, secret_sha256(token), secret_sha256(KEYS[name]))
         self.ledger.revoke("gone")
         leases = {
-            "ue1": Lease(lease="train-1", step=0, kind="train", task="t1"),
+            "ue1": Lease(lease="train-1", step=0, kind="train", task="t1", emulator=emulator()),
             "ue2": Lease(lease="upload-1", step=0, kind="upload", task="t1"),
         }
         self.ledger.begin_step(
@@ -196,6 +202,24 @@ def served(directory: Path, limits: Limits | None = None, rate_bps: float | None
         yield fleet
     finally:
         fleet.close()
+
+
+def emulator(names: Sequence[str] = (SHA, *(digit * 64 for digit in "015"))) -> dict[str, Any]:
+    """What a lease to train names: the shard, and some that a test may make files of."""
+    outer, *layers = ({"sha256": sha256, "bytes": len(SHARD)} for sha256 in names)
+    built = Emulator(
+        base="b" * 64,
+        name="half",
+        recipe="r",
+        method=("layer_drop",),
+        order="uniform",
+        retention=0.5,
+        kept=(1,),
+        seed=0,
+        outer=outer,
+        layers=[{"index": index, "shard": shard} for index, shard in enumerate(layers)],
+    )
+    return json.loads(built.model_dump_json())
 
 
 def report(task: str = "t2") -> dict[str, Any]:

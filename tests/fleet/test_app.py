@@ -13,11 +13,25 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import DATA, KEYS, SHA, SHARD, TOKENIZER, TOKENS, Served, report, safetensors, served
+from served import (
+    DATA,
+    KEYS,
+    SHA,
+    SHARD,
+    TOKENIZER,
+    TOKENS,
+    UNLEASED,
+    Served,
+    emulator,
+    report,
+    safetensors,
+    served,
+)
 
 from emutune.errors import FleetError
 from emutune.fleet.config import Limits
 from emutune.fleet.protocol import FleetInfo, Lease
+from emutune.fleet.rows import Decision
 from emutune.fleet.security import Certificate, self_made_certificate, trusting
 from emutune.fleet.server import bodies, intake, refusals
 from emutune.fleet.server.app import serve
@@ -185,6 +199,44 @@ def test_an_empty_file(fleet: Served) -> None:
     assert ask(fleet, "GET", f"/v1/shards/{'0' * 64}").status_code == 200
     (fleet.catalogue / "shards" / f"{'1' * 64}.safetensors").mkdir()
     assert ask(fleet, "GET", f"/v1/shards/{'1' * 64}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/leases/upload-1/result", {"outcome": "failed", "reason": "no text"}),
+        ("/v1/leave", None),
+    ],
+)
+def test_data_of_an_upload_that_nobody_goes_on_with_are_deleted(
+    fleet: Served, path: str, body: dict | None
+) -> None:
+    part = fleet.work / "uploads" / "upload-1.part"
+    assert ask(fleet, "PATCH", f"{DATA_URL}?offset=0", device="ue2", content=DATA[:1000]).status_code == 200
+    assert part.exists()
+    # As after a kill between the check of the whole data and their being taken over.
+    whole = part.with_suffix(".data")
+    whole.write_bytes(DATA)
+    assert ask(fleet, "POST", path, device="ue2", json=body).status_code == 204
+    assert not part.exists()
+    assert not whole.exists()
+    deleted = [row for row in fleet.ledger.audit_rows() if row.event == "data deleted"]
+    assert [(row.device, row.lease) for row in deleted] == [("ue2", "upload-1")]
+
+
+def test_shards_of_a_late_lease_still_come(fleet: Served) -> None:
+    fleet.ledger.close_lease("train-1", "expired")
+    assert ask(fleet, "GET", f"/v1/shards/{SHA}").content == SHARD
+
+
+def test_only_the_last_emulators_shards_come(fleet: Served) -> None:
+    assert ask(fleet, "GET", f"/v1/shards/{SHA}").status_code == 200
+    fleet.ledger.close_lease("train-1", "done")
+    lease = Lease(lease="train-2", step=1, kind="train", task="t2", emulator=emulator([UNLEASED]))
+    decision = {"device": "ue1", "task": "t2", "lease": lease.lease, "kind": "train", "at_server": False}
+    fleet.ledger.begin_step(1, [Decision(**decision, lease_json=lease.model_dump_json())])
+    assert ask(fleet, "GET", f"/v1/shards/{UNLEASED}").status_code == 200
+    assert ask(fleet, "GET", f"/v1/shards/{SHA}").status_code == 404
 
 
 def test_shards_come_at_the_links_rate(tmp_path: Path, tls: Certificate) -> None:

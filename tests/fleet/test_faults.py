@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ import httpx2
 import pytest
 from device_models import leasing
 from fake_server import FakeServer, client_of, credentials, fleet_info
-from faulty_fleet import Injector, Outcome, ProcessFleet, Wire, alive, judge
+from faulty_fleet import DEVICES, STEPS, Injector, Outcome, ProcessFleet, Wire, alive, judge
 from faulty_memory import MemoryFleet, MemoryInjector
 from small_disks import small_disk
 from warm_start import WarmStart
@@ -29,12 +32,15 @@ from emutune.fleet.device.client import Backoff, FleetClient
 from emutune.fleet.device.state import Arrival
 from emutune.fleet.disk import is_full
 from emutune.fleet.ledger import LeaseRow, Ledger
-from emutune.fleet.server.pool import checked
+from emutune.fleet.local import COMMAND
+from emutune.fleet.server.child import checked
 from emutune.tuning.catalogue import Catalogue
 
 POLICIES = ("fixed", "all_server")
 # Of a run in this process, and of processes from the moment at which they have joined; both are shorter when warm.
 MEMORY_SPAN_S, PROCESS_SPAN_S = 1.5, 2.0
+# Shorter than a worker takes to start, so that a run on a fast machine does not end before its first fault.
+SOON_S = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def test_runs_without_a_fault_lose_nothing(expected: dict[str, Outcome]) -> None
 def test_server_device_and_worker_are_killed(
     catalogue: Catalogue, warm: WarmStart, expected: dict[str, Outcome], tmp_path: Path
 ) -> None:
-    injector = Injector(3, PROCESS_SPAN_S)
+    injector = Injector(3, SOON_S)
 
     def kills(fleet: ProcessFleet) -> None:
         injector.kill_worker(fleet)
@@ -88,9 +94,41 @@ def test_server_device_and_worker_are_killed(
     assert_same(expected["all_server"], found)
 
 
+def waiting_bytes(process: int) -> int:
+    """What a process has not read yet of its standard input, a pipe."""
+    with Path(f"/proc/{process}/fd/0").open("rb") as pipe:
+        return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), "little")
+
+
+def test_what_decides_is_killed_over_a_question(
+    catalogue: Catalogue, warm: WarmStart, expected: dict[str, Outcome], tmp_path: Path
+) -> None:
+    fleet = ProcessFleet(tmp_path / "fleet", catalogue, "fixed", warm=warm)
+
+    def all_wait() -> bool:
+        with Ledger(fleet.directory / "ledger.sqlite") as ledger:
+            assert ledger.last_step() < STEPS - 1
+            return len(ledger.open_reports()) == DEVICES and not ledger.open_leases()
+
+    def kill(fleet: ProcessFleet) -> None:
+        (decider,) = fleet.deciders()
+        os.kill(decider, signal.SIGSTOP)
+        until = time.monotonic() + 60
+        while not all_wait():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        until = time.monotonic() + 3
+        # None if it had taken the question when it was stopped.
+        while not waiting_bytes(decider) and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(decider, signal.SIGKILL)
+
+    assert_same(expected["fixed"], fleet.run(kill))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("what", ["kill_server", "kill_device", "kill_worker", "decay"])
+@pytest.mark.parametrize("what", ["kill_server", "kill_device", "kill_worker", "kill_decider", "decay"])
 def test_a_process_is_killed(
     catalogue: Catalogue,
     warm: WarmStart,
@@ -144,6 +182,33 @@ def test_processes_as_from_a_shell(
     injector = Injector(2, 10.0)
     found = ProcessFleet(tmp_path / "fleet", catalogue, "all_server").run(injector.kill_server)
     assert_same(expected["all_server"], found)
+
+
+WATCHED = """
+import atexit, sys
+heavy = {"jax", "jaxlib", "torch", "transformers", "peft", "scipy"}
+atexit.register(lambda: print("imported", *sorted(heavy & sys.modules.keys()), flush=True))
+from emutune.cli.main import run
+run()
+"""
+
+
+class WatchedFleet(ProcessFleet):
+    """Its server says at its end what it has imported."""
+
+    def _command(self, name: str) -> list[str]:
+        command = super()._command(name)
+        return [command[0], "-c", WATCHED, *command[len(COMMAND) :]] if name == "server" else command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_server_imports_neither_jax_nor_torch_in_a_whole_run(
+    catalogue: Catalogue, expected: dict[str, Outcome], tmp_path: Path, policy: str
+) -> None:
+    fleet = WatchedFleet(tmp_path / "fleet", catalogue, policy)
+    assert_same(expected[policy], fleet.run())
+    assert fleet.log("server").read_text().splitlines()[-1] == "imported"
 
 
 def test_a_worker_whose_server_is_already_gone_does_nothing() -> None:

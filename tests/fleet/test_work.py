@@ -12,11 +12,14 @@ from device_models import TEXT, TRAINING, catalogue, emulator
 from emutune.errors import AdapterError, CatalogueError, DataError
 from emutune.fleet.device import work
 from emutune.fleet.device.files import hash_file
+from emutune.fleet.protocol import Training
+from emutune.fleet.training import trainer_config
 from emutune.tuning.adapters import load_adapter, plug_in
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.layers import layer_stack
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import pack, split_blocks
+from emutune.tuning.trainer import TrainerConfig
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_adapter(
     built: Catalogue, cache: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = work.train_adapter(cache, emulator(built), text, TRAINING, tmp_path / "plain")
-    monkeypatch.setattr(work, "TrainerConfig", lambda **values: work_config(**values, save_every_s=0))
+    monkeypatch.setattr(work, "trainer_config", always_saving)
     again = work.train_adapter(cache, emulator(built), text, TRAINING, tmp_path / "saving")
     assert again.sha256 == plain.sha256
     stops = [2, 7, 11]
@@ -102,10 +105,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_adapter(
     assert len(steps) == count
 
 
-def work_config(**values: Any) -> Any:
-    from emutune.tuning.trainer import TrainerConfig
-
-    return TrainerConfig(**values)
+def always_saving(training: Training) -> TrainerConfig:
+    return trainer_config(training).model_copy(update={"save_every_s": 0})
 
 
 def test_another_seed_is_another_adapter(built: Catalogue, cache: Path, text: Path, tmp_path: Path) -> None:

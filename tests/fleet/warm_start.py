@@ -6,6 +6,7 @@ in which nothing but imports happens, are left out. ``python warm_start.py`` is 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _READY = "ready"
-_WORKER = "emutune.fleet.server.worker"
+_CHILDREN = ("emutune.fleet.server.worker", "emutune.fleet.server.deciding")
 
 
 class WarmStart:
@@ -126,6 +127,7 @@ def _import() -> None:
 
     import emutune.cli.main
     import emutune.fleet.device.work
+    import emutune.fleet.server.decide
     import emutune.tuning.tune
 
     del fastapi, httpx2, jax, peft, torch, transformers, uvicorn, emutune
@@ -170,7 +172,7 @@ def _become(arguments: list[str], log: str) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.closerange(3, 256)
-        _fork_workers()
+        _fork_children()
         sys.argv = ["emutune", *arguments]
         from emutune.cli.main import run
 
@@ -185,22 +187,23 @@ def _become(arguments: list[str], log: str) -> None:
     os._exit(1)
 
 
-def _fork_workers() -> None:
-    """Let the server's workers be forked from it where they would be executed; all else about them is the same."""
+def _fork_children() -> None:
+    """Let the server's children be forked from it where they would be executed; all else about them is the same."""
     import asyncio
 
     execute = asyncio.create_subprocess_exec
 
     async def create(*words: str, **options: Any) -> Any:
-        if _WORKER not in words:
-            return await execute(*words, **options)
-        return await _Forked.start([*words[words.index(_WORKER) :]], options["limit"])
+        for module in _CHILDREN:
+            if module in words:
+                return await _Forked.start([*words[words.index(module) :]], options["limit"])
+        return await execute(*words, **options)
 
     asyncio.create_subprocess_exec = create  # type: ignore[assignment]
 
 
 class _Forked:
-    """A forked worker, with what the server's pool needs of ``asyncio.subprocess.Process``."""
+    """A forked child, with what the server needs of ``asyncio.subprocess.Process``."""
 
     def __init__(self, pid: int, stdin: Any, stdout: Any) -> None:
         import asyncio
@@ -256,9 +259,9 @@ def _work(words: list[str], *streams: int) -> None:
             os.dup2(stream, place)
         os.closerange(3, 256)
         sys.argv = words
-        from emutune.fleet.server import worker
-
-        worker.main()
+        # Its command line is that of this file.
+        Path("/proc/self/comm").write_text(words[0].rpartition(".")[2])
+        importlib.import_module(words[0]).main()
     except BaseException:
         os._exit(1)
     os._exit(0)

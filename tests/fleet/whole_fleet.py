@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from emutune.fleet.device.client import Backoff, FleetClient
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.security import read_credentials
 from emutune.fleet.server.app import create_app
-from emutune.fleet.server.decide import Decider, open_decider
+from emutune.fleet.server.choices import Candidate, Choice, Forecast
+from emutune.fleet.server.decide import open_decider
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.run import Links, enrol_device, opened_ledger
 from emutune.fleet.server.worker import run_job
@@ -72,6 +73,22 @@ class ThreadPool:
 
     async def close(self) -> None:
         pass
+
+
+class DecidingHere:
+    """Decides in this process."""
+
+    def __init__(self, policy: str, scenario: Scenario) -> None:
+        self._decider = open_decider(policy, scenario)
+        self.scenario = self._decider.scenario
+
+    async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
+        return self._decider.decide(step, candidates)
+
+    async def forecast(
+        self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
+    ) -> list[Forecast]:
+        return self._decider.forecast(candidates, choices, bytes_to_move)
 
 
 def catalogue_at(folder: Path) -> Catalogue:
@@ -144,7 +161,7 @@ class WholeFleet:
         file = folder / "fleet.toml"
         file.write_text(FLEET.format(count=count))
         self.config: FleetConfig = load_fleet(file)
-        self.decider: Decider = open_decider(policy, scenario_of(catalogue))
+        self.decider = DecidingHere(policy, scenario_of(catalogue))
         self.carrier = Carrier()
         held_back = self.config.server.directory / "held_back"
         held_back.mkdir(parents=True)

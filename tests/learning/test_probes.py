@@ -37,6 +37,7 @@ def test_a_bandit_whose_uploads_are_free_trains_at_the_server(tmp_path, algorith
     assert (figures.server_share == 1).all()
 
 
+@pytest.mark.slow
 def test_a_bandit_without_delay_costs_takes_the_best_retention(tmp_path):
     # f(25/32) is below f(1) and every smaller emulator, and nothing else counts.
     figures = learned(tmp_path, "fleet.ues=2", "fleet.tasks=1", "reward.delay_weight_per_min=0", steps=60_000)
@@ -48,6 +49,7 @@ def test_a_bandit_without_delay_costs_takes_the_best_retention(tmp_path):
     assert (figures.server_share == 0).all()
 
 
+@pytest.mark.slow
 def test_a_bandit_in_which_agent_2_must_depend_on_a1(tmp_path, monkeypatch):
     # Small data belongs to the server. Training on the UE wants retention 0.8 while the other UE is at the
     # server, else 0.2: agent 2 sees no data sizes, so all it can go by is what agent 1 decided.

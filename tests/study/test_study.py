@@ -49,6 +49,7 @@ def test_paper_ratios():
     assert paper_ratio(7, "hmppo", "delay_min") is None
 
 
+@pytest.mark.slow
 def test_the_report_holds_its_tables_and_panels(tmp_path):
     scenario = load_scenario("paper", ["fleet.tasks=5"])
     figures = compare(

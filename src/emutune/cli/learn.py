@@ -67,7 +67,7 @@ def evaluate(
     """Measure a trained run, or a policy that needs no training, on held-out episodes."""
     prepare_jax()
     from emutune.scenario import load_scenario
-    from emutune.study.compare import baseline_policy
+    from emutune.study.baselines import baseline_policy
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     if policy is not None:

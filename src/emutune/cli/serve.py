@@ -11,7 +11,7 @@ import typer
 
 from emutune.cli.jax_setup import prepare_jax
 from emutune.cli.terminal import interruptible
-from emutune.cli.tune import quiet_libraries
+from emutune.cli.tune import expect_libraries
 
 FleetArgument = Annotated[
     str, typer.Argument(metavar="FLEET.toml", help="The fleet's file, or the shipped one: demo.")
@@ -29,25 +29,25 @@ def serve(
     verbose: Annotated[bool, typer.Option(help="Log every event to standard error.")] = False,
 ) -> None:
     """Serve a fleet: decide for every device and step, send emulators, train what is uploaded, keep the ledger."""
-    quiet_libraries()
+    expect_libraries()
     prepare_jax()
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(message)s")
     from emutune.fleet.config import load_fleet
     from emutune.fleet.loop import run
-    from emutune.fleet.server.decide import open_decider
+    from emutune.fleet.server.deciding import deciding
     from emutune.fleet.server.run import LEDGER, run_server
     from emutune.scenario import load_scenario
-    from emutune.tuning.catalogue import open_catalogue
+    from emutune.tuning.inventory import open_inventory
 
     config = load_fleet(fleet)
     if port is not None:
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    decider = open_decider(policy, load_scenario(config.scenario), retention, config.shaping.seed)
-    opened = open_catalogue(catalogue)
+    scenario, opened = load_scenario(config.scenario), open_inventory(catalogue)
     ledger = config.server.directory / LEDGER
-    with interruptible(f"the ledger {ledger} is kept; the same command goes on"):
-        run(
-            run_server(
+
+    async def serving() -> None:
+        async with deciding(policy, scenario, retention, config.shaping.seed) as decider:
+            await run_server(
                 config,
                 opened,
                 decider,
@@ -55,7 +55,9 @@ def serve(
                 stepped=lambda step: print(f"step {step + 1} of {config.steps.count} ended", flush=True),
                 policy=_policy_name(policy, retention),
             )
-        )
+
+    with interruptible(f"the ledger {ledger} is kept; the same command goes on"):
+        run(serving())
     print(f"all steps are done; emutune ledger {ledger}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,7 +138,12 @@ def calibrate(
         str, typer.Option(help="zero_shot, tuned or plugged: the curve's perplexity.")
     ] = "plugged",
     fit: Annotated[str, typer.Option(help="quadratic or monotone: what a scenario uses.")] = "quadratic",
-    steps: Learning = 60,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; 60, or the fleet's, if not given.")
+    ] = None,
+    fleet: Annotated[
+        str | None, typer.Option(help="Train as the fleet of this file does; if not given, whole layers.")
+    ] = None,
     recipe: Recipe = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The curve file; its plot stands beside it.")] = Path(
@@ -171,12 +177,14 @@ def calibrate(
     opened = open_catalogue(directory)
     text = read_text(data)
     tasks = {path.stem: read_text(path) for path in task}
-    training = CALIBRATION.model_copy(update={"steps": steps, "seed": seed})
+    how: dict[str, Any] = {"training": CALIBRATION} if fleet is None else _as_fleet(fleet)
+    steps = steps or how["training"].steps
+    how["training"] = how["training"].model_copy(update={"steps": steps, "seed": seed})
     with going_on(directory), stage_bar() as stage:
         points = run_calibration(
             opened,
             text,
-            training=training,
+            **how,
             recipe=recipe,
             report=lambda retention, progress: advance(stage, f"retention {retention:.3f}", progress, steps),
         )
@@ -212,6 +220,20 @@ def calibrate(
             "complexity": complexities,
         },
     )
+
+
+def _as_fleet(source: str) -> dict[str, Any]:
+    """How a fleet trains, as arguments of a calibration."""
+    from emutune.fleet.config import load_fleet
+    from emutune.fleet.training import trainer_config
+
+    training = load_fleet(source).training
+    return {
+        "training": trainer_config(training),
+        "adapter": training.adapter,
+        "width": training.width,
+        "block": training.block,
+    }
 
 
 def tune(
@@ -431,19 +453,30 @@ def draw_curve(path: Path, points: list[Point], fits: dict[Any, Fit]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries from looking for a hub, and from writing between our lines."""
+    """Keep the model libraries from looking for a hub, and from writing between our lines.
+
+    Raises:
+        UsageError: they are not installed.
+    """
+    expect_libraries()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def expect_libraries() -> None:
+    """The same for processes that this one starts; nothing is imported here.
+
+    Raises:
+        UsageError: they are not installed.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"{error.name}: not installed; pip install 'emutune[tuning]'") from error
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    for name in ("peft", "torch"):
+        if find_spec(name) is None:
+            raise UsageError(f"{name}: not installed; pip install 'emutune[tuning]'")
 
 
 def going_on(out: Path) -> AbstractContextManager[None]:

@@ -25,19 +25,40 @@ class Server(_Section):
     Attributes:
         directory: of ledger, certificates, uploads and adapters; seen from the fleet's file.
         host, port: where it listens; port 0 takes a free one.
+        names: host names and addresses that devices reach it by, the usual one first; ``host`` if not given.
         certificate, key: PEM files of one's own; made by a CA of the fleet's own if not given.
+        authority: PEM file of the CA that signed ``certificate``; the last certificate in it if not given.
     """
 
     directory: Path = Path("fleet")
     host: str = "127.0.0.1"
     port: int = Field(default=8443, ge=0, le=65535)
+    names: tuple[str, ...] = ()
     certificate: Path | None = None
     key: Path | None = None
+    authority: Path | None = None
+
+    @property
+    def reached_as(self) -> tuple[str, ...]:
+        """Names and addresses that devices may use.
+
+        Raises:
+            FleetError: the server listens at every address of its machine, and none is named.
+        """
+        if self.names:
+            return self.names
+        if self.host in ("0.0.0.0", "::", ""):
+            raise FleetError(
+                f"server.host: {self.host!r} is every address of this machine; say in server.names how devices reach it"
+            )
+        return (self.host,)
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together; give both or neither")
+        if self.authority is not None and self.certificate is None:
+            raise ValueError("authority is that of a certificate of your own; give certificate and key too")
         return self
 
 
@@ -164,6 +185,7 @@ def _seen_from(config: FleetConfig, folder: Path) -> FleetConfig:
             "directory": directory,
             "certificate": None if server.certificate is None else folder / server.certificate,
             "key": None if server.key is None else folder / server.key,
+            "authority": None if server.authority is None else folder / server.authority,
         }
     )
     acceptance = acceptance.model_copy(

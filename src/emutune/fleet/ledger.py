@@ -256,6 +256,13 @@ class Ledger(Database):
         )
         return None if row is None else self._read(Lease, row["message"])
 
+    def last_training(self, device: str) -> Lease | None:
+        """The device's last lease to train, open or not."""
+        row = self._one(
+            "SELECT message FROM leases WHERE device = ? AND kind = 'train' ORDER BY id DESC LIMIT 1", device
+        )
+        return None if row is None else self._read(Lease, row["message"])
+
     def open_leases(self) -> list[LeaseRow]:
         """All leases that nothing has closed."""
         # Named, since the planner would rather read the whole table in the order of its ids.

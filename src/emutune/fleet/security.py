@@ -37,6 +37,8 @@ from emutune.fleet.protocol import DeviceName, Sha256
 
 log = logging.getLogger(__name__)
 
+# What every self-made certificate names.
+LOOPBACK = ("localhost", "127.0.0.1")
 _CREDENTIALS_BYTES = 1 << 18
 
 
@@ -249,7 +251,7 @@ def self_made_certificate(directory: Path, hosts: Sequence[str]) -> Certificate:
         FleetError: a host is neither a name nor an address; the authority's files are damaged, or one of
             them is missing.
     """
-    names = [general_name(host) for host in dict.fromkeys((*hosts, "localhost", "127.0.0.1"))]
+    names = [general_name(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
     authority, authority_key = _authority(directory / "ca.pem", directory / "ca.key")
     made = Certificate(directory / "server.pem", directory / "server.key", pem(authority))
     if not _still_good(made, names):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -24,27 +23,19 @@ from emutune.learning.guided import (
     train_guided,
 )
 from emutune.learning.training import train_seeds
-from emutune.policies import AllServer, Fixed, Policy, Random
+from emutune.policies import Policy, Random
 from emutune.scenario import Scenario, dump_scenario
+from emutune.study.baselines import BASELINES, SIMPLE, baseline_policy
 from emutune.study.evaluate import (
     EpisodeFigures,
     decision_time_ms,
     evaluate_policy,
     held_out_episodes,
-    search_best_fixed,
 )
-from emutune.study.search import search_count_table, search_hold, search_lookahead
+from emutune.study.search import search_lookahead
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
 from emutune.world import Episode, build_world
 
-SIMPLE = ("random", "all_server", "fixed", "best_fixed")
-BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
-_SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
-    "best_fixed": search_best_fixed,
-    "hold": search_hold,
-    "count_table": search_count_table,
-    "lookahead": search_lookahead,
-}
 LEARNED = {
     "ippo": TrainingConfig(algorithm="ippo"),
     "hmppo": TrainingConfig(),
@@ -87,34 +78,6 @@ def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
             raise UsageError(f"policies: no policy {name!r}; choose all or from {', '.join(known)}")
         chosen += everything if name == "all" else [name]
     return list(dict.fromkeys(chosen))
-
-
-def baseline_policy(name: str, scenario: Scenario, retention: float | None = None) -> Policy:
-    """A policy that needs no training.
-
-    Args:
-        name: one of ``BASELINES``.
-        scenario: the world it decides in.
-        retention: of ``fixed``; the largest allowed if not given.
-
-    Raises:
-        UsageError: the name is unknown, or the retention outside the scenario's bounds.
-    """
-    if name == "random":
-        return Random()
-    if name == "all_server":
-        return AllServer()
-    if name in _SEARCHED:
-        return _SEARCHED[name](scenario)
-    if name != "fixed":
-        raise UsageError(
-            f"policy: no policy {name!r} that needs no training; choose from {', '.join(BASELINES)}"
-        )
-    bounds = scenario.retention
-    wanted = bounds.max if retention is None else retention
-    if not bounds.min <= wanted <= bounds.max:
-        raise UsageError(f"retention: must be between {bounds.min:g} and {bounds.max:g}, got {wanted:g}")
-    return Fixed(jnp.asarray(wanted, jnp.float32))
 
 
 def compare(

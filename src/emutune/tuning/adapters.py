@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,38 +16,25 @@ from transformers.pytorch_utils import Conv1D
 
 from emutune.errors import AdapterError
 from emutune.files import replacing
+from emutune.tuning.adapter_manifest import AdapterManifest, Kind, check_belongs, manifest_in, unreadable
 from emutune.tuning.bottleneck import insert_bottlenecks
 from emutune.tuning.sublayers import find_sublayers, linear_maps, widths_of
 
-Kind = Literal["layers", "lora", "bottleneck"]
+__all__ = [
+    "AdapterManifest",
+    "Kind",
+    "attach",
+    "bottleneck_places",
+    "check_belongs",
+    "copy_values",
+    "load_adapter",
+    "merge_lora",
+    "plug_in",
+    "save_adapter",
+    "start_from",
+]
+
 _LORA_SCALE = 2
-
-
-class AdapterManifest(BaseModel):
-    """What an adapter belongs to and how it came about.
-
-    Attributes:
-        base: hash of the whole model.
-        layers: how many layers that has.
-        layer_map: indices in it of the layers that the adapter changes.
-        width: rank of LoRA, width of bottlenecks; 0 for whole layers.
-        retention: of the emulator it was tuned at; 1 for the whole model.
-        emulator: that emulator's recipe.
-        perplexity_before, perplexity: of the plugged-in model on held-back text.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal["1"] = "1"
-    base: str
-    layers: int
-    layer_map: tuple[int, ...]
-    kind: Kind
-    width: int = Field(ge=0)
-    retention: float = Field(gt=0, le=1)
-    emulator: str
-    perplexity_before: float | None = None
-    perplexity: float | None = None
 
 
 def attach(layers: Mapping[int, nn.Module], kind: Kind, width: int, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -144,35 +129,11 @@ def load_adapter(path: Path) -> tuple[AdapterManifest, dict[str, Tensor]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("manifest")
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: missing or damaged ({error}); tune it again") from error
-    try:
-        return AdapterManifest.model_validate(json.loads(header or "{}")), tensors
-    except (ValueError, ValidationError) as error:
-        raise AdapterError(f"{path}: is no adapter of emutune, or a damaged one; tune it again") from error
-
-
-def check_belongs(
-    manifest: AdapterManifest, *, base: str, layers: int, layer_map: tuple[int, ...] | None = None
-) -> None:
-    """Refuse an adapter of another model or other layers.
-
-    Raises:
-        AdapterError: it belongs elsewhere; the message says in what it differs.
-    """
-    if manifest.base != base:
-        raise AdapterError(
-            f"adapter: was tuned on the model {manifest.base[:12]}, this one is {base[:12]}; plug it into the model "
-            "whose catalogue it was tuned in"
-        )
-    if manifest.layers != layers or (layer_map is not None and manifest.layer_map != layer_map):
-        here = "any" if layer_map is None else list(layer_map)
-        raise AdapterError(
-            f"adapter: changes layers {list(manifest.layer_map)} of {manifest.layers}, here the adapter layers are "
-            f"{here} of {layers}; tune it again in this catalogue"
-        )
+        raise unreadable(path, error) from error
+    return manifest_in(metadata, path), tensors
 
 
 def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emutune.errors import CatalogueError, ModelError
-from emutune.tuning.catalogue import BASE, Catalogue, CatalogueInfo, open_catalogue
+from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.compression.distill import DISTILLATION, distill
 from emutune.tuning.compression.layer_drop import (
     block_influence,
@@ -22,7 +22,7 @@ from emutune.tuning.compression.layer_drop import (
     layer_count,
     uniform_layers,
 )
-from emutune.tuning.compression.prune import Widths, prune_layers
+from emutune.tuning.compression.prune import prune_layers
 from emutune.tuning.compression.quantize import quantize_layer
 from emutune.tuning.documentation import reference_text
 from emutune.tuning.foundation import (
@@ -33,8 +33,9 @@ from emutune.tuning.foundation import (
     skeleton,
     unit_digest,
 )
+from emutune.tuning.inventory import BASE, CatalogueInfo
 from emutune.tuning.layers import layer_stack, shorten_config
-from emutune.tuning.manifest import METHODS, Emulator, LayerEntry, Method, Order
+from emutune.tuning.manifest import METHODS, Emulator, LayerEntry, Method, Order, Widths
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.streaming import streamed
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks

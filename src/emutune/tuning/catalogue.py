@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,57 +28,17 @@ from emutune.files import replacing
 from emutune.tuning.compression.prune import shrink_layer
 from emutune.tuning.compression.quantize import prepare_quantized
 from emutune.tuning.foundation import assemble, compute_dtype, load_tensors, load_tokenizer
+from emutune.tuning.inventory import BASE, CatalogueInfo, Inventory, read_info
 from emutune.tuning.layers import empty_copy, keep_layers, layer_stack, replace_stack, stack_name
 from emutune.tuning.manifest import Emulator, LayerEntry, Shard
 
-BASE = "base"
+__all__ = ["BASE", "Catalogue", "CatalogueInfo", "open_catalogue", "prepare_layer"]
+
 _PIECE = 1 << 22
-Content = TypeVar("Content", bound=BaseModel)
 
 
-class CatalogueInfo(BaseModel):
-    """``catalogue.json``: the model a catalogue belongs to.
-
-    Attributes:
-        base: the model's hash.
-        config: its transformers configuration.
-        layers: how many layers it has.
-        bottom, top: how many of them are adapter layers at either end.
-        text: SHA-256 of the calibration text.
-        importance: the middle layers by falling importance, once measured: the emulator that keeps k of
-            them keeps the first k.
-        recipe: of the emulators built last.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal["1"] = "1"
-    base: str
-    config: dict[str, Any]
-    layers: int
-    bottom: int
-    top: int
-    text: str
-    importance: tuple[int, ...] | None = None
-    recipe: str = ""
-
-    @property
-    def middle(self) -> range:
-        """Indices of the layers between the adapter layers."""
-        return range(self.bottom, self.layers - self.top)
-
-    @property
-    def adapter_layers(self) -> tuple[int, ...]:
-        """Indices of the adapter layers."""
-        return tuple(index for index in range(self.layers) if index not in self.middle)
-
-
-class Catalogue:
-    """A catalogue directory; see ``open_catalogue``."""
-
-    def __init__(self, directory: Path, info: CatalogueInfo) -> None:
-        self.directory = directory
-        self.info = info
+class Catalogue(Inventory):
+    """A catalogue directory, with all that needs torch; see ``open_catalogue``."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -141,10 +101,6 @@ class Catalogue:
                     aside.unlink()
         return shard
 
-    def shard_path(self, sha256: str) -> Path:
-        """Where a shard is."""
-        return self.directory / "shards" / f"{sha256}.safetensors"
-
     def load_shard(self, sha256: str, *, check: bool = True) -> dict[str, Tensor]:
         """The tensors of a shard, whose content is checked against its name unless the caller just did that.
 
@@ -165,53 +121,9 @@ class Catalogue:
 
     def save_emulator(self, emulator: Emulator) -> None:
         """Write a manifest."""
-        path = self._manifest(emulator.name)
+        path = self.manifest_path(emulator.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, emulator)
-
-    def emulator(self, name: str) -> Emulator | None:
-        """The emulator of a name, if the catalogue has it.
-
-        Raises:
-            CatalogueError: its manifest is damaged.
-        """
-        path = self._manifest(name)
-        return _read(path, Emulator) if path.exists() else None
-
-    def emulators(self, recipe: str | None = None) -> list[Emulator]:
-        """The emulators of a recipe, of the one built last if not given, by rising retention."""
-        wanted = self.info.recipe if recipe is None else recipe
-        found = [_read(path, Emulator) for path in (self.directory / "emulators").glob("*.json")]
-        return sorted(
-            (emulator for emulator in found if emulator.recipe == wanted),
-            key=lambda emulator: emulator.retention,
-        )
-
-    def find(self, retention: float, recipe: str | None = None) -> Emulator:
-        """The emulator whose retention is nearest.
-
-        Raises:
-            CatalogueError: the retention is outside (0, 1], or there is no emulator of that recipe.
-        """
-        if not 0 < retention <= 1:
-            raise CatalogueError(f"retention: must be above 0 and at most 1, got {retention:g}")
-        emulators = self.emulators(recipe)
-        if not emulators:
-            raise CatalogueError(
-                f"{self.directory}: no emulators of recipe {recipe or self.info.recipe!r}; run emutune catalogue build"
-            )
-        return min(emulators, key=lambda emulator: abs(emulator.retention - retention))
-
-    def base(self) -> Emulator:
-        """The whole model as an emulator: retention 1, nothing compressed.
-
-        Raises:
-            CatalogueError: the catalogue was never finished.
-        """
-        emulator = self.emulator(BASE)
-        if emulator is None:
-            raise CatalogueError(f"{self.directory}: not finished; run emutune catalogue build again")
-        return emulator
 
     def assemble(self, emulator: Emulator, device: str | torch.device = "cpu") -> PreTrainedModel:
         """The emulator as a model of its own, from its shards alone, as a device does it."""
@@ -251,9 +163,6 @@ class Catalogue:
         )
         return layer.requires_grad_(False).to(device).eval()
 
-    def _manifest(self, name: str) -> Path:
-        return self.directory / "emulators" / f"{name}.json"
-
 
 def open_catalogue(directory: str | Path) -> Catalogue:
     """Open a catalogue.
@@ -261,10 +170,7 @@ def open_catalogue(directory: str | Path) -> Catalogue:
     Raises:
         CatalogueError: there is none, or its description is damaged.
     """
-    path = Path(directory) / "catalogue.json"
-    if not path.is_file():
-        raise CatalogueError(f"{directory}: no catalogue; make one with emutune catalogue build")
-    return Catalogue(Path(directory), _read(path, CatalogueInfo))
+    return Catalogue(Path(directory), read_info(directory))
 
 
 def prepare_layer(layer: nn.Module, entry: LayerEntry, heads: int) -> None:
@@ -286,15 +192,6 @@ def _sha256(path: Path) -> str:
 def _write(path: Path, content: BaseModel) -> None:
     with _writing(path), replacing(path) as aside:
         aside.write_text(content.model_dump_json(indent=1) + "\n", "utf-8")
-
-
-def _read(path: Path, kind: type[Content]) -> Content:
-    try:
-        return kind.model_validate_json(path.read_text("utf-8"))
-    except (OSError, ValueError, ValidationError) as error:
-        raise CatalogueError(
-            f"{path}: damaged ({str(error).splitlines()[0]}); build the catalogue again"
-        ) from error
 
 
 @contextmanager

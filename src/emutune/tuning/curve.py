@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from emutune.errors import CatalogueError
 from emutune.files import replacing
-from emutune.tuning.adapters import attach, copy_values
+from emutune.tuning.adapters import Kind, attach, copy_values
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
@@ -77,6 +77,9 @@ def calibrate(
     text: str,
     *,
     training: TrainerConfig = CALIBRATION,
+    adapter: Kind = "layers",
+    width: int = 8,
+    block: int | None = None,
     recipe: str | None = None,
     device: str | torch.device = "cpu",
     report: Callable[[float, Progress | None], None] = lambda retention, progress: None,
@@ -85,6 +88,17 @@ def calibrate(
 
     Each emulator's adapter layers are tuned from the same start, as often. What is measured is kept in the
     catalogue: a run that was stopped goes on, one that was finished is read.
+
+    Args:
+        catalogue: the emulators.
+        text: the task's.
+        training: how to train.
+        adapter: what to train.
+        width: rank of LoRA, width of bottlenecks.
+        block: tokens in a block of text; 256, or what the model has positions for, if not given.
+        recipe: of which emulators; those built last if not given.
+        device: where to compute.
+        report: told of the retention and the training's progress.
 
     Raises:
         CatalogueError: there are fewer than three emulators; a quadratic needs them.
@@ -97,7 +111,8 @@ def calibrate(
             "with more --retentions"
         )
     work = catalogue.directory / "work" / "curves"
-    key = [text, training.model_dump_json(), *(emulator.model_dump_json() for emulator in emulators)]
+    how = [training.model_dump_json(), adapter, str(width), str(block)]
+    key = [text, *how, *(emulator.model_dump_json() for emulator in emulators)]
     work = work / hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     done = _read_points(work)
     todo = [emulator for emulator in emulators if emulator.name not in done]
@@ -106,9 +121,11 @@ def calibrate(
         shutil.rmtree(work / name, ignore_errors=True)
     if todo:
         tokenizer = catalogue.tokenizer()
-        splits = split_blocks(pack(text, tokenizer, work.parent / "tokens"), block_length(catalogue.config))
+        splits = split_blocks(
+            pack(text, tokenizer, work.parent / "tokens"), block or block_length(catalogue.config)
+        )
         full = catalogue.assemble(catalogue.base(), device)
-        parameters = attach(adapter_layers(catalogue, full), "layers", 0)
+        parameters = attach(adapter_layers(catalogue, full), adapter, width, training.seed)
         start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         for emulator in todo:
             report(emulator.retention, None)

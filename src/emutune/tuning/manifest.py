@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from emutune.tuning.compression.prune import Widths
-
 Method = Literal["layer_drop", "prune", "distill", "quantize"]
 METHODS: tuple[Method, ...] = ("layer_drop", "prune", "distill", "quantize")
 Order = Literal["importance", "uniform"]
@@ -22,6 +20,13 @@ class Shard(_Frozen):
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=1)
+
+
+class Widths(_Frozen):
+    """What pruning leaves of a layer."""
+
+    heads: int = Field(ge=1, description="query heads")
+    channels: int = Field(ge=1, description="of the MLP")
 
 
 class LayerEntry(_Frozen):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from emutune.errors import CatalogueError, CheckpointError, DataError
 from emutune.fleet.device.files import hash_file, write_durably
 from emutune.fleet.protocol import Perplexity, Seconds, Sha256, Training
+from emutune.fleet.training import trainer_config
 from emutune.tuning.adapters import (
     attach,
     check_belongs,
@@ -30,7 +31,7 @@ from emutune.tuning.layers import layer_stack
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import Blocks, block_length, fitting_block, pack, read_text, split_blocks
-from emutune.tuning.trainer import Progress, TrainerConfig, train
+from emutune.tuning.trainer import Progress, train
 from emutune.tuning.tune import adapter_manifest
 
 ADAPTER = "adapter.safetensors"
@@ -181,13 +182,7 @@ def _train(
     report: Callable[[Progress], None] | None,
 ) -> Progress:
     blocks: Blocks = splits["train"]
-    config = TrainerConfig(
-        steps=training.steps,
-        batch=training.batch,
-        learning_rate=training.learning_rate,
-        seed=training.seed,
-        score_every=max(1, min(20, training.steps // 4)),
-    )
+    config = trainer_config(training)
     untouched = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def attempt() -> Progress:

@@ -6,12 +6,12 @@ import asyncio
 import os
 import re
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from io import FileIO
 from pathlib import Path
 
 from anyio import CancelScope
-from anyio.to_thread import run_sync
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -20,59 +20,14 @@ from emutune.fleet.server.refusals import Refused
 from emutune.fleet.shaping import TokenBucket
 
 PIECE_BYTES = 1 << 20
+_MEDIA_TYPE = "application/octet-stream"
 _RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?")
 
 
-class _FileResponse(StreamingResponse):
-    """Part of an open file, read piece by piece in a thread while the piece before it is sent."""
-
-    def __init__(
-        self,
-        file: FileIO,
-        part: range,
-        pace: TokenBucket | None,
-        status: int,
-        headers: dict[str, str],
-    ) -> None:
-        super().__init__(self._pieces(), status, headers, "application/octet-stream")
-        self._file, self._part, self._pace = file, part, pace
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._file.close()
-
-    async def _pieces(self) -> AsyncIterator[bytes]:
-        loop = asyncio.get_running_loop()
-        size = PIECE_BYTES if self._pace is None else self._pace.piece_bytes
-        at = self._part.start
-
-        def ahead() -> asyncio.Future[bytes]:
-            wanted = min(size, self._part.stop - at)
-            return loop.run_in_executor(None, os.pread, self._file.fileno(), wanted, at)
-
-        pending = ahead()
-        try:
-            while at < self._part.stop:
-                piece = await asyncio.shield(pending)
-                if not piece:
-                    raise RuntimeError("a file became shorter while it was sent")
-                at += len(piece)
-                pending = ahead()
-                if self._pace is not None:
-                    await self._pace.take(len(piece))
-                yield piece
-        finally:
-            # The file must not be closed under the thread that reads it.
-            with CancelScope(shield=True):
-                await asyncio.wait({pending})
-
-
-async def send_file(
-    request: Request, path: Path, pace: TokenBucket | None = None, tag: str | None = None
-) -> Response:
+class SentFile(Response):
     """A file, or the part of it that the request's ``Range`` asks for.
+
+    It is opened where it is sent and nowhere before: a request that is dropped in between leaves no open file.
 
     Args:
         request: whose ``Range`` and ``If-Range`` count.
@@ -81,31 +36,68 @@ async def send_file(
         tag: what identifies its content.
 
     Raises:
-        Refused: 404 if there is no such file, 416 if the range lies outside.
+        Refused: when it is sent; 404 if there is no such file, 416 if the range lies outside.
     """
-    try:
-        file = await run_sync(lambda: FileIO(path, "r"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Refused(404, "there is no such file") from error
-    try:
+
+    def __init__(
+        self, request: Request, path: Path, pace: TokenBucket | None = None, tag: str | None = None
+    ) -> None:
+        super().__init__()
+        self._request, self._path, self._pace, self._tag = request, path, pace, tag
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Open the file and send it."""
+        try:
+            file = FileIO(self._path, "r")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise Refused(404, "there is no such file") from error
+        with file:
+            part, status, headers = self._head(file)
+            async with aclosing(_pieces(file, part, self._pace)) as pieces:
+                await StreamingResponse(pieces, status, headers, _MEDIA_TYPE)(scope, receive, send)
+
+    def _head(self, file: FileIO) -> tuple[range, int, dict[str, str]]:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise Refused(404, "there is no such file")
-        part = _part(request, status.st_size, tag)
-    except BaseException:
-        file.close()
-        raise
-    headers = {"Accept-Ranges": "bytes"}
-    if tag is not None:
-        headers["ETag"] = f'"{tag}"'
-    if part is None:
-        part = range(status.st_size)
-        return _FileResponse(file, part, pace, 200, {**headers, "Content-Length": str(len(part))})
-    headers |= {
-        "Content-Length": str(len(part)),
-        "Content-Range": f"bytes {part.start}-{part.stop - 1}/{status.st_size}",
-    }
-    return _FileResponse(file, part, pace, 206, headers)
+        part = _part(self._request, status.st_size, self._tag)
+        code = 200 if part is None else 206
+        headers = {"Accept-Ranges": "bytes"}
+        if self._tag is not None:
+            headers["ETag"] = f'"{self._tag}"'
+        if part is None:
+            part = range(status.st_size)
+        else:
+            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{status.st_size}"
+        headers["Content-Length"] = str(len(part))
+        return part, code, headers
+
+
+async def _pieces(file: FileIO, part: range, pace: TokenBucket | None) -> AsyncGenerator[bytes]:
+    """Part of an open file, read piece by piece in a thread while the piece before it is sent."""
+    loop = asyncio.get_running_loop()
+    size = PIECE_BYTES if pace is None else pace.piece_bytes
+    at = part.start
+
+    def ahead() -> asyncio.Future[bytes]:
+        wanted = min(size, part.stop - at)
+        return loop.run_in_executor(None, os.pread, file.fileno(), wanted, at)
+
+    pending = ahead()
+    try:
+        while at < part.stop:
+            piece = await asyncio.shield(pending)
+            if not piece:
+                raise RuntimeError("a file became shorter while it was sent")
+            at += len(piece)
+            pending = ahead()
+            if pace is not None:
+                await pace.take(len(piece))
+            yield piece
+    finally:
+        # The file must not be closed under the thread that reads it.
+        with CancelScope(shield=True):
+            await asyncio.wait({pending})
 
 
 def _part(request: Request, size: int, tag: str | None) -> range | None:

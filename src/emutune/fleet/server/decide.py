@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,50 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from emutune.errors import FleetError
-from emutune.fleet.server.links import middle_gain
+from emutune.fleet.server.choices import Candidate, Choice, Forecast
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
 from emutune.scenario import Scenario
+from emutune.study.baselines import baseline_policy
 from emutune.world import Observation, World, build_world
 from emutune.world.dynamics import choose_layers
 from emutune.world.link import download_delay_s, shared_rate_bps, upload_delay_s
 from emutune.world.quality import task_perplexity
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a decision rests on, of one device.
-
-    Attributes:
-        gain: power gain of the link, as it was last seen.
-        complexity: c of the task.
-        data_bytes: of the task's text, in bytes of the scenario.
-        cached_layers: k of the emulator on the device; 0 for none.
-        transmit_power_w: of its uplink.
-    """
-
-    gain: float
-    complexity: float
-    data_bytes: float
-    cached_layers: int
-    transmit_power_w: float
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was decided for one device: z, and k of the emulator that trains there."""
-
-    at_server: bool
-    layers: int
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What the system model says of a choice: rate of the link, delay (Eq. 1 to 8), perplexity (Eq. 9)."""
-
-    rate_bps: float
-    delay_s: float
-    perplexity: float
 
 
 class Decider:
@@ -128,12 +93,6 @@ class Decider:
             for rate, delay, value in zip(rates, delays, perplexities, strict=True)
         ]
 
-    def warm_up(self, ues: int) -> None:
-        """Compile for so many devices, which takes longer than a step should wait."""
-        gain = middle_gain(self.scenario)
-        candidates = [Candidate(gain, 1.0, 1.0, 0, 1.0)] * ues
-        self.forecast(candidates, self.decide(0, candidates), [1.0] * ues)
-
 
 def open_decider(policy: str, scenario: Scenario, retention: float | None = None, seed: int = 0) -> Decider:
     """A decider for a run's directory, or for a rule's name.
@@ -141,21 +100,31 @@ def open_decider(policy: str, scenario: Scenario, retention: float | None = None
     Raises:
         FleetError: the policy is unknown, or its networks take a fixed number of UEs.
     """
-    path = Path(policy)
-    if path.exists():
-        checkpoints = sorted(path.glob("**/checkpoint.safetensors")) if path.is_dir() else [path]
-        if not checkpoints:
-            raise FleetError(f"--policy {policy}: holds no checkpoint; give the directory of emutune train")
-        learned, header = load_policy(checkpoints[0])
+    checkpoint = checkpoint_of(policy)
+    if checkpoint is not None:
+        learned, header = load_policy(checkpoint)
         if learned.kind == "flat":
             raise FleetError(
                 f"--policy {policy}: its networks are flat, for exactly {header.scenario.fleet.ues} "
                 "UEs, but devices come and go; train with --network set"
             )
         return Decider(header.scenario, learned, seed)
-    from emutune.study.compare import baseline_policy
-
     return Decider(scenario, baseline_policy(policy, scenario, retention), seed)
+
+
+def checkpoint_of(policy: str) -> Path | None:
+    """The checkpoint that a policy is read from; None if it is a rule's name.
+
+    Raises:
+        FleetError: it is a directory without one.
+    """
+    path = Path(policy)
+    if not path.exists():
+        return None
+    checkpoints = sorted(path.glob("**/checkpoint.safetensors")) if path.is_dir() else [path]
+    if not checkpoints:
+        raise FleetError(f"--policy {policy}: holds no checkpoint; give the directory of emutune train")
+    return checkpoints[0]
 
 
 @jax.jit

@@ -68,7 +68,7 @@ class Uploads:
 
     async def received(self, expected: Expected) -> Received:
         """How far an upload is; a request that still writes to it ends, since nobody waits for it."""
-        upload = self._take_turn(expected)
+        upload = self._take_turn(expected.lease)
         async with upload.lock:
             return await self._settle(expected)
 
@@ -82,7 +82,7 @@ class Uploads:
                 more than the upload lacks, of which nothing is kept.
             OSError: the disk is full.
         """
-        upload = self._take_turn(expected)
+        upload = self._take_turn(expected.lease)
         turn = upload.turn
         async with upload.lock:
             have = (await self._settle(expected)).bytes
@@ -96,10 +96,24 @@ class Uploads:
         async with upload.lock:
             return await self._settle(expected)
 
+    async def discard(self, lease: str) -> bool:
+        """Delete what arrived of an upload that nobody goes on with; whether there was any."""
+        upload = self._take_turn(lease)
+        async with upload.lock:
+            there = [path for path in (self._part(lease), self._data(lease)) if path.exists()]
+            for path in there:
+                path.unlink()
+        self._open.pop(lease, None)
+        return bool(there)
+
+    def begun(self) -> set[str]:
+        """Leases of which something has arrived that was not taken over."""
+        return {path.stem for pattern in ("*.part", "*.data") for path in self._directory.glob(pattern)}
+
     async def _write(
         self, request: Request, expected: Expected, upload: _Upload, turn: int, offset: int
     ) -> None:
-        at, path = offset, self._part(expected)
+        at, path = offset, self._part(expected.lease)
         file = await run_sync(_open_part, path)
         try:
             async for piece in gathered(pieces(request, expected.size - offset)):
@@ -121,7 +135,7 @@ class Uploads:
 
     async def _settle(self, expected: Expected) -> Received:
         """How far it is; what has become whole is verified and taken over."""
-        part, data = self._part(expected), self._directory / f"{expected.lease}.data"
+        part, data = self._part(expected.lease), self._data(expected.lease)
         if expected.taken():
             # A kill may have come before whoever copied the file could remove it.
             data.unlink(missing_ok=True)
@@ -139,13 +153,17 @@ class Uploads:
         await expected.take(data)
         return Received(bytes=expected.size, complete=True)
 
-    def _take_turn(self, expected: Expected) -> _Upload:
-        upload = self._open.setdefault(expected.lease, _Upload())
+    def _take_turn(self, lease: str) -> _Upload:
+        """Whoever writes to the upload of a lease notices, and ends."""
+        upload = self._open.setdefault(lease, _Upload())
         upload.turn += 1
         return upload
 
-    def _part(self, expected: Expected) -> Path:
-        return self._directory / f"{expected.lease}.part"
+    def _part(self, lease: str) -> Path:
+        return self._directory / f"{lease}.part"
+
+    def _data(self, lease: str) -> Path:
+        return self._directory / f"{lease}.data"
 
 
 async def receive_adapter(request: Request, directory: Path, limit: int) -> tuple[Path, bool]:

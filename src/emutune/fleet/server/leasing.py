@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.protocol import Lease, Report
 from emutune.fleet.rows import Decision
-from emutune.fleet.server.decide import Candidate, Choice, Decider, Forecast
+from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
 from emutune.fleet.server.links import DrawnLink, middle_gain
-from emutune.tuning.catalogue import Catalogue
+from emutune.scenario import Scenario
+from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator, missing
 
 MegaBytes = 1e6
@@ -25,7 +27,7 @@ class Leasing:
         config: the fleet's file.
         catalogue: the emulators.
         decider: the policy.
-        complexity: c of a device that could not measure it, because it holds no emulator.
+        complexity: c of the text that is held back for a device; None if it was never measured.
         last_gain: what a device's last transfer says of its link; None if there was none.
         in_service: SHA-256 of the adapter in service of a device.
 
@@ -36,22 +38,22 @@ class Leasing:
     def __init__(
         self,
         config: FleetConfig,
-        catalogue: Catalogue,
-        decider: Decider,
-        complexity: Callable[[str], float],
+        catalogue: Inventory,
+        decider: Deciding,
+        complexity: Callable[[str], float | None],
         last_gain: Callable[[str], float | None],
         in_service: Callable[[str], str | None],
     ) -> None:
         self._config, self._catalogue, self._decider = config, catalogue, decider
         self._complexity, self._last_gain, self._in_service = complexity, last_gain, in_service
         self._scenario = decider.scenario
-        self.emulators = _usable_emulators(catalogue, decider)
+        self.emulators = _usable_emulators(catalogue, decider.scenario)
         self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
 
-    def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
+    async def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
         """Decide a step; the same for the same step and reports."""
         candidates = [self._candidate(step, device, report) for device, report in reports]
-        choices = self._decider.decide(step, candidates)
+        choices = await self._decider.decide(step, candidates)
         choices = [
             self._allowed(choice, report) for choice, (_, report) in zip(choices, reports, strict=True)
         ]
@@ -61,8 +63,13 @@ class Leasing:
             for choice, emulator, (_, report) in zip(choices, wanted, reports, strict=True)
         ]
         scaled = [bytes_ * self._config.shaping.byte_scale for bytes_ in moved]
-        predicted = self._decider.forecast(candidates, choices, scaled)
-        rates = self._rates(step, reports, candidates, choices, scaled)
+        # What is measured later is perplexity on the text that is held back, not on the device's own.
+        judged = [
+            replace(candidate, complexity=self._of_held_back(device, candidate))
+            for candidate, (device, _) in zip(candidates, reports, strict=True)
+        ]
+        predicted = await self._decider.forecast(judged, choices, scaled)
+        rates = await self._rates(step, reports, candidates, choices, scaled)
         return [
             self._decision(step, *row)
             for row in zip(reports, candidates, choices, wanted, moved, predicted, rates, strict=True)
@@ -85,9 +92,15 @@ class Leasing:
         """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
         untuned = self._scenario.quality.curve.untuned or self._base_perplexity
         if report.perplexity_ratio is None or untuned is None or self._base_perplexity is None:
-            return self._complexity(device)
+            known = self._complexity(device)
+            middle = self._scenario.tasks.complexity
+            return (middle.min + middle.max) / 2 if known is None else known
         ratio = report.perplexity_ratio * self._base_perplexity / untuned
         return self._scenario.quality.complexity_weight * (ratio - 1)
+
+    def _of_held_back(self, device: str, candidate: Candidate) -> float:
+        known = self._complexity(device)
+        return candidate.complexity if known is None else known
 
     def _allowed(self, choice: Choice, report: Report) -> Choice:
         """What the device's cache and the server's limits leave of a choice."""
@@ -107,7 +120,7 @@ class Leasing:
     def _missing(self, report: Report, wanted: Emulator) -> int:
         return sum(missing(self._held(report), wanted).values())
 
-    def _rates(
+    async def _rates(
         self,
         step: int,
         reports: Sequence[tuple[str, Report]],
@@ -120,15 +133,10 @@ class Leasing:
         if not shaping.enabled:
             return [None] * len(reports)
         during = [
-            Candidate(
-                **{
-                    **vars(candidate),
-                    "gain": DrawnLink(self._scenario, shaping.seed, device).gain(step),
-                }
-            )
+            replace(candidate, gain=DrawnLink(self._scenario, shaping.seed, device).gain(step))
             for candidate, (device, _) in zip(candidates, reports, strict=True)
         ]
-        actual = self._decider.forecast(during, choices, scaled)
+        actual = await self._decider.forecast(during, choices, scaled)
         scale = shaping.time_scale / shaping.byte_scale
         return [
             forecast.rate_bps * scale if bytes_ else None
@@ -177,9 +185,8 @@ class Leasing:
         )
 
 
-def _usable_emulators(catalogue: Catalogue, decider: Decider) -> list[Emulator]:
+def _usable_emulators(catalogue: Inventory, scenario: Scenario) -> list[Emulator]:
     """The catalogue's emulators within the scenario's bounds, by rising retention."""
-    scenario = decider.scenario
     if scenario.model.base not in (None, catalogue.info.base):
         raise FleetError(
             f"{catalogue.directory}: was made from the model {catalogue.info.base[:12]}, but the policy's scenario "

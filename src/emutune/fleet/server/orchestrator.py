@@ -20,13 +20,13 @@ from emutune.fleet.disk import is_full
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
-from emutune.fleet.server.decide import Decider
+from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.leasing import Leasing
 from emutune.fleet.server.links import DrawnLink, gain_of_rate
 from emutune.fleet.server.pool import Pool
 from emutune.fleet.server.worker import JudgeJob, TrainJob
-from emutune.tuning.adapters import check_belongs, load_adapter
-from emutune.tuning.catalogue import BASE, Catalogue
+from emutune.tuning.adapter_manifest import check_belongs, read_manifest
+from emutune.tuning.inventory import BASE, Inventory
 
 log = logging.getLogger("emutune.fleet")
 
@@ -54,8 +54,8 @@ class Orchestrator:
         self,
         config: FleetConfig,
         ledger: Ledger,
-        catalogue: Catalogue,
-        decider: Decider,
+        catalogue: Inventory,
+        decider: Deciding,
         trainers: Pool,
         judge: Pool,
         report: Callable[[int], None] = lambda step: None,
@@ -63,9 +63,8 @@ class Orchestrator:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._trainers, self._judge, self._report = trainers, judge, report
         self._scenario = decider.scenario
-        self._complexities: dict[str, float] = {}
         self._leasing = Leasing(
-            config, catalogue, decider, self._complexity, self._last_gain, ledger.in_service
+            config, catalogue, decider, self._held_back_complexity, self._last_gain, ledger.in_service
         )
         self._wakers: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = asyncio.Event()
@@ -94,7 +93,7 @@ class Orchestrator:
         for step in range(self._ledger.last_step() + 1, self._config.steps.count):
             reports = await self._gather()
             await self._measure_complexities(reports)
-            decided = self._leasing.lease_step(step, reports)
+            decided = await self._leasing.lease_step(step, reports)
             await self._noted(partial(self._ledger.begin_step, step, decided))
             for decision in decided:
                 self._wake(decision.device)
@@ -396,18 +395,19 @@ class Orchestrator:
     # What decisions need
 
     async def _measure_complexities(self, reports: Sequence[tuple[str, Report]]) -> None:
-        """Of devices that hold no emulator, from the text that is held back for them."""
+        """Of the text that is held back for devices which hold no emulator yet, as all do that are new."""
         untuned = self._scenario.quality.curve.untuned
         for device, report in reports:
-            if report.perplexity_ratio is None and device not in self._complexities and untuned is not None:
+            if report.perplexity_ratio is None and untuned and self._held_back_complexity(device) is None:
                 (measured,) = await self._perplexities(device, [None])
-                self._complexities[device] = self._scenario.quality.complexity_weight * (
-                    measured / untuned - 1
-                )
+                await self._noted(partial(self._ledger.set_meta, _untuned_on(device), repr(measured)))
 
-    def _complexity(self, device: str) -> float:
-        middle = self._scenario.tasks.complexity
-        return self._complexities.get(device, (middle.min + middle.max) / 2)
+    def _held_back_complexity(self, device: str) -> float | None:
+        untuned = self._scenario.quality.curve.untuned
+        measured = self._ledger.meta(_untuned_on(device))
+        if measured is None or untuned is None:
+            return None
+        return self._scenario.quality.complexity_weight * (float(measured) / untuned - 1)
 
     def _last_gain(self, device: str) -> float | None:
         row = self._ledger.last_transfer(device)
@@ -452,7 +452,7 @@ class Orchestrator:
         Raises:
             AdapterError: it belongs to another model, or to other layers.
         """
-        manifest, _ = load_adapter(path)
+        manifest = read_manifest(path)
         info = self._catalogue.info
         check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -469,3 +469,8 @@ class Orchestrator:
 def _trained_late(row: LeaseRow) -> bool:
     """Whether the server trains for a device that no longer waits, so that its failure is not the last word."""
     return row.state == "expired" and row.kind == "upload" and row.data_complete
+
+
+def _untuned_on(device: str) -> str:
+    """Where the ledger keeps the untuned model's perplexity on the text that is held back for a device."""
+    return f"untuned perplexity of {device}"

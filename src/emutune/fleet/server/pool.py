@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
-from contextlib import suppress
 from typing import Any, Protocol
 
 from emutune.errors import FleetError
-from emutune.fleet.disk import no_room
+from emutune.fleet.server.child import ATTEMPTS, Child, checked
 from emutune.fleet.server.worker import JudgeJob, TrainJob
 
-_ATTEMPTS = 10
-_LINE_LIMIT = 1 << 20
+_WORKER = "emutune.fleet.server.worker"
 
 
 class Pool(Protocol):
@@ -37,8 +33,8 @@ class ProcessPool:
     """Worker processes that live from job to job; one that dies is replaced, and its job done again."""
 
     def __init__(self, workers: int) -> None:
-        self._free: asyncio.Queue[_Worker] = asyncio.Queue()
-        self._workers = [_Worker() for _ in range(workers)]
+        self._free: asyncio.Queue[Child] = asyncio.Queue()
+        self._workers = [Child(_WORKER, quiet=True) for _ in range(workers)]
         for worker in self._workers:
             self._free.put_nowait(worker)
 
@@ -51,71 +47,17 @@ class ProcessPool:
         """See ``Pool.run``."""
         worker = await self._free.get()
         try:
-            for _ in range(_ATTEMPTS):
-                outcome = await worker.do(job.model_dump_json())
-                if outcome is not None:
-                    return checked(outcome)
+            return await worker.ask(
+                job.model_dump_json(),
+                f"{job.kind}: its worker died {ATTEMPTS} times; look for lack of memory, or lower at_server.workers",
+            )
         finally:
             self._free.put_nowait(worker)
-        raise FleetError(
-            f"{job.kind}: its worker died {_ATTEMPTS} times; look for lack of memory, or lower at_server.workers"
-        )
 
     async def close(self) -> None:
         """See ``Pool.close``."""
         for worker in self._workers:
             await worker.stop()
-
-
-class _Worker:
-    def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def pid(self) -> int | None:
-        alive = self._process is not None and self._process.returncode is None
-        return self._process.pid if alive and self._process is not None else None
-
-    async def do(self, job: str) -> dict[str, Any] | None:
-        """Outcome of a job; None if the process died over it."""
-        process = await self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(job.encode() + b"\n")
-            await process.stdin.drain()
-            line = await process.stdout.readline()
-            outcome: dict[str, Any] = json.loads(line)
-            return outcome
-        except (ConnectionError, ValueError):
-            await self.stop()
-            return None
-        except asyncio.CancelledError:
-            # Its answer would otherwise be taken for the next job's.
-            await self.stop()
-            raise
-
-    async def _running(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None:
-            environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "emutune.fleet.server.worker", str(os.getpid())),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                env=environment,
-                limit=_LINE_LIMIT,
-            )
-        return self._process
-
-    async def stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            # It may end between two looks at it.
-            with suppress(ProcessLookupError):
-                if process.returncode is None:
-                    process.kill()
-            await process.wait()
 
 
 class RayPool:
@@ -132,7 +74,7 @@ class RayPool:
 
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-        self._task = ray.remote(max_retries=_ATTEMPTS)(outcome_of)
+        self._task = ray.remote(max_retries=ATTEMPTS)(outcome_of)
         self._turns = asyncio.Semaphore(workers)
 
     async def run(self, job: TrainJob | JudgeJob) -> dict[str, Any]:
@@ -143,19 +85,6 @@ class RayPool:
 
     async def close(self) -> None:
         """See ``Pool.close``; the cluster goes on."""
-
-
-def checked(outcome: dict[str, Any]) -> dict[str, Any]:
-    """An outcome that is no error.
-
-    Raises:
-        FleetError: it is one; ``is_full`` tells whether only the disk had no room.
-    """
-    if outcome.get("full"):
-        raise FleetError(outcome["error"]) from no_room()
-    if "error" in outcome:
-        raise FleetError(outcome["error"])
-    return outcome
 
 
 def open_pool(kind: str, workers: int) -> Pool:

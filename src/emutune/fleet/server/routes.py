@@ -29,11 +29,12 @@ from emutune.fleet.protocol import (
 )
 from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server import bodies, refusals
-from emutune.fleet.server.blobs import send_file
+from emutune.fleet.server.blobs import SentFile
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
 from emutune.fleet.server.refusals import Refused
 from emutune.fleet.shaping import TokenBucket
+from emutune.tuning.manifest import Emulator
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class Doorkeeper(refusals.Auditor, Protocol):
         """The lease that the device works on."""
         ...
 
+    def last_training(self, device: str) -> Lease | None:
+        """The last lease that the device fetches an emulator for, open or not."""
+        ...
+
     def lease(self, device: str, lease: str) -> LeaseRow | None:
         """How far a lease is; ``data_complete`` once the hub has taken its data over."""
         ...
@@ -80,7 +85,7 @@ class Shared:
         bucket_of: BucketOf,
     ) -> None:
         self.hub, self.ledger, self.catalogue, self.bucket_of = hub, ledger, catalogue, bucket_of
-        self._fetching: dict[str, Lease] = {}
+        self._granted: dict[str, tuple[str, frozenset[str]]] = {}
         self.adapters = work / "adapters"
         self.data_bytes, self.adapter_bytes = int(limits.data_mb * 1e6), int(limits.adapter_mb * 1e6)
         uploads = work / "uploads"
@@ -90,13 +95,25 @@ class Shared:
             cut_short.unlink()
         self.uploads = Uploads(uploads, self._damaged)
 
-    def link_of(self, device: str) -> TokenBucket | None:
-        """The link of the lease that a device fetches an emulator for, also when that lease has become late."""
-        current = self.ledger.open_lease(device)
-        if current is not None and current.kind == "train":
-            self._fetching[device] = current
-        lease = self._fetching.get(device)
-        return None if lease is None else self.bucket_of(device, lease)
+    def link_for(self, device: str, sha256: str) -> TokenBucket | None:
+        """The link that a shard of the device's last emulator goes over, also when the lease has become late.
+
+        Raises:
+            Refused: 404, as if there were no such shard, if that emulator has none; who needs a part of the
+                model for no lease of its own is not given it.
+        """
+        lease = self.ledger.last_training(device)
+        if lease is None or sha256 not in self._shards_of(device, lease):
+            raise Refused(404, "there is no such file")
+        return self.bucket_of(device, lease)
+
+    def _shards_of(self, device: str, lease: Lease) -> frozenset[str]:
+        # A manifest is read once, not again for each of its shards.
+        known, shards = self._granted.get(device, ("", frozenset()))
+        if known != lease.lease:
+            shards = frozenset(Emulator.model_validate(lease.emulator).shards if lease.emulator else ())
+            self._granted[device] = lease.lease, shards
+        return shards
 
     def expected(self, device: str, lease: str) -> Expected:
         """The data that an upload lease waits for."""
@@ -110,6 +127,11 @@ class Shared:
             await self.hub.data_received(device, lease, path)
 
         return Expected(lease, size, sha256, taken, take)
+
+    async def forget(self, device: str | None, lease: str, reason: str) -> None:
+        """Delete what arrived of an upload that nobody goes on with, and note that."""
+        if await self.uploads.discard(lease):
+            self.ledger.audit("data deleted", device, lease, reason)
 
     def _damaged(self, lease: str) -> None:
         detail = "the data that arrived have another SHA-256 than reported; they are to be sent again"
@@ -198,9 +220,9 @@ async def shard(
     sha256: Annotated[Sha256, InPath()],
     range_: RangeHeader = None,
 ) -> Response:
-    """A shard of the catalogue, over the link of the lease that the device works on."""
+    """A shard of the emulator that the device's last lease to train names, over the link of that lease."""
     path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
-    return await send_file(request, path, fleet.link_of(device), tag=sha256)
+    return SentFile(request, path, fleet.link_for(device, sha256), tag=sha256)
 
 
 async def tokenizer(
@@ -214,7 +236,7 @@ async def tokenizer(
     sha256 = fleet.hub.info().tokenizer.get(name)
     if sha256 is None:
         raise Refused(404, "the tokenizer has no such file; GET /v1/fleet names them")
-    return await send_file(request, fleet.catalogue / "tokenizer" / name, tag=sha256)
+    return SentFile(request, fleet.catalogue / "tokenizer" / name, tag=sha256)
 
 
 async def get_adapter(
@@ -232,7 +254,7 @@ async def get_adapter(
         if not may_come or time.monotonic() >= until:
             return Response(status_code=204)
         await asyncio.sleep(_LOOK_AGAIN_S)
-    return await send_file(request, path)
+    return SentFile(request, path)
 
 
 async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
@@ -284,9 +306,15 @@ async def transferred(request: Request, fleet: Fleet, device: Device, lease: Lea
 
 async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
     """The device is done with a lease."""
-    await fleet.hub.result(device, lease.lease, await bodies.message(request, Result))
+    message = await bodies.message(request, Result)
+    await fleet.hub.result(device, lease.lease, message)
+    if message.outcome == "failed":
+        await fleet.forget(device, lease.lease, "the lease failed")
 
 
 async def leave(fleet: Fleet, device: Device) -> None:
     """The device takes no part any more."""
+    lease = fleet.ledger.open_lease(device)
     await fleet.hub.left(device)
+    if lease is not None:
+        await fleet.forget(device, lease.lease, "the device left")

@@ -8,12 +8,14 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from emutune.errors import FleetError
-from emutune.fleet.config import FleetConfig
+from emutune.fleet.config import FleetConfig, Server
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Lease
 from emutune.fleet.security import (
+    LOOPBACK,
     Certificate,
     Credentials,
     new_secret,
@@ -23,12 +25,14 @@ from emutune.fleet.security import (
     write_credentials,
 )
 from emutune.fleet.server.app import create_app, serve
+from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.dashboard.opening import open_board
-from emutune.fleet.server.decide import Decider
+from emutune.fleet.server.deciding import warm_up
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
+from emutune.fleet.server.routes import Shared
 from emutune.fleet.shaping import TokenBucket
-from emutune.tuning.catalogue import Catalogue
+from emutune.tuning.inventory import Inventory
 
 LEDGER = "ledger.sqlite"
 
@@ -37,13 +41,14 @@ def certificate_of(config: FleetConfig) -> Certificate:
     """The user's certificate, or one of the fleet's own authority, which is made when there is none.
 
     Raises:
-        FleetError: it cannot be read, or its key is another's.
+        FleetError: it cannot be read, its key is another's, or it is not for a name that devices use.
     """
     server = config.server
-    if server.certificate is not None and server.key is not None:
-        return own_certificate(server.certificate, server.key, server.host)
-    names = dict.fromkeys([server.host, "localhost", "127.0.0.1"])
-    return self_made_certificate(server.directory / "tls", list(names))
+    if server.certificate is None or server.key is None:
+        return self_made_certificate(server.directory / "tls", server.reached_as)
+    for name in server.reached_as:
+        found = own_certificate(server.certificate, server.key, name, server.authority)
+    return found
 
 
 def enrol_device(config: FleetConfig, device: str, out: Path, url: str | None = None) -> str:
@@ -56,12 +61,14 @@ def enrol_device(config: FleetConfig, device: str, out: Path, url: str | None = 
         url: where the device reaches the server; from the fleet's file if not given.
 
     Raises:
-        FleetError: the port is not fixed, or the file cannot be written.
+        FleetError: the port is not fixed, the certificate is not for the URL's host, or the file cannot be
+            written.
     """
     server = config.server
     if url is None and server.port == 0:
         raise FleetError("server.port: is 0, so the server's URL is not known yet; set a port, or give --url")
-    url = url or f"https://{server.host}:{server.port}"
+    url = url or f"https://{_bracketed(server.reached_as[0])}:{server.port}"
+    _certified(url, server)
     token, certificate = new_secret(), certificate_of(config)
     with opened_ledger(config) as ledger:
         write_credentials(
@@ -76,6 +83,25 @@ def enrol_device(config: FleetConfig, device: str, out: Path, url: str | None = 
         )
         ledger.add_device(device, secret_sha256(token))
     return url
+
+
+def _certified(url: str, server: Server) -> None:
+    """Devices must be able to check who answers at the URL that they are given."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname:
+        raise FleetError(f"--url: {url!r} is no URL of a fleet's server; give https://HOST:PORT")
+    named = {name.lower() for name in server.reached_as}
+    if server.certificate is None:
+        named.update(LOOPBACK)
+    if parts.hostname not in named:
+        raise FleetError(
+            f"--url: devices would not trust a server at {parts.hostname}, which its certificate does not name; add "
+            "it to server.names in the fleet's file"
+        )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 @contextmanager
@@ -95,8 +121,8 @@ def opened_ledger(config: FleetConfig) -> Iterator[Ledger]:
 
 async def run_server(
     config: FleetConfig,
-    catalogue: Catalogue,
-    decider: Decider,
+    catalogue: Inventory,
+    decider: Deciding,
     *,
     started: Callable[[str], None] = lambda url: None,
     stepped: Callable[[int], None] = lambda step: None,
@@ -120,7 +146,7 @@ async def run_server(
     certificate = certificate_of(config)
     with _only_one(config), opened_ledger(config) as ledger:
         _same_fleet(ledger, config, catalogue)
-        decider.warm_up(max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
+        await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
         async with _pools(config, judge) as (trainers, judging):
             hub = Orchestrator(config, ledger, catalogue, decider, trainers, judging, stepped)
             board = open_board(config, ledger, catalogue, policy)
@@ -135,15 +161,22 @@ async def run_server(
             )
             server = config.server
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
-            started(f"https://{server.host}:{listening.port}")
+            started(f"https://{_bracketed(server.reached_as[0])}:{listening.port}")
             try:
                 await _until_told(asyncio.create_task(hub.run()))
+                await _forget_uploads(app.state.fleet)
             finally:
                 for job in hub.jobs:
                     job.cancel()
                 await board.say_farewell()
                 await listening.stop()
                 board.close()
+
+
+async def _forget_uploads(shared: Shared) -> None:
+    """Once all steps are done nobody goes on with an upload."""
+    for lease in sorted(shared.uploads.begun()):
+        await shared.forget(None, lease, "all steps are done")
 
 
 class Links:
@@ -211,7 +244,7 @@ def _only_one(config: FleetConfig) -> Iterator[None]:
         yield
 
 
-def _same_fleet(ledger: Ledger, config: FleetConfig, catalogue: Catalogue) -> None:
+def _same_fleet(ledger: Ledger, config: FleetConfig, catalogue: Inventory) -> None:
     for key, value in (("fleet", config.name), ("base", catalogue.info.base)):
         noted = ledger.meta(key)
         if noted not in (None, value):

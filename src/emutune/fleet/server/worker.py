@@ -7,20 +7,14 @@ standard input, one a line, and writes an outcome for each.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import threading
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from emutune.errors import EmutuneError
-from emutune.fleet.disk import is_full
 from emutune.fleet.protocol import Training
+from emutune.fleet.server.child import answer_lines, errors_as_answers
 
 _HELD_BACK_BLOCKS = 24
 
@@ -73,10 +67,10 @@ def run_job(job: TrainJob | JudgeJob) -> dict[str, Any]:
 
 
 def _train(job: TrainJob) -> dict[str, Any]:
+    from emutune.fleet.training import trainer_config
     from emutune.tuning.adapters import attach, save_adapter, start_from
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.text import fitting_block, pack, read_text, split_blocks
-    from emutune.tuning.trainer import TrainerConfig
     from emutune.tuning.tune import Bench, adapter_layers, adapter_manifest
 
     catalogue = open_catalogue(job.catalogue)
@@ -91,13 +85,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
     parameters = attach(adapter_layers(catalogue, full), manifest.kind, manifest.width, training.seed)
     if job.start is not None:
         start_from(job.start, manifest, parameters)
-    config = TrainerConfig(
-        steps=training.steps,
-        batch=training.batch,
-        learning_rate=training.learning_rate,
-        seed=training.seed,
-        score_every=max(1, training.steps // 2),
-    )
+    config = trainer_config(training)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
     result = bench.train(parameters, config, job.work, job.model_dump_json(exclude={"work"}))
     save_adapter(job.out, manifest, parameters)
@@ -169,33 +157,13 @@ def _plugged_perplexity(model: Any, adapter: Path | None, blocks: Any, mask_toke
 
 
 def outcome_of(line: str | bytes) -> dict[str, Any]:
-    """Do a job given as JSON; an error that the user can put right becomes ``{"error": message}``.
-
-    With ``"full": true`` the disk had no room, and the job may be done again.
-    """
-    try:
-        return run_job(_JOB.validate_json(line))
-    except (EmutuneError, OSError) as error:
-        full = is_full(error)
-        if not (full or isinstance(error, EmutuneError)):
-            raise
-        return {"error": str(error), "full": full}
+    """Do a job given as JSON; see ``errors_as_answers`` for what goes wrong."""
+    return errors_as_answers(lambda: run_job(_JOB.validate_json(line)))
 
 
 def main() -> None:
-    """Do jobs until standard input ends, or the server does, whose process is the argument."""
-    # A server that was killed while this process still started is no longer its parent.
-    server = int(sys.argv[1]) if len(sys.argv) > 1 else os.getppid()
-    threading.Thread(target=_die_with, args=(server,), daemon=True).start()
-    for line in sys.stdin:
-        print(json.dumps(outcome_of(line)), flush=True)
-
-
-def _die_with(parent: int) -> None:
-    """A server that is started again gives the job to another process; two must not work on one checkpoint."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    """Do jobs until the server ends."""
+    answer_lines(outcome_of)
 
 
 if __name__ == "__main__":

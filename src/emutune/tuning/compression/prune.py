@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emutune.errors import ModelError, UsageError
 from emutune.tuning.layers import layer_stack, text_config, view
+from emutune.tuning.manifest import Widths
 from emutune.tuning.sublayers import Sublayers, find_sublayers, weight_of, widths_of
 
 # The names under which transformers' layers keep numbers that are proportional to the heads or the channels.
@@ -35,15 +35,6 @@ _ROUNDING = 2e-5
 _ROWS = 8
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Widths(BaseModel):
-    """What pruning leaves of a layer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    heads: int = Field(ge=1, description="query heads")
-    channels: int = Field(ge=1, description="of the MLP")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""What decisions rest on and come to, for the server that asks and for the policy that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from emutune.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a decision rests on, of one device.
+
+    Attributes:
+        gain: power gain of the link, as it was last seen.
+        complexity: c of the task.
+        data_bytes: of the task's text, in bytes of the scenario.
+        cached_layers: k of the emulator on the device; 0 for none.
+        transmit_power_w: of its uplink.
+    """
+
+    gain: float
+    complexity: float
+    data_bytes: float
+    cached_layers: int
+    transmit_power_w: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one device: z, and k of the emulator that trains there."""
+
+    at_server: bool
+    layers: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the system model says of a choice: rate of the link, delay (Eq. 1 to 8), perplexity (Eq. 9)."""
+
+    rate_bps: float
+    delay_s: float
+    perplexity: float
+
+
+class Deciding(Protocol):
+    """A policy in its scenario, as the server asks it."""
+
+    @property
+    def scenario(self) -> Scenario:
+        """The world that the policy knows."""
+        ...
+
+    async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
+        """One choice a device; the same for the same step and candidates."""
+        ...
+
+    async def forecast(
+        self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
+    ) -> list[Forecast]:
+        """What the system model predicts; see ``Decider.forecast``."""
+        ...

@@ -1,0 +1,50 @@
+"""The policies that need no training, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from emutune.errors import UsageError
+from emutune.policies import AllServer, Fixed, Policy, Random
+from emutune.scenario import Scenario
+from emutune.study.evaluate import search_best_fixed
+from emutune.study.search import search_count_table, search_hold, search_lookahead
+
+SIMPLE = ("random", "all_server", "fixed", "best_fixed")
+BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
+_SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
+    "best_fixed": search_best_fixed,
+    "hold": search_hold,
+    "count_table": search_count_table,
+    "lookahead": search_lookahead,
+}
+
+
+def baseline_policy(name: str, scenario: Scenario, retention: float | None = None) -> Policy:
+    """A policy that needs no training.
+
+    Args:
+        name: one of ``BASELINES``.
+        scenario: the world it decides in.
+        retention: of ``fixed``; the largest allowed if not given.
+
+    Raises:
+        UsageError: the name is unknown, or the retention outside the scenario's bounds.
+    """
+    if name == "random":
+        return Random()
+    if name == "all_server":
+        return AllServer()
+    if name in _SEARCHED:
+        return _SEARCHED[name](scenario)
+    if name != "fixed":
+        raise UsageError(
+            f"policy: no policy {name!r} that needs no training; choose from {', '.join(BASELINES)}"
+        )
+    bounds = scenario.retention
+    wanted = bounds.max if retention is None else retention
+    if not bounds.min <= wanted <= bounds.max:
+        raise UsageError(f"retention: must be between {bounds.min:g} and {bounds.max:g}, got {wanted:g}")
+    return Fixed(jnp.asarray(wanted, jnp.float32))
