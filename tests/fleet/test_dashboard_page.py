@@ -272,6 +272,7 @@ def test_three_hundred_devices_fit(browser: Any, tmp_path: Path, scheme: str, wi
         playwright.expect(seen.page.locator("#devices tbody tr")).to_have_count(11)
         assert lowest_contrast(seen.page) >= 4.5
         assert seen.faults == []
+        seen.context.close()
 
 
 def lowest_contrast(page: Any) -> float:

@@ -1,7 +1,7 @@
 // Asks the server for the fleet's state, a request a second, and puts it into the page.
 
 import { Chart } from "./charts.js";
-import { ago, bytes, fillTable, make, number, Pages, percent, seconds, setText, when } from "./tables.js";
+import { ago, bytes, counted, fillTable, make, number, Pages, percent, seconds, setText, when } from "./tables.js";
 
 const WATCHED_MS = 1000;
 const HIDDEN_MS = 15000;
@@ -236,8 +236,8 @@ function showFacts(overview) {
     ["Devices", String(count((one) => one.joined_at && !one.revoked && !one.left)), `${count((one) => !QUIET.has(one.doing))} at work, ${count((one) => one.revoked)} revoked, ${count((one) => one.doing === "expected")} not joined`],
     ["Policy", overview.policy || "–", `scenario ${overview.scenario}`],
     ["Model", model.kind, `${model.layers} layers, base ${model.base.slice(0, 12)}`],
-    ["Delay, error", percent(errors.delay_percent), `median over ${errors.steps} steps`],
-    ["Perplexity, error", percent(errors.perplexity_percent), `median over ${errors.evaluations} adapters`],
+    ["Delay, error", percent(errors.delay_percent), `median over ${counted(errors.steps, "step")}`],
+    ["Perplexity, error", percent(errors.perplexity_percent), `median over ${counted(errors.evaluations, "adapter")}`],
     ["Adapters", String(overview.totals["adapters.accepted"] ?? 0), `accepted, ${overview.totals["adapters.rejected"] ?? 0} refused`],
     ["Refused requests", String(audit.strangers + audit.of_devices), `${audit.strangers} of strangers, ${audit.of_devices} of devices`],
   ];

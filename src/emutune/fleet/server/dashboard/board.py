@@ -8,7 +8,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,8 @@ _FRESH_S = 0.5
 # Reading must not take more than a tenth of a processor, however large the ledger has become.
 _REST = 10
 _LOOKED_S = 5.0
-_LAST_LOOK_S = 2.0
+# A page that is seen asks every second.
+_LAST_LOOK_S = 1.5
 Answer = TypeVar("Answer")
 
 
@@ -88,7 +88,6 @@ class Board:
         self._one_reader = asyncio.Lock()
         self._stopped = False
         self._looked = -_LOOKED_S
-        self._seen_last = asyncio.Event()
 
     async def overview(self) -> Page:
         """The fleet at a glance, at most half a second old, or ten times as old as reading it takes.
@@ -96,7 +95,6 @@ class Board:
         Raises:
             LedgerError: the ledger cannot be read.
         """
-        ending = self._stopped
         async with self._one_reader:
             if self._overview is None or time.monotonic() >= self._read_again:
                 begin = time.monotonic()
@@ -104,8 +102,6 @@ class Board:
                 took = time.monotonic() - begin
                 self._read_again = time.monotonic() + max(_FRESH_S, _REST * took)
         self._looked = time.monotonic()
-        if ending:
-            self._seen_last.set()
         return self._overview
 
     async def step(self, number: int) -> Page | None:
@@ -122,12 +118,10 @@ class Board:
         return await self._in_thread(read)
 
     async def say_farewell(self) -> None:
-        """Tell who is looking that the server ends; waits for at most two seconds, and only if somebody looks."""
+        """Stay until every page that is seen has heard that the server ends; not if there is none."""
         self._stopped, self._read_again = True, 0.0
         if time.monotonic() - self._looked < _LOOKED_S:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_LOOK_S):
-                    await self._seen_last.wait()
+            await asyncio.sleep(_LAST_LOOK_S)
 
     def close(self) -> None:
         """Close the ledger; nobody can look any more."""

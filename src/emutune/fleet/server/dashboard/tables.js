@@ -135,10 +135,15 @@ export function bytes(value, short = false) {
   if (value === null || value === undefined) return NONE;
   if (value === 0) return "0";
   const units = ["B", "kB", "MB", "GB", "TB", "PB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log10(value) / 3));
+  const power = Math.max(0, Math.min(units.length - 1, Math.floor(Math.log10(value) / 3)));
   const scaled = value / 1000 ** power;
   if (short) return `${+scaled.toPrecision(3)} ${units[power]}`;
   return `${number(scaled, power === 0 || scaled >= 100 ? 0 : scaled >= 10 ? 1 : 2)} ${units[power]}`;
+}
+
+/** So many of something, in words. */
+export function counted(value, one, many = `${one}s`) {
+  return `${value} ${value === 1 ? one : many}`;
 }
 
 export function percent(value) {
