@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from served import DATA, KEYS, SHA, TOKENS, UNLEASED, Served, report, safetensors
+from served import DASHBOARD_KEY, DATA, KEYS, SHA, TOKENS, UNLEASED, Served, report, safetensors
 
 Body = bytes | Callable[[], AsyncIterator[bytes]]
 
@@ -99,6 +99,7 @@ _ROUTES = [
     ("POST", f"{TRAIN}/result", RESULT),
     ("POST", "/v1/leave", b""),
 ]
+_DASHBOARD = ("/v1/dashboard", "/v1/dashboard/steps/0")
 _STRANGERS: list[tuple[str, dict[str, Any]]] = [
     ("no key", {}),
     ("unknown key", {"key": "3" * 64}),
@@ -116,8 +117,42 @@ _STRANGERS: list[tuple[str, dict[str, Any]]] = [
 AUTHENTICATION = [
     Attack(f"{name}: {method} {path}", method, path, (401,), body=body, **brings)
     for name, brings in _STRANGERS
-    for method, path, body in _ROUTES
+    for method, path, body in (*_ROUTES, *(("GET", path, b"") for path in _DASHBOARD))
 ]
+
+# Neither a device nor anybody else may look, and who may look is no device.
+DASHBOARD = (
+    [
+        Attack(f"dashboard, {name}: {path}", "GET", path, (401,), **brings)
+        for name, brings in [
+            ("a device's key", {"device": "ue1"}),
+            ("its own hash", {"key": hashlib.sha256(DASHBOARD_KEY.encode()).hexdigest()}),
+            ("key in another case", {"key": DASHBOARD_KEY.upper() + "F"}),
+            ("key in another header", {"headers": {"X-Key": DASHBOARD_KEY}}),
+        ]
+        for path in _DASHBOARD
+    ]
+    + [
+        Attack(f"dashboard's key: {method} {path}", method, path, (401,), body=body, key=DASHBOARD_KEY)
+        for method, path, body in _ROUTES
+    ]
+    + [
+        Attack(
+            "dashboard's key as a token",
+            "POST",
+            "/v1/enrolment",
+            (403,),
+            body=_enrolment(token=DASHBOARD_KEY),
+        ),
+        Attack("step: negative", "GET", "/v1/dashboard/steps/-1", (422,), key=DASHBOARD_KEY),
+        Attack("step: text", "GET", "/v1/dashboard/steps/0%20OR%201", (422,), key=DASHBOARD_KEY),
+        Attack("step: none", "GET", "/v1/dashboard/steps/7", (404,), key=DASHBOARD_KEY),
+        Attack("page: traversal", "GET", "/dashboard/..%2Fdashboard.key", (404,)),
+        Attack("page: the key's file", "GET", "/dashboard/dashboard.key", (404,)),
+        Attack("page: module", "GET", "/dashboard/board.py", (404,)),
+        Attack("page: method", "POST", "/dashboard", (405,)),
+    ]
+)
 
 OTHERS_LEASES = [
     Attack(f"another's lease: {method} {path}", method, path, (404,), device=thief, body=body)
@@ -304,7 +339,16 @@ TRAVERSAL = (
     + [Attack("method", "DELETE", f"/v1/shards/{SHA}", (405,), device="ue1")]
 )
 
-ATTACKS = [*AUTHENTICATION, *OTHERS_LEASES, *ENROLMENT, *MALFORMED, *OVERSIZED, *ADAPTERS, *TRAVERSAL]
+ATTACKS = [
+    *AUTHENTICATION,
+    *DASHBOARD,
+    *OTHERS_LEASES,
+    *ENROLMENT,
+    *MALFORMED,
+    *OVERSIZED,
+    *ADAPTERS,
+    *TRAVERSAL,
+]
 
 
 async def attempt(fleet: Served, attack: Attack) -> Outcome:

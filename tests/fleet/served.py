@@ -20,6 +20,9 @@ from emutune.fleet.ledger import Decision, Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.security import new_secret, secret_sha256
 from emutune.fleet.server.app import create_app
+from emutune.fleet.server.dashboard.board import Board, Fleet
+from emutune.fleet.server.dashboard.messages import Model
+from emutune.fleet.server.dashboard.watch import Watch
 from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.manifest import Emulator
 
@@ -30,6 +33,7 @@ UNLEASED = "3" * 64
 TOKENIZER = b'{"words": 3}'
 SHA = hashlib.sha256(SHARD).hexdigest()
 KEYS = {"ue1": new_secret(), "ue2": new_secret(), "gone": new_secret()}
+DASHBOARD_KEY = new_secret()
 TOKENS = {name: new_secret() for name in (*KEYS, "new")}
 
 
@@ -92,6 +96,20 @@ class Hub:
         self.ledger.leave(device)
 
 
+def board_of(ledger: Ledger, uploads: Path, steps_total: int = 5, **changes: Any) -> Board:
+    """The dashboard of a ledger, opened by ``DASHBOARD_KEY``."""
+    fleet = {
+        "name": "test",
+        "policy": "fixed",
+        "scenario": "reference",
+        "model": Model(kind="llama", base="b" * 64, layers=6),
+        "steps_total": steps_total,
+        "emulators": {"half": (0.5, 4)},
+    }
+    watch = Watch(ledger.open_lease)
+    return Board(Fleet(**fleet | changes), ledger.path, uploads, watch, secret_sha256(DASHBOARD_KEY))
+
+
 class Served:
     """An application with two devices, one of which trains and one uploads, and one that was revoked."""
 
@@ -108,6 +126,7 @@ class Served:
         self._fill()
         self.hub = Hub(self.ledger, directory)
         self.bucket = None if rate_bps is None else TokenBucket(rate_bps)
+        self.board = board_of(self.ledger, self.work / "uploads")
         self.app = create_app(
             self.hub,
             self.ledger,
@@ -115,6 +134,7 @@ class Served:
             self.work,
             limits or Limits(data_mb=1, adapter_mb=0.1),
             lambda device, lease: self.bucket,
+            self.board,
         )
 
     def _fill(self) -> None:
@@ -170,6 +190,7 @@ class Served:
         }
 
     def close(self) -> None:
+        self.board.close()
         self.ledger.close()
 
 

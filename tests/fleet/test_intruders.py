@@ -10,6 +10,7 @@ from intruders import (
     ADAPTERS,
     ATTACKS,
     AUTHENTICATION,
+    DASHBOARD,
     ENROLMENT,
     MALFORMED,
     OTHERS_LEASES,
@@ -20,13 +21,14 @@ from intruders import (
     count,
     send,
 )
-from served import KEYS, TOKENS, served
+from served import DASHBOARD_KEY, KEYS, TOKENS, served
 
 from emutune.fleet.security import self_made_certificate, trusting
 from emutune.fleet.server.app import serve
 
 GROUPS = {
     "authentication": AUTHENTICATION,
+    "dashboard": DASHBOARD,
     "leases": OTHERS_LEASES,
     "enrolment": ENROLMENT,
     "malformed": MALFORMED,
@@ -49,7 +51,7 @@ def test_nobody_is_let_in(group: str, tmp_path: Path, caplog: pytest.LogCaptureF
             warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
             assert warnings, f"{attack.name}: not logged"
             said = outcome.text + caplog.text + "".join(row.detail for row in fleet.ledger.audit_rows())
-            for secret in (*KEYS.values(), *TOKENS.values()):
+            for secret in (DASHBOARD_KEY, *KEYS.values(), *TOKENS.values()):
                 assert secret not in said, f"{attack.name}: a secret was repeated"
             assert "\n" not in fleet.ledger.audit_rows()[-1].detail
 

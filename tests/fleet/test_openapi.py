@@ -14,11 +14,12 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, CheckFunction
-from served import KEYS, Served
+from served import DASHBOARD_KEY, KEYS, Served
 
 from emutune.fleet import protocol
 from emutune.fleet.security import self_made_certificate
 from emutune.fleet.server.app import serve
+from emutune.fleet.server.dashboard import messages
 
 FEW, MANY = 6, 300
 HEALTH = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -66,14 +67,24 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     assert not thread.is_alive()
 
 
+def routes_in(text: str | None) -> list[tuple[str, str]]:
+    """The routes that a table in a documentation has."""
+    return [(method, path) for method, path in re.findall(r"``([A-Z]+) (/v1/[^?`]*)[^`]*``", text or "")]
+
+
 def operations() -> list[tuple[str, str]]:
-    """The routes, as the table in the protocol's documentation has them."""
-    table = re.findall(r"``([A-Z]+) (/v1/[^?`]*)[^`]*``", protocol.__doc__ or "")
-    return [(method, path) for method, path in table]
+    """All routes: those of devices, and those of the dashboard."""
+    return routes_in(protocol.__doc__) + watching()
+
+
+def watching() -> list[tuple[str, str]]:
+    """The routes that take the dashboard's key."""
+    return routes_in(messages.__doc__)
 
 
 def ask(running: Running, method: str, path: str, mode: GenerationMode, device: str, examples: int) -> None:
     """Send requests made up for a route; each answer must be one that the description promises for it."""
+    key = DASHBOARD_KEY if (method, path) in watching() else KEYS[device]
     schema = schemathesis.openapi.from_dict(running.described)
 
     @settings(max_examples=examples, suppress_health_check=HEALTH, database=None)
@@ -81,7 +92,7 @@ def ask(running: Running, method: str, path: str, mode: GenerationMode, device: 
     def one(case: Case) -> None:
         case.call_and_validate(
             base_url=running.url,
-            headers={"Authorization": f"Bearer {KEYS[device]}"},
+            headers={"Authorization": f"Bearer {key}"},
             verify=str(running.authority),
             timeout=20,
             excluded_checks=excused(case),
@@ -114,7 +125,8 @@ def test_all_routes_of_the_protocol_are_described(running: Running) -> None:
     assert described == set(operations())
     for method, path in described - {("POST", "/v1/enrolment")}:
         operation = running.described["paths"][path][method.lower()]
-        assert operation["security"] == [{"HTTPBearer": []}]
+        scheme = "DashboardKey" if (method, path) in watching() else "HTTPBearer"
+        assert operation["security"] == [{scheme: []}]
         assert "401" in operation["responses"]
     assert running.described["info"]["version"] == "1"
 

@@ -41,7 +41,14 @@ def fleet(
     used = catalogue or _reference_catalogue(directory / "catalogue")
     with interruptible(f"the ledger in {directory} is kept; the same command goes on"):
         print(f"{devices} devices, {config.steps.count} steps; logs are in {directory / 'logs'}", flush=True)
-        run_local_fleet(source, config, local_devices(config, devices), used, policy)
+        run_local_fleet(
+            source,
+            config,
+            local_devices(config, devices),
+            used,
+            policy,
+            started=lambda url: print(f"dashboard: {url}", flush=True),
+        )
     ledger(directory / LEDGER, json_file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -50,13 +51,29 @@ def serve(
                 config,
                 opened,
                 decider,
-                started=lambda url: print(f"serving {config.name} at {url}", flush=True),
+                started=lambda url: _announce(config.name, url, config.server.directory),
                 stepped=lambda step: print(f"step {step + 1} of {config.steps.count} ended", flush=True),
+                policy=_policy_name(policy, retention),
             )
 
     with interruptible(f"the ledger {ledger} is kept; the same command goes on"):
         run(serving())
     print(f"all steps are done; emutune ledger {ledger}")
+
+
+def _announce(name: str, url: str, directory: Path) -> None:
+    """Say where the fleet is; the key of its dashboard is for a person's eyes, not for a file that keeps the output."""
+    from emutune.fleet.server.dashboard.access import KEY_FILE, dashboard_key, dashboard_url
+
+    print(f"serving {name} at {url}", flush=True)
+    if sys.stdout.isatty():
+        print(f"dashboard: {dashboard_url(url, dashboard_key(directory))}", flush=True)
+    else:
+        print(f"dashboard: {dashboard_url(url)}, its key is in {directory / KEY_FILE}", flush=True)
+
+
+def _policy_name(policy: str, retention: float | None) -> str:
+    return policy if retention is None else f"{policy}, retention {retention:g}"
 
 
 def enroll(

@@ -86,6 +86,20 @@ class Errors:
     evaluations: int
 
 
+@dataclass(frozen=True)
+class Deviations:
+    """Absolute differences between measured and predicted, in percent of the predicted; only those that are there.
+
+    Attributes:
+        delays: one a step.
+        sizes, perplexities: at most one a lease.
+    """
+
+    delays: tuple[float, ...]
+    sizes: tuple[float, ...]
+    perplexities: tuple[float, ...]
+
+
 def compare_steps(rows: Iterable[Comparison]) -> list[StepComparison]:
     """The steps of leases that are in the order of their steps."""
     return [_compare_step(step, list(leases)) for step, leases in groupby(rows, lambda row: row.step)]
@@ -93,9 +107,24 @@ def compare_steps(rows: Iterable[Comparison]) -> list[StepComparison]:
 
 def errors(rows: Sequence[Comparison]) -> Errors:
     """How far the measurements of a fleet are from what was predicted."""
-    delays = [step.error_percent for step in compare_steps(rows)]
-    sizes = [error_percent(row.predicted_bytes, row.measured_bytes) for row in rows]
-    perplexities = [error_percent(row.predicted_perplexity, row.measured_perplexity) for row in rows]
+    return medians([deviations(rows)])
+
+
+def deviations(rows: Sequence[Comparison]) -> Deviations:
+    """How far each measurement of some whole steps is from what was predicted."""
+    return Deviations(
+        _there(step.error_percent for step in compare_steps(rows)),
+        _there(error_percent(row.predicted_bytes, row.measured_bytes) for row in rows),
+        _there(error_percent(row.predicted_perplexity, row.measured_perplexity) for row in rows),
+    )
+
+
+def medians(parts: Sequence[Deviations]) -> Errors:
+    """The medians over several parts of a fleet's steps together."""
+    delays, sizes, perplexities = (
+        [value for part in parts for value in getattr(part, name)]
+        for name in ("delays", "sizes", "perplexities")
+    )
     return Errors(*_median(delays), *_median(sizes), *_median(perplexities))
 
 
@@ -114,7 +143,10 @@ def _compare_step(step: int, leases: Sequence[Comparison]) -> StepComparison:
     return StepComparison(step, predicted, delay, error_percent(predicted, delay))
 
 
-def _median(values: Iterable[float | None]) -> tuple[float | None, int]:
-    """The median of those that are there, and how many they are."""
-    there = [value for value in values if value is not None]
-    return (median(there) if there else None), len(there)
+def _there(values: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(value for value in values if value is not None)
+
+
+def _median(values: Sequence[float]) -> tuple[float | None, int]:
+    """The median, and of how many it is."""
+    return (median(values) if values else None), len(values)

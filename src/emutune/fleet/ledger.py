@@ -404,8 +404,9 @@ class Ledger(Database):
             totals["adapters.accepted" if row["accepted"] else "adapters.rejected"] = row["n"]
         return {name: count for name, count in sorted(totals.items()) if count or name == "steps"}
 
-    def comparison(self) -> list[Comparison]:
-        """What was predicted of every lease, beside what was measured; in the order of the leases."""
+    def comparison(self, step: int | None = None) -> list[Comparison]:
+        """What was predicted of every lease, or of those of a step, beside what was measured; in their order."""
+        which, values = ("", ()) if step is None else ("WHERE step = ?", (step,))
         return [
             Comparison(
                 step=row["step"],
@@ -430,7 +431,7 @@ class Ledger(Database):
                 adapter_sha256=row["adapter_sha256"],
                 accepted=_flag(row["accepted"]),
             )
-            for row in self._all("SELECT * FROM leases ORDER BY id")
+            for row in self._all(f"SELECT * FROM leases {which} ORDER BY id", *values)
         ]
 
     # The database

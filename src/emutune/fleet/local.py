@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from emutune.errors import FleetError
 from emutune.files import replacing
 from emutune.fleet.config import FleetConfig
+from emutune.fleet.server.dashboard.access import dashboard_key, dashboard_url
 from emutune.fleet.server.run import enrol_device, opened_ledger
 
 COMMAND = (sys.executable, "-c", "from emutune.cli.main import run; run()")
@@ -144,7 +145,12 @@ def wait_for_server(process: subprocess.Popen[str], log: Path, url: str) -> None
 
 
 def run_local_fleet(
-    source: str | Path, config: FleetConfig, devices: Sequence[LocalDevice], catalogue: Path, policy: str
+    source: str | Path,
+    config: FleetConfig,
+    devices: Sequence[LocalDevice],
+    catalogue: Path,
+    policy: str,
+    started: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Run a fleet on this machine until its steps are done.
 
@@ -154,6 +160,7 @@ def run_local_fleet(
         devices: who takes part.
         catalogue: the emulators.
         policy: a run's directory, or a rule's name.
+        started: told the dashboard's URL, with its key, once the server answers.
 
     Raises:
         FleetError: the server ended early; the message is its own.
@@ -169,6 +176,7 @@ def run_local_fleet(
         server = start([*serve, "--port", str(port)], logs / "server.log")
         running.append(server)
         wait_for_server(server, logs / "server.log", url)
+        started(dashboard_url(url, dashboard_key(config.server.directory)))
         for device in devices:
             running.append(start(device.command(url), logs / f"{device.name}.log"))
         while server.poll() is None:

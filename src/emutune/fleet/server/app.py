@@ -20,6 +20,8 @@ from emutune.fleet.protocol import (
     Transferred,
 )
 from emutune.fleet.server import refusals, routes
+from emutune.fleet.server.dashboard import routes as dashboard
+from emutune.fleet.server.dashboard.board import Board
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.listen import Listening, serve
 from emutune.fleet.server.refusals import Problem
@@ -37,6 +39,7 @@ def create_app(
     work: Path,
     limits: Limits,
     bucket_of: BucketOf,
+    board: Board | None = None,
 ) -> FastAPI:
     """The server's application.
 
@@ -49,6 +52,7 @@ def create_app(
         work: of uploads and adapters; made if it does not exist.
         limits: of what is taken.
         bucket_of: the link that a device's shards for a lease go over; None if it is not shaped.
+        board: the page for operators; there is none if not given.
     """
     app = FastAPI(
         title="emutune fleet",
@@ -63,6 +67,8 @@ def create_app(
     app.state.fleet = routes.Shared(hub, ledger, catalogue_directory, work, limits, bucket_of)
     refusals.install(app, ledger)
     _add_routes(app)
+    if board is not None:
+        dashboard.install(app, board)
     return app
 
 

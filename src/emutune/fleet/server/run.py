@@ -26,6 +26,7 @@ from emutune.fleet.security import (
 )
 from emutune.fleet.server.app import create_app, serve
 from emutune.fleet.server.choices import Deciding
+from emutune.fleet.server.dashboard.opening import open_board
 from emutune.fleet.server.deciding import warm_up
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
@@ -126,6 +127,7 @@ async def run_server(
     started: Callable[[str], None] = lambda url: None,
     stepped: Callable[[int], None] = lambda step: None,
     judge: Pool | None = None,
+    policy: str = "",
 ) -> None:
     """Serve a fleet until its steps are done, or until it is told to end.
 
@@ -136,6 +138,7 @@ async def run_server(
         started: told the URL once devices can come.
         stepped: told the number of every step that ends.
         judge: evaluates adapters; a worker process of its own if not given.
+        policy: its name, for the dashboard.
 
     Raises:
         EmutuneError: something in the file cannot be had; nothing was changed.
@@ -146,8 +149,15 @@ async def run_server(
         await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
         async with _pools(config, judge) as (trainers, judging):
             hub = Orchestrator(config, ledger, catalogue, decider, trainers, judging, stepped)
+            board = open_board(config, ledger, catalogue, policy)
             app = create_app(
-                hub, ledger, catalogue.directory, config.server.directory, config.limits, Links().bucket
+                hub,
+                ledger,
+                catalogue.directory,
+                config.server.directory,
+                config.limits,
+                Links().bucket,
+                board,
             )
             server = config.server
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
@@ -158,7 +168,9 @@ async def run_server(
             finally:
                 for job in hub.jobs:
                     job.cancel()
+                await board.say_farewell()
                 await listening.stop()
+                board.close()
 
 
 async def _forget_uploads(shared: Shared) -> None:

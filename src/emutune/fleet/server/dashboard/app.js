@@ -1,0 +1,404 @@
+// Asks the server for the fleet's state, a request a second, and puts it into the page.
+
+import { Chart } from "./charts.js";
+import { ago, bytes, counted, fillTable, make, number, Pages, percent, seconds, setText, when } from "./tables.js";
+
+const WATCHED_MS = 1000;
+const HIDDEN_MS = 15000;
+const LOST_MS = 3000;
+const PATIENCE_MS = 10000;
+const STORED = "emutune dashboard key";
+const at = (id) => document.getElementById(id);
+
+const state = {
+  key: "",
+  overview: null,
+  tags: new Map(),
+  detail: null,
+  step: null,
+  follow: true,
+  heardAt: null,
+  clockAhead: 0,
+  timer: 0,
+};
+
+class WrongKey extends Error {}
+class Unable extends Error {}
+
+// The key
+
+/** The key from the address, which is cleared at once, or the one that this tab had before. */
+function takeKey() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (given) {
+    sessionStorage.setItem(STORED, given);
+    history.replaceState(null, "", location.pathname);
+  }
+  state.key = sessionStorage.getItem(STORED) ?? "";
+}
+
+function askForKey(why) {
+  sessionStorage.removeItem(STORED);
+  state.key = "";
+  state.tags.clear();
+  setText(at("wrong"), why);
+  say("locked", "The dashboard is locked.");
+  at("page").hidden = true;
+  at("ask").hidden = false;
+  at("key").focus();
+}
+
+at("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  state.key = at("key").value.trim();
+  sessionStorage.setItem(STORED, state.key);
+  at("key").value = "";
+  setText(at("wrong"), "");
+  poll();
+});
+window.addEventListener("hashchange", () => {
+  takeKey();
+  poll();
+});
+
+// Asking
+
+/** What a path answers; null if it is what it was. */
+async function ask(path) {
+  const headers = { Authorization: `Bearer ${state.key}` };
+  if (state.tags.has(path)) headers["If-None-Match"] = state.tags.get(path);
+  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+  const date = Date.parse(answer.headers.get("date"));
+  if (date) state.clockAhead = date - Date.now();
+  if (answer.status === 401) throw new WrongKey();
+  if (answer.status === 304) return null;
+  if (!answer.ok) throw new Unable(String(answer.status));
+  const content = await answer.json();
+  state.tags.set(path, answer.headers.get("etag"));
+  return content;
+}
+
+async function poll() {
+  clearTimeout(state.timer);
+  if (!state.key) {
+    askForKey("");
+    return;
+  }
+  let pause = document.hidden ? HIDDEN_MS : WATCHED_MS;
+  const key = state.key;
+  try {
+    const news = await ask("/v1/dashboard");
+    state.heardAt = new Date();
+    if (news) state.overview = news;
+    if (news || wantedStep() !== state.detail?.summary.step) await askForStep();
+    showAll();
+    tellState(state.overview);
+  } catch (error) {
+    if (error instanceof WrongKey) {
+      if (key === state.key) askForKey("The server does not know this key.");
+      else poll();
+      return;
+    }
+    tellLost(error);
+    pause = LOST_MS;
+  }
+  clearTimeout(state.timer);
+  state.timer = setTimeout(poll, pause);
+}
+
+function wantedStep() {
+  const { overview } = state;
+  if (overview.step === null) return undefined;
+  return state.follow || state.step === null ? overview.step : Math.min(state.step, overview.step);
+}
+
+async function askForStep() {
+  const step = wantedStep();
+  if (step === undefined) return;
+  const path = `/v1/dashboard/steps/${step}`;
+  if (state.detail?.summary.step !== step) state.tags.delete(path);
+  const detail = await ask(path);
+  if (detail) state.detail = detail;
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) poll();
+});
+
+// The line that says how things are
+
+function say(kind, text) {
+  const line = at("state");
+  if (line.dataset.state !== kind) line.dataset.state = kind;
+  setText(line, text);
+}
+
+function stepsDone({ steps_ended: ended, steps_total: total }) {
+  return ended === total ? `All ${total} steps are done` : `${ended} of ${total} steps are done`;
+}
+
+function tellState(overview) {
+  const done = stepsDone(overview);
+  if (overview.state === "waiting") say("waiting", "Waiting for devices: no step has begun yet.");
+  else if (overview.state === "running") say("running", `Running: ${done}; the last begun is step ${overview.step}.`);
+  else if (overview.state === "done") say("done", `The run has ended. ${done}.`);
+  else say("stopped", `The server is being stopped. ${done}; the same command goes on from there.`);
+}
+
+function tellLost(error) {
+  const { overview, heardAt } = state;
+  const since = heardAt ? when(heardAt.toISOString()) : "";
+  if (error instanceof Unable) say("lost", "The server cannot read its ledger now. Trying again.");
+  else if (!overview) say("lost", "No connection to the server. Trying again.");
+  else if (overview.state === "done")
+    say("done", `The run has ended. ${stepsDone(overview)}, and the server has stopped; this is the state of ${since}.`);
+  else if (overview.state === "stopped")
+    say("stopped", `The server was stopped at ${since}. ${stepsDone(overview)}; the same command goes on from there.`);
+  else say("lost", `No connection to the server since ${since}. What stands below is from then. Trying again.`);
+}
+
+// The page
+
+const DOING = {
+  expected: "has not joined yet",
+  idle: "between tasks",
+  reported: "waits for a decision",
+  downloading: "fetches an emulator",
+  training: "trains",
+  returning: "returns its adapter",
+  uploading: "uploads its text",
+  "server trains": "server trains for it",
+  fetching: "fetches its adapter",
+  judging: "is being judged",
+  left: "has left",
+  revoked: "revoked",
+};
+const QUIET = new Set(["expected", "idle", "left", "revoked"]);
+
+const charts = [
+  new Chart(at("charts"), {
+    title: "Delay of the step",
+    format: (value, short) => (short ? `${value >= 10 ? Math.round(value) : +value.toFixed(2)} s` : seconds(value)),
+    series: [
+      { name: "measured", kind: "measured", value: (step) => step.measured_delay_s },
+      { name: "predicted", kind: "predicted", value: (step) => step.predicted_delay_s },
+      { name: "without the missing", kind: "before", value: (step) => step.known_delay_s },
+    ],
+  }),
+  new Chart(at("charts"), {
+    title: "Mean perplexity of the whole model",
+    fromZero: false,
+    format: (value, short) => (short ? String(+value.toPrecision(4)) : number(value)),
+    series: [
+      { name: "with adapter", kind: "measured", value: (step) => step.measured_perplexity },
+      { name: "predicted", kind: "predicted", value: (step) => step.predicted_perplexity },
+      { name: "before", kind: "before", value: (step) => step.perplexity_before },
+    ],
+  }),
+  new Chart(at("charts"), {
+    title: "Bytes moved",
+    bars: true,
+    format: bytes,
+    series: [
+      { name: "emulators down", kind: "measured", value: (step) => step.emulator_bytes },
+      { name: "texts up", kind: "predicted", value: (step) => step.data_bytes },
+      { name: "adapters", kind: "before", value: (step) => step.adapter_bytes },
+    ],
+  }),
+];
+const pages = Object.fromEntries(
+  ["devices", "leases", "steps", "refusals", "faults", "deletions"].map((name) => [name, new Pages(at(`${name}-pager`), showAll)]),
+);
+
+function showAll() {
+  const { overview } = state;
+  if (!overview) return;
+  at("ask").hidden = true;
+  at("page").hidden = false;
+  setText(at("name"), overview.name);
+  document.title = `${overview.name}: ${overview.steps_ended} of ${overview.steps_total} steps`;
+  showFacts(overview);
+  for (const chart of charts) if (chart.steps !== overview.steps) chart.show(overview.steps);
+  const out = overview.steps_left_out;
+  at("left-out").hidden = !out;
+  setText(at("left-out"), out ? `The ${out} steps before step ${overview.steps[0].step} are in the ledger.` : "");
+  showDevices(overview);
+  showStep();
+  showSteps(overview);
+  showNotes(overview);
+}
+
+function showFacts(overview) {
+  const count = (wanted) => overview.devices.filter(wanted).length;
+  const { errors, model, audit } = overview;
+  const facts = [
+    ["Steps", `${overview.steps_ended} of ${overview.steps_total}`, "done"],
+    ["Devices", String(count((one) => one.joined_at && !one.revoked && !one.left)), `${count((one) => !QUIET.has(one.doing))} at work, ${count((one) => one.revoked)} revoked, ${count((one) => one.doing === "expected")} not joined`],
+    ["Policy", overview.policy || "–", `scenario ${overview.scenario}`],
+    ["Model", model.kind, `${model.layers} layers, base ${model.base.slice(0, 12)}`],
+    ["Delay, error", percent(errors.delay_percent), `median over ${counted(errors.steps, "step")}`],
+    ["Perplexity, error", percent(errors.perplexity_percent), `median over ${counted(errors.evaluations, "adapter")}`],
+    ["Adapters", String(overview.totals["adapters.accepted"] ?? 0), `accepted, ${overview.totals["adapters.rejected"] ?? 0} refused`],
+    ["Refused requests", String(audit.strangers + audit.of_devices), `${audit.strangers} of strangers, ${audit.of_devices} of devices`],
+  ];
+  const list = at("facts");
+  while (list.children.length < facts.length) {
+    const group = make("div");
+    group.append(make("dt"), make("dd"), make("dd", "note"));
+    list.append(group);
+  }
+  facts.forEach((texts, index) => texts.forEach((text, part) => setText(list.children[index].children[part], text)));
+}
+
+function showDevices(overview) {
+  const now = Date.now() + state.clockAhead;
+  const wanted = at("find").value.trim().toLowerCase();
+  const found = overview.devices.filter((one) => !wanted || `${one.name} ${DOING[one.doing]}`.toLowerCase().includes(wanted));
+  fillTable(at("devices"), pages.devices.of(found).map((one) => deviceCells(one, now)), wanted ? "No device is called so, or does that." : "No device has credentials yet; emutune enroll makes them.");
+}
+
+function deviceCells(one, now) {
+  const { work, cached } = one;
+  const working = work && !QUIET.has(one.doing) && one.doing !== "reported";
+  const late = working && work.state === "expired" ? ", late" : "";
+  const layers = cached?.layers ? `, ${cached.layers} layers` : "";
+  return [
+    one.name,
+    { text: DOING[one.doing] + late, kind: late ? "bad" : one.doing === "revoked" ? "bad" : QUIET.has(one.doing) ? "quiet" : "" },
+    working ? { text: `${work.lease}, ${work.state}`, title: `since ${when(work.opened_at)}` } : "",
+    working ? movedCell(one.name, work) : "",
+    cached
+      ? { text: cached.retention === null ? cached.emulator : `E ${number(cached.retention, 3)}${layers}`, title: `emulator ${cached.emulator} of base ${cached.base}` }
+      : { text: "nothing", kind: "quiet" },
+    { text: ago(one.heard_at, now), title: one.heard_at ? when(one.heard_at) : "" },
+    { text: one.joined_at ? when(one.joined_at) : "not yet", kind: one.joined_at ? "" : "quiet" },
+  ];
+}
+
+function movedCell(name, work) {
+  if (!work.of_bytes) return { text: "holds it already", kind: "quiet" };
+  const text = `${bytes(work.moved_bytes)} of ${bytes(work.of_bytes)}`;
+  return { text, part: work.moved_bytes / work.of_bytes, label: `${name}: ${text}` };
+}
+
+function showStep() {
+  const { detail, overview } = state;
+  at("earlier").disabled = !detail || detail.summary.step <= 0;
+  at("later").disabled = !detail || detail.summary.step >= overview.step;
+  at("latest").setAttribute("aria-pressed", String(state.follow));
+  if (!detail) {
+    setText(at("step-title"), "Step");
+    setText(at("step-note"), "");
+    fillTable(at("leases"), pages.leases.of([]), "Nothing was decided yet.");
+    return;
+  }
+  const { summary } = detail;
+  setText(at("step-title"), `Step ${summary.step}`);
+  setText(at("step-note"), stepNote(summary));
+  fillTable(at("leases"), pages.leases.of(detail.leases).map(leaseCells), "Nobody took part.");
+}
+
+function stepNote(summary) {
+  const measured = summary.measured_delay_s === null ? "not measured" : `${seconds(summary.measured_delay_s)} measured`;
+  const delay = `delay ${measured}, ${seconds(summary.predicted_delay_s)} predicted`;
+  const apart = summary.error_percent === null ? "" : ` (${percent(summary.error_percent)} apart)`;
+  const times = `begun ${when(summary.begun_at)}, ${summary.ended_at ? `ended ${when(summary.ended_at)}` : "under way"}`;
+  return `${times}; ${delay}${apart}; ${trainedAt(summary)}; ${adapters(summary)}.`;
+}
+
+function trainedAt({ leases, at_server: server }) {
+  return `${leases - server} on the device, ${server} at the server`;
+}
+
+function adapters({ accepted, refused }) {
+  return `${accepted} accepted, ${refused} refused`;
+}
+
+function leaseCells(lease) {
+  const pair = (measured, predicted) => [measured, { text: predicted, kind: "predicted" }];
+  return [
+    lease.device,
+    { text: decision(lease), title: `lease ${lease.lease}, task ${lease.task}` },
+    ...pair(seconds(lease.measured_delay_s), seconds(lease.predicted_delay_s)),
+    ...pair(bytes(lease.measured_bytes), bytes(lease.predicted_bytes)),
+    ...pair(number(lease.measured_perplexity), number(lease.predicted_perplexity)),
+    outcome(lease),
+  ];
+}
+
+function decision(lease) {
+  if (lease.kind === "stop") return "stop";
+  return lease.at_server ? "upload to the server" : `train on the device at E ${number(lease.retention, 3)}`;
+}
+
+function outcome(lease) {
+  const late = lease.state === "late" ? "late, " : "";
+  const before = number(lease.perplexity_before);
+  if (lease.accepted) return { text: `${late}accepted: ${number(lease.measured_perplexity)}, was ${before}`, kind: "good" };
+  if (lease.accepted === false) {
+    const why = lease.measured_perplexity === null ? "its perplexity is not finite" : `${number(lease.measured_perplexity)} is worse than ${before}`;
+    return { text: `${late}refused: ${why}`, kind: "bad" };
+  }
+  return { text: fate(lease), kind: lease.state === "open" ? "quiet" : "bad" };
+}
+
+function fate({ state: how, reason }) {
+  const why = reason ? `: ${reason}` : "";
+  return { open: "under way", failed: `failed${why}`, expired: `not done in time${why}`, late: `came late${why}`, done: "done" }[how];
+}
+
+function showSteps(overview) {
+  const rows = pages.steps.of(overview.steps.toReversed(), 10);
+  fillTable(at("steps"), rows.map(stepCells), "No step has begun yet.");
+}
+
+function stepCells(step) {
+  const shown = state.detail?.summary.step === step.step;
+  const others = ["open", "failed", "expired", "late"].filter((name) => step[name]).map((name) => `${step[name]} ${name}`);
+  return [
+    { text: String(step.step), label: `Show step ${step.step}`, pressed: shown, action: () => choose(step.step), kind: shown ? "shown" : "" },
+    trainedAt(step),
+    seconds(step.measured_delay_s),
+    { text: seconds(step.predicted_delay_s), kind: "predicted" },
+    percent(step.error_percent),
+    number(step.measured_perplexity),
+    { text: number(step.predicted_perplexity), kind: "predicted" },
+    adapters(step),
+    { text: others.join(", ") || "all done", kind: step.failed || step.expired ? "bad" : others.length ? "" : "quiet" },
+  ];
+}
+
+function choose(step) {
+  state.follow = false;
+  state.step = step;
+  pages.leases.page = 0;
+  poll();
+}
+
+at("earlier").onclick = () => choose(state.detail.summary.step - 1);
+at("later").onclick = () => choose(state.detail.summary.step + 1);
+at("latest").onclick = () => {
+  state.follow = !state.follow;
+  state.step = state.follow ? null : state.detail?.summary.step ?? null;
+  poll();
+};
+at("find").addEventListener("input", () => {
+  pages.devices.page = 0;
+  showAll();
+});
+
+function showNotes({ audit, faults, totals }) {
+  const more = (shown, count) => (shown < count ? ` The last ${shown} are shown.` : "");
+  setText(at("refusals-note"), `${audit.strangers} requests of strangers, ${audit.of_devices} of devices, ${audit.damaged} damaged uploads.${more(audit.refusals.length, audit.strangers + audit.of_devices + audit.damaged)}`);
+  fillTable(at("refusals"), pages.refusals.of(audit.refusals, 8).map((row) => [when(row.at), row.device ?? "a stranger", row.event === "refused" ? row.detail : `${row.event} of lease ${row.lease}: ${row.detail}`]), "Nothing was refused.");
+  const failed = Object.entries(totals).filter(([name]) => /^leases\..*\.(failed|expired|late)$/.test(name));
+  const sum = failed.reduce((total, [, count]) => total + count, 0);
+  setText(at("faults-note"), `${sum} leases failed or were not done in time.${more(faults.length, sum)}`);
+  fillTable(at("faults"), pages.faults.of(faults, 8).map((row) => [String(row.step), row.device, { text: fate(row), kind: "bad" }]), "Every lease went well.");
+  setText(at("deletions-note"), `${audit.deleted} uploaded texts were deleted after training.${more(audit.deletions.length, audit.deleted)}`);
+  fillTable(at("deletions"), pages.deletions.of(audit.deletions, 8).map((row) => [when(row.at), row.device ?? "", row.lease ?? "", row.detail]), "Nothing was uploaded and deleted yet.");
+  fillTable(at("totals"), Object.entries(totals).map(([name, value]) => [name, name.startsWith("bytes.") ? { text: bytes(value), title: `${value} bytes` } : String(value)]), "Nothing was counted yet.");
+}
+
+takeKey();
+poll();
