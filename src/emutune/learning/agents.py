@@ -255,6 +255,12 @@ def to_retention(world: World, unclipped: Float[Array, "*batch ues"]) -> Float[A
     return low + (high - low) * (jnp.clip(unclipped, -1.0, 1.0) + 1) / 2
 
 
+def from_retention(world: World, retention: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+    """What ``to_retention`` maps to a retention, from -1 to 1."""
+    low, high = world.retention_bounds
+    return jnp.clip(2 * (retention - low) / jnp.maximum(high - low, 1e-6) - 1, -1.0, 1.0)
+
+
 def case_log_probability(
     logits: Float[Array, "*batch ues"], at_server: Bool[Array, "*batch ues"]
 ) -> Float[Array, "*batch ues"]:

@@ -10,6 +10,7 @@ Algorithm = Literal["hmppo", "ippo"]
 NetworkKind = Literal["set", "flat", "ranked"]
 Credit = Literal["fleet", "marginal"]
 Baseline = Literal["sequential", "as_printed"]
+Teacher = Literal["none", "lookahead"]
 
 
 def _usual_width(fields: dict[str, Any]) -> int:
@@ -39,6 +40,7 @@ class TrainingConfig(BaseModel):
         max_gradient_norm: each network's gradient is scaled down to this norm.
         initial_std: standard deviation of E at the start, as a share of half the retention range.
         evaluation_episodes: held-out episodes that every update's greedy policy is measured on.
+        teacher: policy that the actors imitate before they learn on their own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,3 +62,4 @@ class TrainingConfig(BaseModel):
     max_gradient_norm: Annotated[float, Field(gt=0)] = 0.5
     initial_std: Annotated[float, Field(gt=0)] = 0.8
     evaluation_episodes: Annotated[int, Field(ge=1)] = 6
+    teacher: Teacher = "none"

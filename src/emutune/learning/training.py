@@ -19,12 +19,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
-from emutune.errors import CheckpointError
+from emutune.errors import CheckpointError, UsageError
 from emutune.files import replacing
 from emutune.learning.agents import LearnedPolicy, create_actors, create_critic, input_count
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.hmppo import critic_plan
+from emutune.learning.imitation import imitate
 from emutune.learning.update import (
     Metrics,
     Parameters,
@@ -34,6 +35,7 @@ from emutune.learning.update import (
     networks_of,
     train_update,
 )
+from emutune.policies import Policy
 from emutune.scenario import Scenario
 from emutune.world import Episode, World, build_world, draw_episode
 
@@ -100,6 +102,7 @@ def train_seed(
     seed: int,
     directory: str | Path,
     *,
+    teacher: Policy | None = None,
     progress: Progress | None = None,
     device: jax.Device | None = None,
 ) -> LearnedPolicy:
@@ -113,6 +116,7 @@ def train_seed(
         config: hyperparameters.
         seed: seed of networks and episodes.
         directory: where this seed's files go.
+        teacher: what the actors imitate before they learn on their own, if ``config.teacher`` names one.
         progress: called with the number of environment steps just finished.
         device: where to compute; JAX's default if not given.
 
@@ -120,7 +124,7 @@ def train_seed(
         CheckpointError: the directory holds a checkpoint of something else, or cannot be written.
     """
     with jax.default_device(device):
-        return _train(scenario, config, seed, Path(directory), progress or (lambda steps: None))
+        return _train(scenario, config, seed, Path(directory), teacher, progress or (lambda steps: None))
 
 
 def train_seeds(
@@ -129,6 +133,7 @@ def train_seeds(
     seeds: Sequence[int],
     directory: str | Path,
     *,
+    teacher: Policy | None = None,
     progress: Progress | None = None,
 ) -> list[LearnedPolicy]:
     """Train several seeds, one at a time on each of JAX's devices; see ``train_seed``.
@@ -152,7 +157,13 @@ def train_seeds(
         device = devices.get()
         try:
             return train_seed(
-                scenario, config, seed, seed_directory(directory, seed), progress=advance, device=device
+                scenario,
+                config,
+                seed,
+                seed_directory(directory, seed),
+                teacher=teacher,
+                progress=advance,
+                device=device,
             )
         finally:
             devices.put(device)
@@ -187,7 +198,12 @@ def load_policy(checkpoint: str | Path) -> tuple[LearnedPolicy, CheckpointHeader
 
 
 def _train(
-    scenario: Scenario, config: TrainingConfig, seed: int, directory: Path, progress: Progress
+    scenario: Scenario,
+    config: TrainingConfig,
+    seed: int,
+    directory: Path,
+    teacher: Policy | None,
+    progress: Progress,
 ) -> LearnedPolicy:
     world = build_world(scenario)
     updates, per_update = update_count(config, world.tasks), config.environments * world.tasks
@@ -196,6 +212,8 @@ def _train(
     _make_directory(directory)
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, header, state)
+    elif config.teacher != "none":
+        state = imitate(config, world, state, _wanted(config, teacher))
     done = int(state.update)
     metrics_file = directory / "metrics.jsonl"
     _keep_lines(metrics_file, done)
@@ -212,6 +230,14 @@ def _train(
         done += count
         progress(count * per_update)
     return LearnedPolicy(config.network, jax.device_put(state.parameters.actors, jax.devices()[0]))
+
+
+def _wanted(config: TrainingConfig, teacher: Policy | None) -> Policy:
+    if teacher is None:
+        raise UsageError(
+            f"teacher: the configuration names {config.teacher}; pass that policy, or use 'none'"
+        )
+    return teacher
 
 
 def _validation_episodes(world: World, count: int) -> Episode:

@@ -115,11 +115,12 @@ def train_update(
     keys = jax.random.split(jax.random.fold_in(state.key, state.update), 3)
     exploring = jax.vmap(draw_episode, (0, None))(jax.random.split(keys[0], config.environments), world)
     trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
-    state = jax.lax.cond(
-        state.update == 0,
-        lambda: _standardise_values(config, state, _rewards(config, world, trajectory)),
-        lambda: state,
-    )
+    if config.teacher == "none":
+        state = jax.lax.cond(
+            state.update == 0,
+            lambda: standardise_values(config, state, fleet_or_marginal_rewards(config, world, trajectory)),
+            lambda: state,
+        )
     samples, explained_variance = _make_samples(config, world, state, trajectory)
     rate = config.learning_rate * (1 - state.update / updates)
     networks, optimiser, diagnostics = _epochs(config, state, samples, keys[2], rate)
@@ -132,7 +133,7 @@ def train_update(
     return new_state, Metrics(training, evaluation, health)
 
 
-def _rewards(
+def fleet_or_marginal_rewards(
     config: TrainingConfig, world: World, trajectory: Trajectory
 ) -> Float[Array, "tasks episodes ..."]:
     """What the critics predict: the fleet's reward, or what each UE adds to it."""
@@ -142,7 +143,7 @@ def _rewards(
     return -every_step(world, trajectory.cache, trajectory.task, trajectory.outcome)
 
 
-def _standardise_values(
+def standardise_values(
     config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes ..."]
 ) -> TrainingState:
     """Centre and scale value targets at the mean and spread of the discounted returns to go."""
@@ -179,7 +180,7 @@ def _make_samples(
     """Advantages, value targets and old log-probabilities of a batch of episodes."""
     kind, actors, plan = config.network, state.parameters.actors, critic_plan(config)
     inputs, at_server = trajectory.inputs, trajectory.at_server
-    rewards = _rewards(config, world, trajectory)
+    rewards = fleet_or_marginal_rewards(config, world, trajectory)
     advantages, targets = [], []
     for critic, network in zip(plan.critics, state.parameters.critics, strict=True):
         standard = critic_value(config, network, critic.view(inputs, at_server), inputs)

@@ -1,0 +1,178 @@
+"""A warm start: actors learn what a teacher does, and critics what comes of it, before they learn on their own.
+
+First the teacher acts and the actors learn its decisions; then the actors act, and the teacher says what it would
+have done where they came (dataset aggregation: Ross, Gordon, Bagnell 2011). Last the critics learn the returns of
+the actors as they explore, since advantages of critics that know nothing would undo what was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from emutune.learning.advantages import episode_advantages
+from emutune.learning.agents import (
+    Actors,
+    Inputs,
+    LearnedPolicy,
+    case_logits,
+    critic_value,
+    decides_retention,
+    from_retention,
+    network_inputs,
+    retention_means,
+)
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.hmppo import critic_plan
+from emutune.learning.networks import Network
+from emutune.learning.rollout import Trajectory, collect, draw_noise
+from emutune.learning.update import TrainingState, fleet_or_marginal_rewards, standardise_values
+from emutune.policies import Policy
+from emutune.world import (
+    Action,
+    Cache,
+    Task,
+    World,
+    all_tasks,
+    draw_episode,
+    empty_cache,
+    observe_task,
+    serve,
+)
+
+_ROUNDS = 3
+# Decisions of single UEs in each round, in whole episodes.
+_DECISIONS = 60_000
+_FITS, _BATCH, _RATE = 1500, 256, 3e-3
+_STREAM = 0x7EAC
+
+
+class Lessons(NamedTuple):
+    """States, and what the teacher does there."""
+
+    inputs: Inputs
+    at_server: Bool[Array, "states ues"]
+    unclipped: Float[Array, "states ues"]
+
+
+def imitate(config: TrainingConfig, world: World, state: TrainingState, teacher: Policy) -> TrainingState:
+    """A training state whose actors do what the teacher does; a function of its arguments alone.
+
+    Args:
+        config: of the training that follows.
+        world: where to learn.
+        state: before training.
+        teacher: what to imitate.
+    """
+    key = jax.random.fold_in(state.key, _STREAM)
+    episodes = max(8, _DECISIONS // (world.ues * world.tasks))
+    actors, lessons = state.parameters.actors, None
+    for number in range(_ROUNDS):
+        acts, fits = jax.random.split(jax.random.fold_in(key, number))
+        actor = teacher if number == 0 else LearnedPolicy(config.network, actors)
+        new = _attend(config, world, teacher, actor, acts, episodes)
+        lessons = (
+            new if lessons is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), lessons, new)
+        )
+        actors = _fit_actors(config, actors, lessons, fits)
+    return _fit_critics(config, world, state, actors, jax.random.fold_in(key, _ROUNDS), episodes)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _attend(
+    config: TrainingConfig, world: World, teacher: Policy, actor: Policy, key: Key[Array, ""], count: int
+) -> Lessons:
+    """Episodes in which one policy acts, and what the teacher would do."""
+    draws, decisions = jax.random.split(key)
+    episodes = jax.vmap(draw_episode, (0, None))(jax.random.split(draws, count), world)
+    tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), empty_cache(world))
+
+    def step(cached: Cache, now: tuple[Task, Array, Array]) -> tuple[Cache, Lessons]:
+        task, number, key = now
+        observation = jax.vmap(observe_task, (None, 0, 0, None))(world, cached, task, number)
+        told = teacher.decide(world, observation, key)
+        done = actor.decide(world, observation, key)
+        after, _ = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, Action(*done))
+        inputs = network_inputs(config.network, world, observation)
+        return after, Lessons(inputs, told.at_server, from_retention(world, told.retention))
+
+    every = (tasks, jnp.arange(world.tasks), jax.random.split(decisions, world.tasks))
+    _, lessons = jax.lax.scan(step, empty, every)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lessons)
+
+
+@partial(jax.jit, static_argnums=0)
+def _fit_actors(config: TrainingConfig, actors: Actors, lessons: Lessons, key: Key[Array, ""]) -> Actors:
+    def loss(networks: tuple[Network, Network], batch: Lessons) -> Float[Array, ""]:
+        pupil = Actors(*networks, actors.log_std)
+        inputs, at_server = batch.inputs, batch.at_server
+        logits = case_logits(config.network, pupil, inputs)
+        surprise = jax.nn.softplus(jnp.where(at_server, -logits, logits))
+        means = retention_means(config.network, pupil, inputs, at_server)
+        chosen = decides_retention(config.network, inputs, at_server)
+        return _mean(surprise, inputs.chooses) + _mean((means - batch.unclipped) ** 2, chosen)
+
+    case, emulator = _descend(loss, (actors.case, actors.emulator), lessons, key)
+    return Actors(case, emulator, actors.log_std)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _fit_critics(
+    config: TrainingConfig,
+    world: World,
+    state: TrainingState,
+    actors: Actors,
+    key: Key[Array, ""],
+    count: int,
+) -> TrainingState:
+    """The state with these actors, and critics that know what they reach as they explore."""
+    draws, noise, fits = jax.random.split(key, 3)
+    episodes = jax.vmap(draw_episode, (0, None))(jax.random.split(draws, count), world)
+    explored = draw_noise(noise, (world.tasks, count, world.ues))
+    trajectory: Trajectory = collect(world, config.network, actors, episodes, explored)
+    rewards = fleet_or_marginal_rewards(config, world, trajectory)
+    state = standardise_values(config, state, rewards)
+    to_go = episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
+    targets = (to_go - state.value_centre) / state.value_scale
+    flat = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory.inputs, trajectory.at_server, targets)
+    )
+    critics = []
+    for critic, network in zip(critic_plan(config).critics, state.parameters.critics, strict=True):
+
+        def loss(network: Network, batch: Any, view: Callable[..., Any] = critic.view) -> Float[Array, ""]:
+            inputs, at_server, target = batch
+            return jnp.mean((critic_value(config, network, view(inputs, at_server), inputs) - target) ** 2)
+
+        critics.append(_descend(loss, network, flat, fits))
+    return state._replace(parameters=state.parameters._replace(actors=actors, critics=critics))
+
+
+def _descend(loss: Callable[..., Array], start: Any, samples: Any, key: Key[Array, ""]) -> Any:
+    """Adam on random batches; the step falls to zero."""
+    optimiser = optax.adam(optax.linear_schedule(_RATE, 0.0, _FITS))
+    count = jax.tree.leaves(samples)[0].shape[0]
+
+    def step(carry: Any, chosen: Int[Array, "batch"]) -> Any:
+        networks, memory = carry
+        slope = jax.grad(loss)(networks, jax.tree.map(lambda leaf: leaf[chosen], samples))
+        change, memory = optimiser.update(slope, memory)
+        return (optax.apply_updates(networks, change), memory), None
+
+    batches = jax.random.randint(key, (_FITS, min(_BATCH, count)), 0, count)
+    (networks, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), batches)
+    return networks
+
+
+def _mean(values: Float[Array, "..."], which: Array | None) -> Float[Array, ""]:
+    """Mean over those that count."""
+    if which is None:
+        return values.mean()
+    return jnp.sum(values * which) / jnp.maximum(jnp.sum(which), 1.0)
