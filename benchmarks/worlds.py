@@ -16,6 +16,10 @@ WORLDS = (
     ("families", ("fleet.ues=24",)),
     ("edge-compute", ()),
     ("private", ()),
+    ("urban", ()),
+    ("trace", ()),
+    ("families", ("fleet.ues=64",)),
+    ("city", ()),
 )
 POLICIES = ("best_fixed", "hold", "count_table", "lookahead", "hmppo", "hmppo_ranked", "guided")
 
@@ -26,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/worlds"))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=64)
-    parser.add_argument("--worlds", default="0,1,2,3,4,5", help="which of them, from 0")
+    parser.add_argument("--worlds", default=",".join(map(str, range(len(WORLDS)))), help="which, from 0")
     parser.add_argument("--policies", default=",".join(POLICIES))
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)

@@ -16,10 +16,15 @@ from emutune.errors import UsageError
 def train(
     scenario: ScenarioArgument,
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
-    algorithm: Annotated[str, typer.Option(help="hmppo or ippo.")] = "hmppo",
-    network: Annotated[str, typer.Option(help="set, flat or ranked.")] = "set",
-    credit: Annotated[str, typer.Option(help="fleet or marginal.")] = "fleet",
-    baseline: Annotated[str, typer.Option(help="sequential or as_printed.")] = "sequential",
+    settings: Annotated[
+        str,
+        typer.Option(help="Those of a learned policy of compare, such as hmppo_ranked; options change them."),
+    ] = "hmppo",
+    algorithm: Annotated[str | None, typer.Option(help="hmppo or ippo.")] = None,
+    network: Annotated[str | None, typer.Option(help="set, flat or ranked.")] = None,
+    credit: Annotated[str | None, typer.Option(help="fleet or marginal.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="sequential or as_printed.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="none, or lookahead: learn that first.")] = None,
     seeds: Seeds = 1,
     steps: Steps = None,
     overrides: Overrides = [],  # noqa: B006
@@ -30,20 +35,29 @@ def train(
     from emutune.learning.configuration import TrainingConfig
     from emutune.learning.training import train_seeds, update_count
     from emutune.scenario import load_scenario
+    from emutune.study.baselines import teacher_of
+    from emutune.study.compare import training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     loaded = load_scenario(scenario, overrides)
-    config = validated(
-        TrainingConfig,
-        algorithm=algorithm,
-        network=network,
-        baseline=baseline,
-        credit=credit,
-        **({} if steps is None else {"steps": steps}),
-    )
+    base = training_config(settings)
+    if base is None:
+        raise UsageError(f"--settings: {settings!r} is no policy that trains; see emutune compare --help")
+    given = {
+        "algorithm": algorithm,
+        "network": network,
+        "baseline": baseline,
+        "credit": credit,
+        "teacher": teacher,
+        "steps": steps,
+    }
+    changed = {name: value for name, value in given.items() if value is not None}
+    config = validated(TrainingConfig, **{**base.model_dump(exclude_unset=True), **changed})
     total = seeds * update_count(config, loaded.fleet.tasks) * config.environments * loaded.fleet.tasks
     with resumable(out), progress_bar("training", total) as advance:
-        policies = train_seeds(loaded, config, range(seeds), out, progress=advance)
+        policies = train_seeds(
+            loaded, config, range(seeds), out, teacher=teacher_of(config, loaded), progress=advance
+        )
     drawn = held_out_episodes(loaded, 64)
     returns = [float(evaluate_policy(loaded, policy, drawn).episode_return.mean()) for policy in policies]
     for seed, value in enumerate(returns):

@@ -48,7 +48,7 @@ from emutune.world import (
 
 _ROUNDS = 3
 # Decisions of single UEs in each round, in whole episodes.
-_DECISIONS = 60_000
+_DECISIONS = 30_000
 _FITS, _BATCH, _RATE = 1500, 256, 3e-3
 _STREAM = 0x7EAC
 
@@ -77,11 +77,18 @@ def imitate(config: TrainingConfig, world: World, state: TrainingState, teacher:
         acts, fits = jax.random.split(jax.random.fold_in(key, number))
         actor = teacher if number == 0 else LearnedPolicy(config.network, actors)
         new = _attend(config, world, teacher, actor, acts, episodes)
-        lessons = (
-            new if lessons is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), lessons, new)
-        )
+        lessons = _added(lessons, new, number)
         actors = _fit_actors(config, actors, lessons, fits)
     return _fit_critics(config, world, state, actors, jax.random.fold_in(key, _ROUNDS), episodes)
+
+
+def _added(lessons: Lessons | None, new: Lessons, number: int) -> Lessons:
+    """All lessons so far; the first stand in for those to come, so that one program fits any round's."""
+    if lessons is None:
+        return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * _ROUNDS), new)
+    return jax.tree.map(
+        lambda all_, part: all_.at[number * len(part) : (number + 1) * len(part)].set(part), lessons, new
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 5))

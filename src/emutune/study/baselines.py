@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from emutune.errors import UsageError
+from emutune.learning.configuration import TrainingConfig
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario
 from emutune.study.evaluate import search_best_fixed
@@ -20,6 +21,11 @@ _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
     "count_table": search_count_table,
     "lookahead": search_lookahead,
 }
+
+
+def teacher_of(config: TrainingConfig, scenario: Scenario) -> Policy | None:
+    """The policy that a training begins by imitating, if it does."""
+    return None if config.teacher == "none" else baseline_policy(config.teacher, scenario)
 
 
 def baseline_policy(name: str, scenario: Scenario, retention: float | None = None) -> Policy:

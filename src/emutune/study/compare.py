@@ -25,7 +25,7 @@ from emutune.learning.guided import (
 from emutune.learning.training import train_seeds
 from emutune.policies import Policy, Random
 from emutune.scenario import Scenario, dump_scenario
-from emutune.study.baselines import BASELINES, SIMPLE, baseline_policy
+from emutune.study.baselines import BASELINES, SIMPLE, baseline_policy, teacher_of
 from emutune.study.evaluate import (
     EpisodeFigures,
     decision_time_ms,
@@ -44,11 +44,13 @@ RANKED = TrainingConfig(
     network="ranked",
     credit="marginal",
     width=48,
-    steps=300_000,
+    steps=200_000,
     environments=32,
     minibatches=8,
     entropy_weight=1e-3,
-    initial_std=0.2,
+    learning_rate=3e-4,
+    initial_std=0.1,
+    teacher="lookahead",
 )
 STUDIES = {
     "hmppo_ranked": RANKED,
@@ -122,7 +124,8 @@ def compare(
         else:
             run = str(run_directory(Path(directory), name, scenario, config))
             told = _told(say, name, config, seeds)
-            candidates = train_seeds(scenario, config, range(seeds), run, progress=told)
+            teacher = teacher_of(config, scenario)
+            candidates = train_seeds(scenario, config, range(seeds), run, teacher=teacher, progress=told)
         policies[name] = {**_figures(scenario, candidates, drawn, bounds, random), "run": run}
     return {
         "scenario": scenario.name,
