@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 from jaxtyping import Array, Key
@@ -14,6 +14,7 @@ from emutune.world import Action, Observation, World
 Kind = TypeVar("Kind")
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Observation in, decisions out; a pytree, so that compiled programs take policies as arguments."""
 
