@@ -37,7 +37,10 @@ def test_help_does_not_import_jax(tmp_path):
         (["evaluate", "empty"], "holds no checkpoint"),
         (["compare", "paper", "--policies", "best"], "no policy 'best'"),
         (["train", "paper", "--algorithm", "dqn", "--out", "run"], "--algorithm"),
-        (["train", "paper", "--settings", "random", "--out", "run"], "--settings: 'random' is no policy that"),
+        (
+            ["train", "paper", "--settings", "random", "--out", "run"],
+            "--settings: 'random' is no policy that",
+        ),
         (["train", "paper", "--teacher", "hold", "--out", "run"], "--teacher"),
         (["train", "paper", "--steps", "500", "--out", "/dev/null/run"], "/dev/null/run/seed-000: cannot be"),
         (["reproduce", "--quick", "--out", "/dev/null/run"], "cannot be"),

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emutune.errors import CheckpointError
+from emutune.errors import CheckpointError, UsageError
 from emutune.learning.agents import network_inputs, view_s2, wanted_retention, with_ranks
-from emutune.learning.configuration import TrainingConfig
-from emutune.learning.guided import (
-    GuidedConfig,
-    begin_guided,
-    correction,
-    load_guided,
-    save_guided,
-    train_guided,
-    validate,
-)
-from emutune.learning.training import train_seed
+from emutune.learning.configuration import GuidedConfig, TrainingConfig
+from emutune.learning.guided import begin_guided, correction, validate
+from emutune.learning.training import load_policy, train_seed
 from emutune.policies import AllServer, Random, plan_lookahead
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
@@ -45,30 +37,41 @@ def test_it_begins_as_its_base_and_never_ends_below_it(base, tmp_path):
     once = evaluate_policy(SCENARIO, base, drawn).episode_return
     np.testing.assert_array_equal(once, evaluate_policy(SCENARIO, start, drawn).episode_return)
 
-    rounds = []
-    policy = train_guided(WORLD, base, CONFIG, 0, lambda number, value: rounds.append(value))
-    before, after = (float(validate(WORLD, one, 16)) for one in (start, policy))
-    assert before <= rounds[0] <= rounds[1] == pytest.approx(after, rel=1e-6)
+    policy = train_seed(SCENARIO, CONFIG, 0, tmp_path, teacher=base)
+    lines = (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()
+    one, two = (json.loads(line)["validation_return"] for line in lines)
+    before, after = (float(validate(WORLD, each, 16)) for each in (start, policy))
+    assert before <= one <= two == pytest.approx(after, rel=1e-6)
     # Prices of 0.2 make emulators look too cheap, and there is something to learn.
     assert after > before
 
-    save_guided(tmp_path / "one" / "guided.safetensors", policy)
-    again = load_guided(tmp_path / "one" / "guided.safetensors", start)
-    for mine, other in zip(jax.tree.leaves(policy), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(mine, other)
-    wider = begin_guided(base, WORLD, 9, 0)
-    with pytest.raises(CheckpointError, match="belongs to another scenario"):
-        load_guided(tmp_path / "one" / "guided.safetensors", wider)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_guided(tmp_path / "none.safetensors", start)
-
 
 @pytest.mark.slow
-def test_the_same_seed_learns_the_same(base):
-    short = replace(CONFIG, rounds=1)
-    once, again = (train_guided(WORLD, base, short, 3) for _ in range(2))
-    for mine, other in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+def test_a_stopped_run_goes_on_to_the_same_bits(base, tmp_path):
+    whole = train_seed(SCENARIO, CONFIG, 3, tmp_path / "whole", teacher=base)
+
+    def stop(steps: int) -> None:
+        if steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_seed(SCENARIO, CONFIG, 3, tmp_path / "cut", teacher=base, progress=stop)
+    with pytest.raises(CheckpointError, match="belongs to seed 3, not 4"):
+        train_seed(SCENARIO, CONFIG, 4, tmp_path / "cut")
+    # What was begun knows its lookahead.
+    resumed = train_seed(SCENARIO, CONFIG, 3, tmp_path / "cut")
+    loaded, header = load_policy(tmp_path / "cut" / "checkpoint.safetensors")
+    assert header == (SCENARIO, CONFIG, 3)
+    for mine, other, third in zip(*map(jax.tree.leaves, (whole, resumed, loaded)), strict=True):
         np.testing.assert_array_equal(mine, other)
+        np.testing.assert_array_equal(mine, third)
+
+
+def test_what_it_cannot_begin_with_is_named(tmp_path):
+    with pytest.raises(UsageError, match="the configuration names lookahead; pass that policy"):
+        train_seed(SCENARIO, CONFIG, 0, tmp_path / "a")
+    with pytest.raises(UsageError, match="guided lookahead corrects a lookahead, got a AllServer"):
+        train_seed(SCENARIO, CONFIG, 0, tmp_path / "b", teacher=AllServer())
 
 
 def test_a_correction_by_hand():
@@ -139,16 +142,15 @@ def test_a_ranked_fleet_learns_to_coordinate(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["edge-compute", "private"])
-def test_it_learns_where_devices_differ(name):
+def test_it_learns_where_devices_differ(tmp_path, name):
     scenario = load_scenario(name, ["fleet.ues=3", "fleet.tasks=10"])
     world = build_world(scenario)
     limits = [jnp.float32(60.0)] if scenario.computation else []
     base = jax.jit(lambda world: plan_lookahead(scenario, world, jnp.float32(0.2), jnp.float32(0.2), *limits))
-    rounds = []
-    short = replace(CONFIG, rounds=1)
-    policy = train_guided(world, base(world), short, 0, lambda number, value: rounds.append(value))
+    short = CONFIG.model_copy(update={"rounds": 1})
+    policy = train_seed(scenario, short, 0, tmp_path, teacher=base(world))
     start = begin_guided(base(world), world, short.width, 0)
-    assert rounds[0] >= float(validate(world, start, 16))
+    assert float(validate(world, policy, 16)) >= float(validate(world, start, 16))
     figures = evaluate_policy(scenario, policy, held_out_episodes(scenario, 4))
     assert np.isfinite(figures.episode_return).all()
 

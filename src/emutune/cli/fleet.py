@@ -23,7 +23,7 @@ def fleet(
         Path | None, typer.Option(help="The emulators; those of the reference model if not given.")
     ] = None,
     policy: Annotated[
-        str, typer.Option(help="A run's directory, or a rule: best_fixed, fixed, all_server, random.")
+        str, typer.Option(help="A run's directory, or a rule: best_fixed, hold, lookahead, all_server, ...")
     ] = "best_fixed",
     fresh: Annotated[bool, typer.Option(help="Forget an earlier run of this fleet.")] = False,
     json_file: JsonFile = None,

@@ -18,7 +18,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
     settings: Annotated[
         str,
-        typer.Option(help="Those of a learned policy of compare, such as hmppo_ranked; options change them."),
+        typer.Option(
+            help="Those of a learned policy of compare, such as hmppo_ranked or guided; options change them."
+        ),
     ] = "hmppo",
     algorithm: Annotated[str | None, typer.Option(help="hmppo or ippo.")] = None,
     network: Annotated[str | None, typer.Option(help="set, flat or ranked.")] = None,
@@ -32,8 +34,8 @@ def train(
 ) -> None:
     """Learn to orchestrate a scenario."""
     prepare_jax(seeds)
-    from emutune.learning.configuration import TrainingConfig
-    from emutune.learning.training import train_seeds, update_count
+    from emutune.learning.configuration import total_steps
+    from emutune.learning.training import train_seeds
     from emutune.scenario import load_scenario
     from emutune.study.baselines import teacher_of
     from emutune.study.compare import training_config
@@ -52,8 +54,8 @@ def train(
         "steps": steps,
     }
     changed = {name: value for name, value in given.items() if value is not None}
-    config = validated(TrainingConfig, **{**base.model_dump(exclude_unset=True), **changed})
-    total = seeds * update_count(config, loaded.fleet.tasks) * config.environments * loaded.fleet.tasks
+    config = validated(type(base), **{**base.model_dump(exclude_unset=True), **changed})
+    total = seeds * total_steps(config, loaded.fleet.ues, loaded.fleet.tasks)
     with resumable(out), progress_bar("training", total) as advance:
         policies = train_seeds(
             loaded, config, range(seeds), out, teacher=teacher_of(config, loaded), progress=advance

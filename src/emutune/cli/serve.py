@@ -22,7 +22,7 @@ def serve(
     fleet: FleetArgument,
     catalogue: Annotated[Path, typer.Option(help="The emulators: a catalogue's directory.")],
     policy: Annotated[
-        str, typer.Option(help="A run's directory, or a rule: best_fixed, fixed, all_server, random.")
+        str, typer.Option(help="A run's directory, or a rule: best_fixed, hold, lookahead, all_server, ...")
     ],
     retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,

@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import ValidationError
+from jaxtyping import Array
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from emutune.errors import CheckpointError, ScenarioError
 from emutune.files import replacing
-from emutune.learning.configuration import TrainingConfig
-from emutune.learning.update import TrainingState
+from emutune.learning.configuration import Settings
 from emutune.scenario import Scenario, dump_scenario, parse_scenario
 
 FORMAT_VERSION = "1"
+State = TypeVar("State")
+_SETTINGS: TypeAdapter[Settings] = TypeAdapter(Settings)
 
 
 class CheckpointHeader(NamedTuple):
     """What a checkpoint belongs to."""
 
     scenario: Scenario
-    config: TrainingConfig
+    config: Settings
     seed: int
 
 
-def save_checkpoint(path: Path, header: CheckpointHeader, state: TrainingState) -> None:
+def save_checkpoint(path: Path, header: CheckpointHeader, state: Any) -> None:
     """Write a training state, its random state and its optimisers' included.
 
     Raises:
         CheckpointError: the file cannot be written; an earlier checkpoint is untouched.
     """
-    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-    tensors = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(leaves)}
+    tensors = {f"{index:04d}": np.asarray(_raw(leaf)) for index, leaf in enumerate(jax.tree.leaves(state))}
     metadata = {
         "format_version": FORMAT_VERSION,
         "scenario": dump_scenario(header.scenario),
@@ -69,14 +70,14 @@ def read_header(path: Path) -> CheckpointHeader:
     try:
         return CheckpointHeader(
             parse_scenario(metadata["scenario"]),
-            TrainingConfig.model_validate_json(metadata["config"]),
+            _SETTINGS.validate_json(metadata["config"]),
             int(metadata["seed"]),
         )
     except (KeyError, ValueError, ValidationError, ScenarioError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); train again") from error
 
 
-def load_checkpoint(path: Path, header: CheckpointHeader, template: TrainingState) -> TrainingState:
+def load_checkpoint(path: Path, header: CheckpointHeader, template: State) -> State:
     """Read a training state back.
 
     Args:
@@ -88,17 +89,31 @@ def load_checkpoint(path: Path, header: CheckpointHeader, template: TrainingStat
         CheckpointError: the checkpoint belongs to something else, or is damaged.
     """
     _refuse_difference(path, read_header(path), header)
-    raw = template._replace(key=jax.random.key_data(template.key))
-    leaves, structure = jax.tree.flatten(raw)
+    leaves, structure = jax.tree.flatten(template)
     try:
         with safe_open(path, framework="numpy") as file:
             loaded = [jnp.asarray(file.get_tensor(f"{index:04d}")) for index in range(len(leaves))]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); delete it and train again") from error
-    if any(a.shape != b.shape for a, b in zip(leaves, loaded, strict=True)):
+    if any(_raw(a).shape != b.shape for a, b in zip(leaves, loaded, strict=True)):
         raise CheckpointError(f"{path}: its arrays have other shapes than this network; train again")
-    state: TrainingState = jax.tree.unflatten(structure, loaded)
-    return state._replace(key=jax.random.wrap_key_data(state.key))
+    state: State = jax.tree.unflatten(
+        structure,
+        [
+            jax.random.wrap_key_data(new) if _is_key(old) else new
+            for old, new in zip(leaves, loaded, strict=True)
+        ],
+    )
+    return state
+
+
+def _is_key(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Array) -> Array:
+    """What a file can hold: a random state as its words."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -112,6 +127,10 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _refuse_difference(path: Path, found: CheckpointHeader, wanted: CheckpointHeader) -> None:
+    if found.config.algorithm != wanted.config.algorithm and type(found.config) is not type(wanted.config):
+        raise CheckpointError(
+            f"{path}: belongs to a run of {found.config.algorithm}, not {wanted.config.algorithm}; choose another --out"
+        )
     for section in ("scenario", "config"):
         old, new = getattr(found, section).model_dump(), getattr(wanted, section).model_dump()
         for field in old:

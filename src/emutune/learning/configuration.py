@@ -63,3 +63,52 @@ class TrainingConfig(BaseModel):
     initial_std: Annotated[float, Field(gt=0)] = 0.8
     evaluation_episodes: Annotated[int, Field(ge=1)] = 6
     teacher: Teacher = "none"
+
+
+class GuidedConfig(BaseModel):
+    """How guided lookahead learns.
+
+    Attributes:
+        algorithm: tells these settings from those of ``TrainingConfig``.
+        teacher: the lookahead that is corrected.
+        rounds: policies learned one after another, each from the decisions of the one before.
+        decisions: of single UEs, collected in each round, in whole episodes.
+        exploration: noise on worths while collecting, as a share of a task's mean cost.
+        fits: gradient steps in each round.
+        batch: states in each gradient step.
+        width: units of each hidden layer.
+        learning_rate: Adam's step at the start of each round; it falls linearly to zero.
+        validation: episodes that decide what is kept; fewer in fleets above 24 UEs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: Literal["guided"] = "guided"
+    teacher: Literal["lookahead"] = "lookahead"
+    rounds: Annotated[int, Field(ge=1)] = 4
+    decisions: Annotated[int, Field(ge=1)] = 80_000
+    exploration: Annotated[float, Field(ge=0)] = 0.5
+    fits: Annotated[int, Field(ge=1)] = 600
+    batch: Annotated[int, Field(ge=1)] = 512
+    width: Annotated[int, Field(ge=1)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    validation: Annotated[int, Field(ge=1)] = 128
+
+    def episodes_for(self, ues: int, tasks: int) -> int:
+        """Episodes of each round."""
+        return max(8, self.decisions // (ues * tasks))
+
+    def validation_for(self, ues: int) -> int:
+        """Episodes that decide what is kept."""
+        return max(16, min(self.validation, 24 * self.validation // ues))
+
+
+Settings = TrainingConfig | GuidedConfig
+
+
+def total_steps(config: Settings, ues: int, tasks: int) -> int:
+    """Environment steps of a training, for a fleet of so many UEs and episodes of so many tasks."""
+    if isinstance(config, GuidedConfig):
+        return config.rounds * config.episodes_for(ues, tasks) * tasks
+    per_update = config.environments * tasks
+    return -(-config.steps // per_update) * per_update

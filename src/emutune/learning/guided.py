@@ -8,10 +8,8 @@ kept that served best on validation episodes; none is kept if none did, so it ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from emutune.errors import CheckpointError
-from emutune.files import replacing
+from emutune.learning.configuration import GuidedConfig
 from emutune.learning.credit import marginal_costs
 from emutune.learning.networks import Network, create_network, set_outputs
-from emutune.policies import Lookahead, register_policy
+from emutune.policies import Lookahead, plan_lookahead, register_policy
+from emutune.scenario import Scenario
 from emutune.world import (
     Action,
     Cache,
@@ -34,6 +30,7 @@ from emutune.world import (
     Task,
     World,
     all_tasks,
+    build_world,
     draw_episode,
     empty_cache,
     feature_count,
@@ -124,39 +121,6 @@ def _held(observation: Observation) -> tuple[Float[Array, "*batch ues"], Float[A
     return usable, jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
 
 
-@dataclass(frozen=True)
-class GuidedConfig:
-    """How guided lookahead learns.
-
-    Attributes:
-        rounds: policies learned one after another, each from the decisions of the one before.
-        decisions: of single UEs, collected in each round, in whole episodes.
-        exploration: noise on worths while collecting, as a share of a task's mean cost.
-        fits: gradient steps in each round.
-        batch: states in each gradient step.
-        width: units of each hidden layer.
-        learning_rate: Adam's step at the start of each round; it falls linearly to zero.
-        validation: episodes that decide what is kept; fewer in fleets above 24 UEs.
-    """
-
-    rounds: int = 4
-    decisions: int = 80_000
-    exploration: float = 0.5
-    fits: int = 600
-    batch: int = 512
-    width: int = 32
-    learning_rate: float = 3e-3
-    validation: int = 128
-
-    def episodes_for(self, world: World) -> int:
-        """Episodes of each round."""
-        return max(8, self.decisions // (world.ues * world.tasks))
-
-    def validation_for(self, world: World) -> int:
-        """Episodes that decide what is kept."""
-        return max(16, min(self.validation, 24 * self.validation // world.ues))
-
-
 class Samples(NamedTuple):
     """What regression sees: states, what was held after the decision, and what each UE then added."""
 
@@ -184,75 +148,51 @@ def begin_guided(base: Lookahead, world: World, width: int, seed: int) -> Guided
     return Guided(base, network, zero, jnp.asarray(1.0), zero)
 
 
-def train_guided(
-    world: World,
-    base: Lookahead,
-    config: GuidedConfig,
-    seed: int,
-    progress: Callable[[int, float], None] | None = None,
-) -> Guided:
-    """Learn what a lookahead leaves out; a function of its arguments alone.
+class GuidedState(NamedTuple):
+    """Where learning stands; with the configuration and the world it determines all that follows.
 
-    Args:
-        world: where to learn.
-        base: the lookahead to begin with.
-        config: how to learn.
-        seed: of the network, the episodes and the exploration.
-        progress: called after each round with its number and the best return on validation episodes.
+    Attributes:
+        best: the policy that served best on validation episodes.
+        best_return: what it returned there.
+        network: as learned last, whether it served better or not.
+        round: how many are over.
     """
+
+    best: Guided
+    best_return: Float[Array, ""]
+    network: Network
+    round: Int[Array, ""]
+
+
+def begin_learning(base: Lookahead, world: World, config: GuidedConfig, seed: int) -> GuidedState:
+    """The state before the first round."""
     best = begin_guided(base, world, config.width, seed)
-    count = config.validation_for(world)
-    network, best_return = best.network, float(validate(world, best, count))
-    for number in range(config.rounds):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        network, scale = learn_round(config, world, best, network, key)
-        for share in _SHARES:
-            candidate = replace(best, network=network, scale=scale, share=jnp.asarray(share))
-            value = float(validate(world, candidate, count))
-            if value > best_return:
-                best, best_return = candidate, value
-        if progress is not None:
-            progress(number + 1, best_return)
-    return best
+    return GuidedState(best, jnp.asarray(-jnp.inf), best.network, jnp.zeros((), jnp.int32))
 
 
-def save_guided(path: Path, policy: Guided) -> None:
-    """Keep a learned policy.
-
-    Raises:
-        CheckpointError: the file cannot be written; an earlier one is untouched.
-    """
-    tensors = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(policy))}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as aside:
-            save_file(tensors, aside)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}); free some space or choose another --out"
-        ) from error
+def guided_template(scenario: Scenario, config: GuidedConfig) -> GuidedState:
+    """A state of the shapes that learning has in a scenario, with nothing in it."""
+    world = build_world(scenario)
+    price = jnp.asarray(0.0)
+    background = price if scenario.computation else None
+    shapes = jax.eval_shape(lambda world: plan_lookahead(scenario, world, price, price, background), world)
+    base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return begin_learning(base, world, config, 0)
 
 
-def load_guided(path: Path, template: Guided) -> Guided:
-    """Read a learned policy back.
-
-    Args:
-        path: a file written by ``save_guided``.
-        template: a policy of the same scenario, as learning begins with.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or belongs to another scenario.
-    """
-    leaves, structure = jax.tree.flatten(template)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            loaded = [jnp.asarray(file.get_tensor(f"{index:04d}")) for index in range(len(leaves))]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it and learn again") from error
-    if any(a.shape != b.shape for a, b in zip(leaves, loaded, strict=True)):
-        raise CheckpointError(f"{path}: belongs to another scenario; delete it and learn again")
-    policy: Guided = jax.tree.unflatten(structure, loaded)
-    return policy
+def next_round(config: GuidedConfig, world: World, state: GuidedState, seed: int) -> GuidedState:
+    """Collect, fit, and keep what serves best; a function of its arguments alone."""
+    best, best_return, count = state.best, state.best_return, config.validation_for(world.ues)
+    if int(state.round) == 0:
+        best_return = validate(world, best, count)
+    key = jax.random.fold_in(jax.random.key(seed), int(state.round))
+    network, scale = learn_round(config, world, best, state.network, key)
+    for share in _SHARES:
+        candidate = replace(best, network=network, scale=scale, share=jnp.asarray(share))
+        value = validate(world, candidate, count)
+        if value > best_return:
+            best, best_return = candidate, value
+    return GuidedState(best, best_return, network, state.round + 1)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -271,7 +211,7 @@ def learn_round(
     episode_key, fit_key = jax.random.split(key)
     noise = config.exploration * -world.perplexity_weight * 20.0 / world.ues
     loud = replace(policy, exploration=noise)
-    keys = jax.random.split(episode_key, config.episodes_for(world))
+    keys = jax.random.split(episode_key, config.episodes_for(world.ues, world.tasks))
     samples, _ = jax.vmap(lambda key: _play(world, loud, key))(keys)
     samples = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), samples)
     scale = samples.missing.std()

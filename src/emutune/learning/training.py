@@ -23,7 +23,8 @@ from emutune.errors import CheckpointError, UsageError
 from emutune.files import replacing
 from emutune.learning.agents import LearnedPolicy, create_actors, create_critic, input_count
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
-from emutune.learning.configuration import TrainingConfig
+from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig, total_steps
+from emutune.learning.guided import begin_learning, guided_template, next_round
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.imitation import imitate
 from emutune.learning.update import (
@@ -35,7 +36,7 @@ from emutune.learning.update import (
     networks_of,
     train_update,
 )
-from emutune.policies import Policy
+from emutune.policies import Lookahead, Policy
 from emutune.scenario import Scenario
 from emutune.world import Episode, World, build_world, draw_episode
 
@@ -49,7 +50,7 @@ Progress = Callable[[int], None]
 
 def update_count(config: TrainingConfig, tasks: int) -> int:
     """Updates that make up at least the configured environment steps."""
-    return -(-config.steps // (config.environments * tasks))
+    return total_steps(config, 1, tasks) // (config.environments * tasks)
 
 
 def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingState:
@@ -98,14 +99,14 @@ def run_updates(
 
 def train_seed(
     scenario: Scenario,
-    config: TrainingConfig,
+    config: Settings,
     seed: int,
     directory: str | Path,
     *,
     teacher: Policy | None = None,
     progress: Progress | None = None,
     device: jax.Device | None = None,
-) -> LearnedPolicy:
+) -> Policy:
     """Train one seed, resuming from its checkpoint if there is one.
 
     Writes ``metrics.jsonl`` and ``checkpoint.safetensors`` into ``directory``. Killed at any point and
@@ -116,7 +117,8 @@ def train_seed(
         config: hyperparameters.
         seed: seed of networks and episodes.
         directory: where this seed's files go.
-        teacher: what the actors imitate before they learn on their own, if ``config.teacher`` names one.
+        teacher: what the actors imitate before they learn on their own, or the lookahead that is corrected; as
+            ``config.teacher`` names it.
         progress: called with the number of environment steps just finished.
         device: where to compute; JAX's default if not given.
 
@@ -124,18 +126,21 @@ def train_seed(
         CheckpointError: the directory holds a checkpoint of something else, or cannot be written.
     """
     with jax.default_device(device):
-        return _train(scenario, config, seed, Path(directory), teacher, progress or (lambda steps: None))
+        where, told = Path(directory), progress or (lambda steps: None)
+        if isinstance(config, GuidedConfig):
+            return _train_guided(scenario, config, seed, where, teacher, told)
+        return _train(scenario, config, seed, where, teacher, told)
 
 
 def train_seeds(
     scenario: Scenario,
-    config: TrainingConfig,
+    config: Settings,
     seeds: Sequence[int],
     directory: str | Path,
     *,
     teacher: Policy | None = None,
     progress: Progress | None = None,
-) -> list[LearnedPolicy]:
+) -> list[Policy]:
     """Train several seeds, one at a time on each of JAX's devices; see ``train_seed``.
 
     A seed's result does not depend on which other seeds run beside it. Interrupted, all of them stop
@@ -153,7 +158,7 @@ def train_seeds(
     for device in jax.devices():
         devices.put(device)
 
-    def run(seed: int) -> LearnedPolicy:
+    def run(seed: int) -> Policy:
         device = devices.get()
         try:
             return train_seed(
@@ -184,7 +189,7 @@ def seed_directory(directory: str | Path, seed: int) -> Path:
     return Path(directory) / f"seed-{seed:03d}"
 
 
-def load_policy(checkpoint: str | Path) -> tuple[LearnedPolicy, CheckpointHeader]:
+def load_policy(checkpoint: str | Path) -> tuple[Policy, CheckpointHeader]:
     """The greedy policy of a checkpoint, and what it was trained for.
 
     Raises:
@@ -192,6 +197,10 @@ def load_policy(checkpoint: str | Path) -> tuple[LearnedPolicy, CheckpointHeader
     """
     checkpoint = Path(checkpoint)
     header = read_header(checkpoint)
+    if isinstance(header.config, GuidedConfig):
+        return load_checkpoint(
+            checkpoint, header, guided_template(header.scenario, header.config)
+        ).best, header
     template = initial_state(header.config, build_world(header.scenario), header.seed)
     state = load_checkpoint(checkpoint, header, template)
     return LearnedPolicy(header.config.network, state.parameters.actors), header
@@ -232,7 +241,41 @@ def _train(
     return LearnedPolicy(config.network, jax.device_put(state.parameters.actors, jax.devices()[0]))
 
 
-def _wanted(config: TrainingConfig, teacher: Policy | None) -> Policy:
+def _train_guided(
+    scenario: Scenario,
+    config: GuidedConfig,
+    seed: int,
+    directory: Path,
+    teacher: Policy | None,
+    progress: Progress,
+) -> Policy:
+    """As ``_train``; a checkpoint after every round, and no metrics but what it returned on validation episodes."""
+    world, checkpoint = build_world(scenario), directory / "checkpoint.safetensors"
+    header = CheckpointHeader(scenario, config, seed)
+    per_round = total_steps(config, world.ues, world.tasks) // config.rounds
+    _make_directory(directory)
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint, header, guided_template(scenario, config))
+    else:
+        base = _wanted(config, teacher)
+        if not isinstance(base, Lookahead):
+            raise UsageError(f"teacher: guided lookahead corrects a lookahead, got a {type(base).__name__}")
+        state = begin_learning(base, world, config, seed)
+    metrics_file = directory / "metrics.jsonl"
+    done = int(state.round)
+    _keep_lines(metrics_file, done)
+    progress(done * per_round)
+    while done < config.rounds:
+        state = next_round(config, world, state, seed)
+        done += 1
+        record = {"steps": done * per_round, "validation_return": float(state.best_return)}
+        _append(metrics_file, [{**record, "share": float(state.best.share)}])
+        save_checkpoint(checkpoint, header, state)
+        progress(per_round)
+    return jax.device_put(state.best, jax.devices()[0])
+
+
+def _wanted(config: Settings, teacher: Policy | None) -> Policy:
     if teacher is None:
         raise UsageError(
             f"teacher: the configuration names {config.teacher}; pass that policy, or use 'none'"

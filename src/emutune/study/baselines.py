@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from emutune.errors import UsageError
-from emutune.learning.configuration import TrainingConfig
+from emutune.learning.configuration import Settings
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario
 from emutune.study.evaluate import search_best_fixed
@@ -23,7 +23,7 @@ _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
 }
 
 
-def teacher_of(config: TrainingConfig, scenario: Scenario) -> Policy | None:
+def teacher_of(config: Settings, scenario: Scenario) -> Policy | None:
     """The policy that a training begins by imitating, if it does."""
     return None if config.teacher == "none" else baseline_policy(config.teacher, scenario)
 

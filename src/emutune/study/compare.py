@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,7 @@ from jaxtyping import Float
 
 from emutune.bounds import certified_bounds
 from emutune.errors import UsageError
-from emutune.learning.configuration import TrainingConfig
-from emutune.learning.guided import (
-    Guided,
-    GuidedConfig,
-    begin_guided,
-    load_guided,
-    save_guided,
-    train_guided,
-)
+from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig, total_steps
 from emutune.learning.training import train_seeds
 from emutune.policies import Policy, Random
 from emutune.scenario import Scenario, dump_scenario
@@ -32,9 +24,8 @@ from emutune.study.evaluate import (
     evaluate_policy,
     held_out_episodes,
 )
-from emutune.study.search import search_lookahead
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
-from emutune.world import Episode, build_world
+from emutune.world import Episode
 
 LEARNED = {
     "ippo": TrainingConfig(algorithm="ippo"),
@@ -44,16 +35,19 @@ RANKED = TrainingConfig(
     network="ranked",
     credit="marginal",
     width=48,
-    steps=200_000,
+    steps=300_000,
     environments=32,
     minibatches=8,
     entropy_weight=1e-3,
-    learning_rate=3e-4,
-    initial_std=0.1,
-    teacher="lookahead",
+    initial_std=0.2,
 )
-STUDIES = {
+TAUGHT = RANKED.model_copy(
+    update={"teacher": "lookahead", "steps": 200_000, "learning_rate": 3e-4, "initial_std": 0.1}
+)
+STUDIES: dict[str, Settings] = {
     "hmppo_ranked": RANKED,
+    "hmppo_taught": TAUGHT,
+    "guided": GuidedConfig(),
     "hmppo_flat": TrainingConfig(network="flat"),
     "hmppo_as_printed": TrainingConfig(baseline="as_printed"),
 }
@@ -70,7 +64,7 @@ def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
     Raises:
         UsageError: a name is unknown.
     """
-    known = [*BASELINES, *LEARNED, "guided", *STUDIES]
+    known = [*BASELINES, *LEARNED, *STUDIES]
     everything = [*BASELINES, *LEARNED, "hmppo_ranked", "guided"]
     if scenario.families is None and not scenario.has_devices:
         everything = [*SIMPLE, *LEARNED]
@@ -116,14 +110,11 @@ def compare(
         say(name)
         config = training_config(name, steps)
         candidates: Sequence[Policy]
-        if name == "guided":
-            run = str(Path(directory) / f"guided-{_digest(scenario, GuidedConfig())}")
-            candidates = guided_policies(scenario, range(seeds), run, say)
-        elif config is None:
+        if config is None:
             run, candidates = None, [baseline_policy(name, scenario, retention)]
         else:
             run = str(run_directory(Path(directory), name, scenario, config))
-            told = _told(say, name, config, seeds)
+            told = _told(say, name, seeds, total_steps(config, scenario.fleet.ues, scenario.fleet.tasks))
             teacher = teacher_of(config, scenario)
             candidates = train_seeds(scenario, config, range(seeds), run, teacher=teacher, progress=told)
         policies[name] = {**_figures(scenario, candidates, drawn, bounds, random), "run": run}
@@ -136,48 +127,31 @@ def compare(
     }
 
 
-def training_config(name: str, steps: int | None = None) -> TrainingConfig | None:
-    """How a policy of a comparison is trained; None for one that needs no training."""
-    config = (LEARNED | STUDIES).get(name)
-    return config if config is None or steps is None else config.model_copy(update={"steps": steps})
+def training_config(name: str, steps: int | None = None) -> Settings | None:
+    """How a policy of a comparison is trained; None for one that needs no training.
+
+    Args:
+        name: of the policy.
+        steps: environment steps instead of the default; guided lookahead has rounds instead.
+    """
+    config = LEARNED.get(name) or STUDIES.get(name)
+    if steps is None or not isinstance(config, TrainingConfig):
+        return config
+    return config.model_copy(update={"steps": steps})
 
 
-def run_directory(directory: Path, name: str, scenario: Scenario, config: TrainingConfig) -> Path:
+def run_directory(directory: Path, name: str, scenario: Scenario, config: Settings) -> Path:
     """Where a policy's training is kept: a name of its own for every scenario and configuration."""
     return directory / f"{name}-{_digest(scenario, config)}"
 
 
-def guided_policies(scenario: Scenario, seeds: Iterable[int], run: str | Path, say: Progress) -> list[Guided]:
-    """Guided lookahead of several seeds, learned or read back from where it is kept.
-
-    Args:
-        scenario: where to learn.
-        seeds: of networks and episodes.
-        run: where the learned policies are kept.
-        say: called with a line on what is being done.
-    """
-    world, base = build_world(scenario), search_lookahead(scenario)
-    policies = []
-    for seed in seeds:
-        say(f"guided: seed {seed}")
-        path = Path(run) / f"seed-{seed}" / "guided.safetensors"
-        start = begin_guided(base, world, GuidedConfig().width, seed)
-        if path.is_file():
-            policies.append(load_guided(path, start))
-            continue
-        policies.append(train_guided(world, base, GuidedConfig(), seed))
-        save_guided(path, policies[-1])
-    return policies
+def _digest(scenario: Scenario, config: Settings) -> str:
+    return hashlib.sha256((dump_scenario(scenario) + config.model_dump_json()).encode()).hexdigest()[:12]
 
 
-def _digest(scenario: Scenario, config: TrainingConfig | GuidedConfig) -> str:
-    described = config.model_dump_json() if isinstance(config, TrainingConfig) else repr(config)
-    return hashlib.sha256((dump_scenario(scenario) + described).encode()).hexdigest()[:12]
-
-
-def _told(say: Progress, name: str, config: TrainingConfig, seeds: int) -> Callable[[int], None]:
+def _told(say: Progress, name: str, seeds: int, steps_of_each: int) -> Callable[[int], None]:
     """Turns steps done by any seed into a line for the user."""
-    total, done = seeds * config.steps, 0
+    total, done = seeds * steps_of_each, 0
     lock = threading.Lock()
 
     def advance(steps: int) -> None:

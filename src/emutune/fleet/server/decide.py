@@ -14,6 +14,7 @@ import numpy as np
 from emutune.errors import FleetError
 from emutune.fleet.server.choices import Candidate, Choice, Forecast
 from emutune.fleet.server.links import plain_law
+from emutune.learning.agents import LearnedPolicy
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
 from emutune.scenario import Scenario
@@ -112,7 +113,7 @@ def open_decider(policy: str, scenario: Scenario, retention: float | None = None
     checkpoint = checkpoint_of(policy)
     if checkpoint is not None:
         learned, header = load_policy(checkpoint)
-        if learned.kind == "flat":
+        if isinstance(learned, LearnedPolicy) and learned.kind == "flat":
             raise FleetError(
                 f"--policy {policy}: its networks are flat, for exactly {header.scenario.fleet.ues} "
                 "UEs, but devices come and go; train with --network set"
