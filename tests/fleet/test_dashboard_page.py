@@ -151,7 +151,7 @@ def test_what_an_operator_sees(browser: Any, tmp_path: Path) -> None:
         first = seen.rows("leases")[0]
         assert first == [
             "ue1",
-            "train on the device at E 0.500",
+            "on the device, E 0.500",
             "1.00 s",
             "2.00 s",
             "1.00 kB",
@@ -260,6 +260,8 @@ def test_three_hundred_devices_fit(browser: Any, tmp_path: Path, scheme: str, wi
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         add_devices(ledger, *names)
         ledger.begin_step(0, [decision(0, name) for name in names])
+        ledger.close_lease("0-ue77", "expired")
+        ledger.revoke("ue300")
     with running(tmp_path) as (url, _):
         seen = Page(browser, url, color_scheme=scheme, viewport={"width": width, "height": 900})
         seen.state("Running")
@@ -270,6 +272,14 @@ def test_three_hundred_devices_fit(browser: Any, tmp_path: Path, scheme: str, wi
         seen.shows("#devices-pager", "26 to 50 of 300")
         seen.page.get_by_label("Find").fill("ue29")
         playwright.expect(seen.page.locator("#devices tbody tr")).to_have_count(11)
+        find = seen.page.get_by_label("Find")
+        for button, found in (("late: 1", "ue77"), ("revoked: 1", "ue300")):
+            seen.page.get_by_role("button", name=button).click()
+            playwright.expect(seen.page.locator("#devices tbody tr")).to_have_count(1)
+            assert seen.rows("devices")[0][0] == found
+            seen.page.get_by_role("button", name=button).click()
+            playwright.expect(find).to_have_value("")
+        seen.shows("#doing", "fetches an emulator: 299")
         assert lowest_contrast(seen.page) >= 4.5
         assert seen.faults == []
         seen.context.close()
