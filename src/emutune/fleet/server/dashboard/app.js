@@ -64,10 +64,10 @@ window.addEventListener("hashchange", () => {
 // Asking
 
 /** What a path answers; null if it is what it was. */
-async function ask(path) {
+async function ask(path, query = "") {
   const headers = { Authorization: `Bearer ${state.key}` };
   if (state.tags.has(path)) headers["If-None-Match"] = state.tags.get(path);
-  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+  const answer = await fetch(path + query, { headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
   const date = Date.parse(answer.headers.get("date"));
   if (date) state.clockAhead = date - Date.now();
   if (answer.status === 401) throw new WrongKey();
@@ -87,9 +87,9 @@ async function poll() {
   let pause = document.hidden ? HIDDEN_MS : WATCHED_MS;
   const key = state.key;
   try {
-    const news = await ask("/v1/dashboard");
+    const news = await ask("/v1/dashboard", state.overview ? `?since=${state.overview.revision}` : "");
     state.heardAt = new Date();
-    if (news) state.overview = news;
+    if (news) state.overview = withKnownSteps(news, state.overview);
     if (news || wantedStep() !== state.detail?.summary.step) await askForStep();
     showAll();
     tellState(state.overview);
@@ -104,6 +104,14 @@ async function poll() {
   }
   clearTimeout(state.timer);
   state.timer = setTimeout(poll, pause);
+}
+
+/** The news, with those steps that have stayed as they were; a server that was started anew tells all. */
+function withKnownSteps(news, known) {
+  if (news.server_started_at !== known?.server_started_at) return news;
+  if (!news.steps.length) return { ...news, steps: known.steps };
+  const steps = new Map([...known.steps, ...news.steps].map((step) => [step.step, step]));
+  return { ...news, steps: [...steps.values()].filter(({ step }) => step >= news.first_step).sort((one, other) => one.step - other.step) };
 }
 
 function wantedStep() {
@@ -224,7 +232,7 @@ function showAll() {
   for (const chart of charts) if (chart.steps !== overview.steps) chart.show(overview.steps);
   const out = overview.steps_left_out;
   at("left-out").hidden = !out;
-  setText(at("left-out"), out ? `The ${out} steps before step ${overview.steps[0].step} are in the ledger.` : "");
+  setText(at("left-out"), out ? `The ${count(out)} steps before step ${overview.first_step} are in the ledger.` : "");
   showDevices(overview);
   showStep();
   showSteps(overview);
