@@ -44,7 +44,7 @@ def main() -> None:
         page = opened.new_context(
             ignore_https_errors=True,
             color_scheme=arguments.scheme,
-            viewport={"width": arguments.width, "height": 1330},
+            viewport={"width": arguments.width, "height": 1370},
         ).new_page()
         page.goto(f"{url}#key={(Path(directory) / key).read_text().strip()}")
         expect(page.locator("#state")).to_have_text(re.compile("4 of 5 steps are done"), timeout=WAIT_MS)

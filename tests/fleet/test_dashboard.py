@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,6 +18,7 @@ import pytest
 from ledgers import add_devices, decision, digest, report, run_step
 from served import DASHBOARD_KEY, KEYS, SHA, SHARD, Served, board_of, served
 
+from emutune.cli.serve import announce_dashboard
 from emutune.errors import FleetError
 from emutune.fleet.comparison import compare_steps, errors
 from emutune.fleet.ledger import Ledger
@@ -83,6 +85,19 @@ def test_the_key_stands_where_no_browser_sends_it() -> None:
     url = httpx2.URL(dashboard_url("https://fleet:8443", "k" * 64))
     assert (url.path, url.query, url.fragment) == ("/dashboard", b"", f"key={'k' * 64}")
     assert dashboard_url("https://fleet:8443") == "https://fleet:8443/dashboard"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_is_shown_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    key = dashboard_key(tmp_path)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    announce_dashboard("https://fleet:8443", tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith("dashboard: https://fleet:8443/dashboard")
+    assert (key in said) is terminal
+    assert (str(tmp_path / "dashboard.key") in said) is not terminal
 
 
 def test_who_has_no_key_sees_the_page_and_nothing_of_the_fleet(fleet: Served) -> None:

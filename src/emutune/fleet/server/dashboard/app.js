@@ -344,7 +344,8 @@ function showStep() {
 }
 
 function stepNote(summary) {
-  const measured = summary.measured_delay_s === null ? "not measured" : `${seconds(summary.measured_delay_s)} measured`;
+  const { measured_delay_s: all, known_delay_s: some } = summary;
+  const measured = all !== null ? `${seconds(all)} measured` : some ? `at least ${seconds(some)}` : "not measured";
   const delay = `delay ${measured}, ${seconds(summary.predicted_delay_s)} predicted`;
   const apart = summary.error_percent === null ? "" : ` (${percent(summary.error_percent)} apart)`;
   const times = `begun ${when(summary.begun_at)}, ${summary.ended_at ? `ended ${when(summary.ended_at)}` : "under way"}`;

@@ -87,9 +87,9 @@ export class Chart {
     this.svg.replaceChildren();
     const chosen = this.chosen();
     this.tell(this.steps[chosen]);
+    if (!this.steps.length) return;
     const scale = this.scale();
     this.axes(scale);
-    if (!this.steps.length) return;
     if (this.bars) this.drawBars(scale);
     else this.series.toReversed().forEach((one) => this.drawLine(one, scale));
     if (this.hovered !== null) {
