@@ -37,15 +37,16 @@ def main() -> None:
         sync_playwright() as driver,
     ):
         assert fleet.stdout is not None
-        url = next(line.split()[1] for line in fleet.stdout if line.startswith("dashboard:"))
+        said = next(line for line in fleet.stdout if line.startswith("dashboard:"))
+        url, key = re.fullmatch(r"dashboard: (\S+), its key is in (.+)\n", said).groups()
         # No sandbox, so that it runs as root inside of a container; the authority is the fleet's own.
         opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = opened.new_context(
             ignore_https_errors=True,
             color_scheme=arguments.scheme,
-            viewport={"width": arguments.width, "height": 1330},
+            viewport={"width": arguments.width, "height": 1370},
         ).new_page()
-        page.goto(url)
+        page.goto(f"{url}#key={(Path(directory) / key).read_text().strip()}")
         expect(page.locator("#state")).to_have_text(re.compile("4 of 5 steps are done"), timeout=WAIT_MS)
         page.screenshot(path=arguments.picture)
         opened.close()

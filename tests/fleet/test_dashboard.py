@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,11 +18,12 @@ import pytest
 from ledgers import add_devices, decision, digest, report, run_step
 from served import DASHBOARD_KEY, KEYS, SHA, SHARD, Served, board_of, served
 
+from emutune.cli.serve import announce_dashboard
 from emutune.errors import FleetError
 from emutune.fleet.comparison import compare_steps, errors
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Result
-from emutune.fleet.security import secret_sha256
+from emutune.fleet.security import new_secret, secret_sha256
 from emutune.fleet.server.dashboard.access import dashboard_key, dashboard_url
 from emutune.fleet.server.dashboard.board import Board
 from emutune.fleet.server.dashboard.messages import LeaseDetail, Overview, StepDetail
@@ -83,6 +85,19 @@ def test_the_key_stands_where_no_browser_sends_it() -> None:
     url = httpx2.URL(dashboard_url("https://fleet:8443", "k" * 64))
     assert (url.path, url.query, url.fragment) == ("/dashboard", b"", f"key={'k' * 64}")
     assert dashboard_url("https://fleet:8443") == "https://fleet:8443/dashboard"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_is_shown_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    key = dashboard_key(tmp_path)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    announce_dashboard("https://fleet:8443", tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith("dashboard: https://fleet:8443/dashboard")
+    assert (key in said) is terminal
+    assert (str(tmp_path / "dashboard.key") in said) is not terminal
 
 
 def test_who_has_no_key_sees_the_page_and_nothing_of_the_fleet(fleet: Served) -> None:
@@ -359,6 +374,28 @@ def test_what_has_not_changed_is_not_sent_again(fleet: Served) -> None:
         fleet.board._read_again = 0.0
         assert ask(fleet, path, **{"If-None-Match": tag}).status_code == (200 if path == OVERVIEW else 304)
     assert ask(fleet, OVERVIEW, **{"If-None-Match": tag}).status_code == 200
+
+
+def test_steps_that_stayed_as_they_were_are_not_told_again(fleet: Served) -> None:
+    def told(since: int) -> tuple[int, list[int]]:
+        fleet.board._read_again = 0.0
+        answer = Overview.model_validate_json(ask(fleet, f"{OVERVIEW}?since={since}").content)
+        assert answer.first_step == 0
+        return answer.revision, [step.step for step in answer.steps]
+
+    fleet.ledger.begin_step(1, [decision(1, "ue1")])
+    first, steps = told(0)
+    assert steps == [0, 1]
+    assert told(first)[1] == []
+    fleet.ledger.close_lease("train-1", "late")
+    second, steps = told(first)
+    assert steps == [0]
+    fleet.ledger.begin_step(2, [decision(2, "ue2")])
+    assert told(second)[1] == [2]
+    assert told(first)[1] == [0, 2], "another page is told of all that it missed"
+    assert told(second + 10**6)[1] == [0, 1, 2], "a revision that this server never had is nobody's"
+    assert ask(fleet, f"{OVERVIEW}?since=-1").status_code == 422
+    assert ask(fleet, f"{OVERVIEW}?since=-1", new_secret()).status_code == 401
 
 
 def test_it_is_compressed_for_who_understands_that(fleet: Served) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from emutune.cli.ledger import ledger
 from emutune.cli.options import JsonFile
-from emutune.cli.serve import FleetArgument
+from emutune.cli.serve import FleetArgument, announce_dashboard
 from emutune.cli.terminal import interruptible, stage_bar
 from emutune.cli.tune import advance, quiet_libraries
 from emutune.errors import UsageError
@@ -47,7 +47,7 @@ def fleet(
             local_devices(config, devices),
             used,
             policy,
-            started=lambda url: print(f"dashboard: {url}", flush=True),
+            started=lambda url: announce_dashboard(url, directory),
         )
     ledger(directory / LEDGER, json_file)
 

@@ -62,10 +62,19 @@ def serve(
 
 
 def _announce(name: str, url: str, directory: Path) -> None:
-    """Say where the fleet is; the key of its dashboard is for a person's eyes, not for a file that keeps the output."""
+    print(f"serving {name} at {url}", flush=True)
+    announce_dashboard(url, directory)
+
+
+def announce_dashboard(url: str, directory: Path) -> None:
+    """Say where a server's dashboard is; its key is for a person's eyes, not for a file that keeps the output.
+
+    Args:
+        url: of the server.
+        directory: the server's.
+    """
     from emutune.fleet.server.dashboard.access import KEY_FILE, dashboard_key, dashboard_url
 
-    print(f"serving {name} at {url}", flush=True)
     if sys.stdout.isatty():
         print(f"dashboard: {dashboard_url(url, dashboard_key(directory))}", flush=True)
     else:

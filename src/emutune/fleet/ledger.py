@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -392,16 +393,18 @@ class Ledger(Database):
         ``steps``; ``leases.KIND.STATE``; ``bytes.KIND``, moved for leases of a kind, and ``bytes.adapter``;
         ``adapters.accepted`` and ``adapters.rejected``. A counter of nothing is left out, but for the steps.
         """
-        totals = {"steps": int(self._all("SELECT count(*) AS n FROM steps")[0]["n"])}
-        for row in self._all("SELECT kind, state, count(*) AS n FROM leases GROUP BY kind, state"):
-            totals[f"leases.{row['kind']}.{row['state']}"] = row["n"]
-        for row in self._all("SELECT kind, total(transferred_bytes) AS n FROM leases GROUP BY kind"):
-            totals[f"bytes.{row['kind']}"] = int(row["n"])
-        totals["bytes.adapter"] = int(self._all("SELECT total(adapter_bytes) AS n FROM leases")[0]["n"])
+        totals = Counter(steps=int(self._all("SELECT count(*) AS n FROM steps")[0]["n"]))
+        # One pass, since the table is long and the dashboard asks again and again.
         for row in self._all(
-            "SELECT accepted, count(*) AS n FROM leases WHERE accepted IS NOT NULL GROUP BY accepted"
+            "SELECT kind, state, count(*) AS leases, total(transferred_bytes) AS moved, total(adapter_bytes) AS"
+            " adapter, total(accepted) AS accepted, count(accepted) AS judged FROM leases GROUP BY kind, state"
         ):
-            totals["adapters.accepted" if row["accepted"] else "adapters.rejected"] = row["n"]
+            accepted = int(row["accepted"])
+            totals[f"leases.{row['kind']}.{row['state']}"] = row["leases"]
+            totals[f"bytes.{row['kind']}"] += int(row["moved"])
+            totals["bytes.adapter"] += int(row["adapter"])
+            totals["adapters.accepted"] += accepted
+            totals["adapters.rejected"] += row["judged"] - accepted
         return {name: count for name, count in sorted(totals.items()) if count or name == "steps"}
 
     def comparison(self, step: int | None = None) -> list[Comparison]:

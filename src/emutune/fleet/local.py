@@ -16,7 +16,6 @@ from pathlib import Path
 from emutune.errors import FleetError
 from emutune.files import replacing
 from emutune.fleet.config import FleetConfig
-from emutune.fleet.server.dashboard.access import dashboard_key, dashboard_url
 from emutune.fleet.server.run import enrol_device, opened_ledger
 
 COMMAND = (sys.executable, "-c", "from emutune.cli.main import run; run()")
@@ -160,7 +159,7 @@ def run_local_fleet(
         devices: who takes part.
         catalogue: the emulators.
         policy: a run's directory, or a rule's name.
-        started: told the dashboard's URL, with its key, once the server answers.
+        started: told the server's URL once it answers.
 
     Raises:
         FleetError: the server ended early; the message is its own.
@@ -176,7 +175,7 @@ def run_local_fleet(
         server = start([*serve, "--port", str(port)], logs / "server.log")
         running.append(server)
         wait_for_server(server, logs / "server.log", url)
-        started(dashboard_url(url, dashboard_key(config.server.directory)))
+        started(url)
         for device in devices:
             running.append(start(device.command(url), logs / f"{device.name}.log"))
         while server.poll() is None:

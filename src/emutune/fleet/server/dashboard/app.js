@@ -1,7 +1,7 @@
 // Asks the server for the fleet's state, a request a second, and puts it into the page.
 
 import { Chart } from "./charts.js";
-import { ago, bytes, counted, fillTable, make, number, Pages, percent, seconds, setText, when } from "./tables.js";
+import { ago, bytes, count, counted, fillTable, make, number, Pages, percent, seconds, setText, when } from "./tables.js";
 
 const WATCHED_MS = 1000;
 const HIDDEN_MS = 15000;
@@ -64,10 +64,10 @@ window.addEventListener("hashchange", () => {
 // Asking
 
 /** What a path answers; null if it is what it was. */
-async function ask(path) {
+async function ask(path, query = "") {
   const headers = { Authorization: `Bearer ${state.key}` };
   if (state.tags.has(path)) headers["If-None-Match"] = state.tags.get(path);
-  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+  const answer = await fetch(path + query, { headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
   const date = Date.parse(answer.headers.get("date"));
   if (date) state.clockAhead = date - Date.now();
   if (answer.status === 401) throw new WrongKey();
@@ -87,9 +87,9 @@ async function poll() {
   let pause = document.hidden ? HIDDEN_MS : WATCHED_MS;
   const key = state.key;
   try {
-    const news = await ask("/v1/dashboard");
+    const news = await ask("/v1/dashboard", state.overview ? `?since=${state.overview.revision}` : "");
     state.heardAt = new Date();
-    if (news) state.overview = news;
+    if (news) state.overview = withKnownSteps(news, state.overview);
     if (news || wantedStep() !== state.detail?.summary.step) await askForStep();
     showAll();
     tellState(state.overview);
@@ -104,6 +104,14 @@ async function poll() {
   }
   clearTimeout(state.timer);
   state.timer = setTimeout(poll, pause);
+}
+
+/** The news, with those steps that have stayed as they were; a server that was started anew tells all. */
+function withKnownSteps(news, known) {
+  if (news.server_started_at !== known?.server_started_at) return news;
+  if (!news.steps.length) return { ...news, steps: known.steps };
+  const steps = new Map([...known.steps, ...news.steps].map((step) => [step.step, step]));
+  return { ...news, steps: [...steps.values()].filter(({ step }) => step >= news.first_step).sort((one, other) => one.step - other.step) };
 }
 
 function wantedStep() {
@@ -160,9 +168,8 @@ function tellLost(error) {
 // The page
 
 const DOING = {
-  expected: "has not joined yet",
-  idle: "between tasks",
   reported: "waits for a decision",
+  checking: "checks its cache",
   downloading: "fetches an emulator",
   training: "trains",
   returning: "returns its adapter",
@@ -170,9 +177,13 @@ const DOING = {
   "server trains": "server trains for it",
   fetching: "fetches its adapter",
   judging: "is being judged",
+  idle: "between tasks",
+  expected: "has not joined yet",
   left: "has left",
   revoked: "revoked",
 };
+const LATE = "late";
+const WORDS = new Set(Object.values(DOING));
 const QUIET = new Set(["expected", "idle", "left", "revoked"]);
 
 const charts = [
@@ -182,7 +193,7 @@ const charts = [
     series: [
       { name: "measured", kind: "measured", value: (step) => step.measured_delay_s },
       { name: "predicted", kind: "predicted", value: (step) => step.predicted_delay_s },
-      { name: "without the missing", kind: "before", value: (step) => step.known_delay_s },
+      { name: "of what was measured", kind: "before", value: (step) => step.known_delay_s || null },
     ],
   }),
   new Chart(at("charts"), {
@@ -221,7 +232,7 @@ function showAll() {
   for (const chart of charts) if (chart.steps !== overview.steps) chart.show(overview.steps);
   const out = overview.steps_left_out;
   at("left-out").hidden = !out;
-  setText(at("left-out"), out ? `The ${out} steps before step ${overview.steps[0].step} are in the ledger.` : "");
+  setText(at("left-out"), out ? `The ${count(out)} steps before step ${overview.first_step} are in the ledger.` : "");
   showDevices(overview);
   showStep();
   showSteps(overview);
@@ -229,17 +240,17 @@ function showAll() {
 }
 
 function showFacts(overview) {
-  const count = (wanted) => overview.devices.filter(wanted).length;
+  const those = (wanted) => count(overview.devices.filter(wanted).length);
   const { errors, model, audit } = overview;
   const facts = [
     ["Steps", `${overview.steps_ended} of ${overview.steps_total}`, "done"],
-    ["Devices", String(count((one) => one.joined_at && !one.revoked && !one.left)), `${count((one) => !QUIET.has(one.doing))} at work, ${count((one) => one.revoked)} revoked, ${count((one) => one.doing === "expected")} not joined`],
+    ["Devices", those((one) => one.joined_at && !one.revoked && !one.left), `${those((one) => !QUIET.has(one.doing))} at work, ${those(isLate)} late, ${those((one) => one.revoked)} revoked, ${those((one) => one.doing === "expected")} not joined`],
     ["Policy", overview.policy || "–", `scenario ${overview.scenario}`],
     ["Model", model.kind, `${model.layers} layers, base ${model.base.slice(0, 12)}`],
-    ["Delay, error", percent(errors.delay_percent), `median over ${counted(errors.steps, "step")}`],
-    ["Perplexity, error", percent(errors.perplexity_percent), `median over ${counted(errors.evaluations, "adapter")}`],
-    ["Adapters", String(overview.totals["adapters.accepted"] ?? 0), `accepted, ${overview.totals["adapters.rejected"] ?? 0} refused`],
-    ["Refused requests", String(audit.strangers + audit.of_devices), `${audit.strangers} of strangers, ${audit.of_devices} of devices`],
+    ["Error of the delay", percent(errors.delay_percent), `median over ${counted(errors.steps, "step")}`],
+    ["Error of the perplexity", percent(errors.perplexity_percent), `median over ${counted(errors.evaluations, "adapter")}`],
+    ["Adapters", count(overview.totals["adapters.accepted"]), `accepted, ${count(overview.totals["adapters.rejected"])} refused`],
+    ["Refused requests", count(audit.strangers + audit.of_devices), `${count(audit.strangers)} of strangers, ${count(audit.of_devices)} of devices`],
   ];
   const list = at("facts");
   while (list.children.length < facts.length) {
@@ -250,27 +261,61 @@ function showFacts(overview) {
   facts.forEach((texts, index) => texts.forEach((text, part) => setText(list.children[index].children[part], text)));
 }
 
-function showDevices(overview) {
-  const now = Date.now() + state.clockAhead;
-  const wanted = at("find").value.trim().toLowerCase();
-  const found = overview.devices.filter((one) => !wanted || `${one.name} ${DOING[one.doing]}`.toLowerCase().includes(wanted));
-  fillTable(at("devices"), pages.devices.of(found).map((one) => deviceCells(one, now)), wanted ? "No device is called so, or does that." : "No device has credentials yet; emutune enroll makes them.");
+const isWorking = (one) => one.work !== null && !QUIET.has(one.doing) && one.doing !== "reported";
+const isLate = (one) => isWorking(one) && one.work.state === "expired";
+
+/** What a device does, in words. */
+function does(one) {
+  return DOING[one.doing === "downloading" && !one.work.of_bytes ? "checking" : one.doing];
 }
 
-function deviceCells(one, now) {
+/** Whether a device is called so, or does that; what stands on a button is meant exactly. */
+function fits(one, wanted) {
+  if (one.name.toLowerCase().includes(wanted) || (isLate(one) && LATE.includes(wanted))) return true;
+  return WORDS.has(wanted) ? does(one) === wanted : does(one).includes(wanted);
+}
+
+function showDevices(overview) {
+  const wanted = at("find").value.trim().toLowerCase();
+  const found = overview.devices.filter((one) => !wanted || fits(one, wanted));
+  showStates(overview.devices, wanted);
+  fillTable(at("devices"), pages.devices.of(found).map((one) => deviceCells(one, Date.now() + state.clockAhead)), wanted ? "No device is called so, or does that." : "No device has credentials yet; emutune enroll makes them.");
+}
+
+/** How many devices do what; a button finds them. */
+function showStates(devices, wanted) {
+  const many = [[LATE, devices.filter(isLate).length], ...Object.values(DOING).map((text) => [text, devices.filter((one) => does(one) === text).length])].filter(([, number]) => number);
+  const list = at("doing");
+  while (list.children.length > many.length) list.lastChild.remove();
+  while (list.children.length < many.length) list.append(make("button"));
+  many.forEach(([text, number], index) => {
+    const button = list.children[index];
+    button.type = "button";
+    setText(button, `${text}: ${count(number)}`);
+    button.setAttribute("aria-pressed", String(wanted === text));
+    button.onclick = () => find(wanted === text ? "" : text);
+  });
+}
+
+function find(text) {
+  at("find").value = text;
+  pages.devices.page = 0;
+  showAll();
+}
+
+function deviceCells(one, moment) {
   const { work, cached } = one;
-  const working = work && !QUIET.has(one.doing) && one.doing !== "reported";
-  const late = working && work.state === "expired" ? ", late" : "";
+  const working = isWorking(one);
   const layers = cached?.layers ? `, ${cached.layers} layers` : "";
   return [
     one.name,
-    { text: DOING[one.doing] + late, kind: late ? "bad" : one.doing === "revoked" ? "bad" : QUIET.has(one.doing) ? "quiet" : "" },
-    working ? { text: `${work.lease}, ${work.state}`, title: `since ${when(work.opened_at)}` } : "",
+    { text: isLate(one) ? `${does(one)}, ${LATE}` : does(one), kind: isLate(one) || one.doing === "revoked" ? "bad" : QUIET.has(one.doing) ? "quiet" : "" },
+    working ? { text: String(work.step), title: `lease ${work.lease}, since ${when(work.opened_at)}` } : "",
     working ? movedCell(one.name, work) : "",
     cached
       ? { text: cached.retention === null ? cached.emulator : `E ${number(cached.retention, 3)}${layers}`, title: `emulator ${cached.emulator} of base ${cached.base}` }
       : { text: "nothing", kind: "quiet" },
-    { text: ago(one.heard_at, now), title: one.heard_at ? when(one.heard_at) : "" },
+    { text: ago(one.heard_at, moment), title: one.heard_at ? when(one.heard_at) : "" },
     { text: one.joined_at ? when(one.joined_at) : "not yet", kind: one.joined_at ? "" : "quiet" },
   ];
 }
@@ -299,7 +344,8 @@ function showStep() {
 }
 
 function stepNote(summary) {
-  const measured = summary.measured_delay_s === null ? "not measured" : `${seconds(summary.measured_delay_s)} measured`;
+  const { measured_delay_s: all, known_delay_s: some } = summary;
+  const measured = all !== null ? `${seconds(all)} measured` : some ? `at least ${seconds(some)}` : "not measured";
   const delay = `delay ${measured}, ${seconds(summary.predicted_delay_s)} predicted`;
   const apart = summary.error_percent === null ? "" : ` (${percent(summary.error_percent)} apart)`;
   const times = `begun ${when(summary.begun_at)}, ${summary.ended_at ? `ended ${when(summary.ended_at)}` : "under way"}`;
@@ -328,7 +374,7 @@ function leaseCells(lease) {
 
 function decision(lease) {
   if (lease.kind === "stop") return "stop";
-  return lease.at_server ? "upload to the server" : `train on the device at E ${number(lease.retention, 3)}`;
+  return lease.at_server ? "at the server" : `on the device, E ${number(lease.retention, 3)}`;
 }
 
 function outcome(lease) {
@@ -344,7 +390,7 @@ function outcome(lease) {
 
 function fate({ state: how, reason }) {
   const why = reason ? `: ${reason}` : "";
-  return { open: "under way", failed: `failed${why}`, expired: `not done in time${why}`, late: `came late${why}`, done: "done" }[how];
+  return how === "open" || how === "done" ? STATES[how] ?? how : `${STATES[how]}${why}`;
 }
 
 function showSteps(overview) {
@@ -352,20 +398,28 @@ function showSteps(overview) {
   fillTable(at("steps"), rows.map(stepCells), "No step has begun yet.");
 }
 
+const STATES = { open: "under way", failed: "failed", expired: "not done in time", late: "came late" };
+
 function stepCells(step) {
   const shown = state.detail?.summary.step === step.step;
-  const others = ["open", "failed", "expired", "late"].filter((name) => step[name]).map((name) => `${step[name]} ${name}`);
+  const others = Object.keys(STATES).filter((name) => step[name]).map((name) => `${step[name]} ${STATES[name]}`);
   return [
     { text: String(step.step), label: `Show step ${step.step}`, pressed: shown, action: () => choose(step.step), kind: shown ? "shown" : "" },
-    trainedAt(step),
-    seconds(step.measured_delay_s),
+    measuredDelay(step),
     { text: seconds(step.predicted_delay_s), kind: "predicted" },
     percent(step.error_percent),
     number(step.measured_perplexity),
     { text: number(step.predicted_perplexity), kind: "predicted" },
+    trainedAt(step),
     adapters(step),
     { text: others.join(", ") || "all done", kind: step.failed || step.expired ? "bad" : others.length ? "" : "quiet" },
   ];
+}
+
+/** Where a transfer was not measured, its step took at least as long as the longest of the others. */
+function measuredDelay({ measured_delay_s: measured, known_delay_s: known }) {
+  if (measured !== null || !known) return seconds(measured);
+  return { text: `≥ ${seconds(known)}`, kind: "quiet", title: "not every transfer was measured" };
 }
 
 function choose(step) {
@@ -382,22 +436,19 @@ at("latest").onclick = () => {
   state.step = state.follow ? null : state.detail?.summary.step ?? null;
   poll();
 };
-at("find").addEventListener("input", () => {
-  pages.devices.page = 0;
-  showAll();
-});
+at("find").addEventListener("input", () => find(at("find").value));
 
 function showNotes({ audit, faults, totals }) {
-  const more = (shown, count) => (shown < count ? ` The last ${shown} are shown.` : "");
-  setText(at("refusals-note"), `${audit.strangers} requests of strangers, ${audit.of_devices} of devices, ${audit.damaged} damaged uploads.${more(audit.refusals.length, audit.strangers + audit.of_devices + audit.damaged)}`);
+  const more = (shown, all) => (shown < all ? ` The last ${shown} are shown.` : "");
+  setText(at("refusals-note"), `${count(audit.strangers)} requests of strangers, ${count(audit.of_devices)} of devices, ${count(audit.damaged)} damaged uploads.${more(audit.refusals.length, audit.strangers + audit.of_devices + audit.damaged)}`);
   fillTable(at("refusals"), pages.refusals.of(audit.refusals, 8).map((row) => [when(row.at), row.device ?? "a stranger", row.event === "refused" ? row.detail : `${row.event} of lease ${row.lease}: ${row.detail}`]), "Nothing was refused.");
   const failed = Object.entries(totals).filter(([name]) => /^leases\..*\.(failed|expired|late)$/.test(name));
-  const sum = failed.reduce((total, [, count]) => total + count, 0);
-  setText(at("faults-note"), `${sum} leases failed or were not done in time.${more(faults.length, sum)}`);
+  const sum = failed.reduce((total, [, many]) => total + many, 0);
+  setText(at("faults-note"), `${count(sum)} leases failed or were not done in time.${more(faults.length, sum)}`);
   fillTable(at("faults"), pages.faults.of(faults, 8).map((row) => [String(row.step), row.device, { text: fate(row), kind: "bad" }]), "Every lease went well.");
-  setText(at("deletions-note"), `${audit.deleted} uploaded texts were deleted after training.${more(audit.deletions.length, audit.deleted)}`);
+  setText(at("deletions-note"), `${count(audit.deleted)} uploaded texts were deleted after training.${more(audit.deletions.length, audit.deleted)}`);
   fillTable(at("deletions"), pages.deletions.of(audit.deletions, 8).map((row) => [when(row.at), row.device ?? "", row.lease ?? "", row.detail]), "Nothing was uploaded and deleted yet.");
-  fillTable(at("totals"), Object.entries(totals).map(([name, value]) => [name, name.startsWith("bytes.") ? { text: bytes(value), title: `${value} bytes` } : String(value)]), "Nothing was counted yet.");
+  fillTable(at("totals"), Object.entries(totals).map(([name, value]) => [name, name.startsWith("bytes.") ? { text: bytes(value), title: `${value} bytes` } : count(value)]), "Nothing was counted yet.");
 }
 
 takeKey();

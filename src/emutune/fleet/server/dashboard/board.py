@@ -65,6 +65,21 @@ class Page:
     zipped: bytes
 
 
+@dataclass(frozen=True)
+class _Read:
+    """All that is shown, and in which revision each step was read last."""
+
+    overview: Overview
+    revisions: Mapping[int, int]
+
+    def page(self, since: int) -> Page:
+        overview = self.overview
+        if since > overview.revision:
+            return _page(overview)
+        news = [step for step in overview.steps if self.revisions[step.step] > since]
+        return _page(overview.model_copy(update={"steps": news}))
+
+
 class Board:
     """The dashboard of one fleet; for the thread of the event loop.
 
@@ -83,26 +98,35 @@ class Board:
         # SQLite's objects stay in the thread that made them, and reading keeps no request waiting.
         self._thread = ThreadPoolExecutor(1, "dashboard")
         self._reading: Reading | None = None
-        self._overview: Page | None = None
+        self._read: _Read | None = None
+        self._pages: dict[int, Page] = {}
         self._read_again = 0.0
         self._one_reader = asyncio.Lock()
         self._stopped = False
         self._looked = -_LOOKED_S
 
-    async def overview(self) -> Page:
+    async def overview(self, since: int = 0) -> Page:
         """The fleet at a glance, at most half a second old, or ten times as old as reading it takes.
+
+        Args:
+            since: revision of the answer that is known; steps that are as they were then are left out.
 
         Raises:
             LedgerError: the ledger cannot be read.
         """
         async with self._one_reader:
-            if self._overview is None or time.monotonic() >= self._read_again:
+            if self._read is None or time.monotonic() >= self._read_again:
                 begin = time.monotonic()
-                self._overview = await self._in_thread(self._read_overview)
+                self._read = await self._in_thread(self._read_overview)
+                self._pages.clear()
                 took = time.monotonic() - begin
                 self._read_again = time.monotonic() + max(_FRESH_S, _REST * took)
+            if since not in self._pages:
+                loop = asyncio.get_running_loop()
+                self._pages[since] = await loop.run_in_executor(self._thread, self._read.page, since)
+            page = self._pages[since]
         self._looked = time.monotonic()
-        return self._overview
+        return page
 
     async def step(self, number: int) -> Page | None:
         """A step and its leases; None if it was not begun.
@@ -138,10 +162,11 @@ class Board:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, opened)
 
-    def _read_overview(self, reading: Reading) -> Page:
+    def _read_overview(self, reading: Reading) -> _Read:
         fleet, steps, ended = self.fleet, reading.steps(), reading.steps_ended()
         leases, last = reading.last_leases(), reading.last_step()
-        return _page(
+        shown = steps[-_STEPS_SHOWN:]
+        return _Read(
             Overview(
                 name=fleet.name,
                 state=self._state(last, ended),
@@ -153,13 +178,16 @@ class Board:
                 steps_ended=ended,
                 steps_total=fleet.steps_total,
                 devices=[self._device(device, leases.get(device.name)) for device in reading.devices_now()],
-                steps=steps[-_STEPS_SHOWN:],
-                steps_left_out=max(0, len(steps) - _STEPS_SHOWN),
+                revision=reading.revision,
+                first_step=shown[0].step if shown else None,
+                steps=shown,
+                steps_left_out=len(steps) - len(shown),
                 totals=reading.totals(),
                 errors=reading.errors(),
                 faults=reading.faults(),
                 audit=reading.audit_so_far(),
-            )
+            ),
+            reading.revisions(),
         )
 
     def _state(self, last: int, ended: int) -> RunState:

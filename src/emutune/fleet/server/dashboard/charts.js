@@ -14,11 +14,15 @@ function draw(tag, attributes, parent) {
   return element;
 }
 
+/** The least of 1, 2, 5, 10, 20, ... that is not less. */
+function roundUp(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 5, 10].find((factor) => factor * power >= value) * power;
+}
+
 /** Round values from at most `low` to at least `high`, about four of them. */
 export function ticks(low, high) {
-  const rough = (high - low) / 4 || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const unit = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
+  const unit = roundUp((high - low) / 4 || 1);
   const values = [];
   for (let count = Math.floor(low / unit); values.length === 0 || values.at(-1) < high; count += 1) values.push(count * unit);
   return values;
@@ -83,9 +87,9 @@ export class Chart {
     this.svg.replaceChildren();
     const chosen = this.chosen();
     this.tell(this.steps[chosen]);
+    if (!this.steps.length) return;
     const scale = this.scale();
     this.axes(scale);
-    if (!this.steps.length) return;
     if (this.bars) this.drawBars(scale);
     else this.series.toReversed().forEach((one) => this.drawLine(one, scale));
     if (this.hovered !== null) {
@@ -130,9 +134,9 @@ export class Chart {
       draw("line", { class: "grid", x1: EDGE.left, x2: this.width - EDGE.right, y1: y, y2: y }, this.svg);
       draw("text", { class: "mark", x: EDGE.left - 6, y: y + 4, "text-anchor": "end" }, this.svg).textContent = this.format(mark, true);
     }
-    const apart = Math.ceil(this.steps.length / Math.max(2, Math.floor(this.width / 60)));
+    const apart = roundUp(Math.max(1, this.steps.length / Math.max(2, Math.floor(this.width / 60))));
     this.steps.forEach((step, index) => {
-      if (index % apart) return;
+      if (step.step % apart) return;
       draw("text", { class: "mark", x: this.x(index), y: HEIGHT - 7, "text-anchor": "middle" }, this.svg).textContent = step.step;
     });
   }
@@ -140,9 +144,9 @@ export class Chart {
   drawLine(one, scale) {
     let path = "";
     let pen = "M";
+    const values = this.steps.map(one.value);
     const dots = this.steps.length <= MOST_DOTS;
-    this.steps.forEach((step, index) => {
-      const value = one.value(step);
+    values.forEach((value, index) => {
       if (value === null) {
         pen = "M";
         return;
@@ -150,7 +154,9 @@ export class Chart {
       const [x, y] = [this.x(index), this.y(value, scale)];
       path += `${pen}${x.toFixed(1)} ${y.toFixed(1)}`;
       pen = "L";
-      if (dots) draw("circle", { class: `dot ${one.kind}`, cx: x, cy: y, r: 2.6 }, this.svg);
+      // A line needs two points that follow each other.
+      const alone = (values[index - 1] ?? null) === null && (values[index + 1] ?? null) === null;
+      if (dots || alone) draw("circle", { class: `dot ${one.kind}`, cx: x, cy: y, r: 2.6 }, this.svg);
     });
     draw("path", { class: `line ${one.kind}`, d: path }, this.svg);
   }

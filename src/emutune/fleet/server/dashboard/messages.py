@@ -2,7 +2,7 @@
 
 | method and path | answer |
 |---|---|
-| ``GET /v1/dashboard`` | ``Overview`` |
+| ``GET /v1/dashboard?since=REVISION`` | ``Overview`` |
 | ``GET /v1/dashboard/steps/{step}`` | ``StepDetail``; 404 if it was not begun |
 
 Both answer ``If-None-Match`` with 304 where nothing has changed. Times are those of the server's wall clock, in UTC.
@@ -209,7 +209,9 @@ class Overview(Shown):
         scenario: that rules decide in and links are shaped by.
         step: the last that was begun, counted from 0; None before the first.
         steps_ended, steps_total: how many are over, and of how many.
-        steps: the last of them; ``steps_left_out`` came before.
+        revision: of this answer; the next question names it, to be told of no step that has stayed as it was.
+        steps: of the last of them, from ``first_step`` on, those that changed since the revision that was named;
+            all, if none or another server's was. ``steps_left_out`` came before.
         totals: counters, the same as ``emutune ledger`` prints.
         faults: leases that failed or came late, newest first, the last of them.
     """
@@ -225,6 +227,8 @@ class Overview(Shown):
     steps_ended: int
     steps_total: int
     devices: list[Device]
+    revision: int
+    first_step: int | None
     steps: list[StepSummary]
     steps_left_out: int
     totals: dict[str, int]

@@ -7,6 +7,7 @@ its leases has got further, and of the audit only the rows since the last time a
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,8 +109,9 @@ class LastLease:
 
 @dataclass(frozen=True)
 class _Step:
-    """What was read of a step, and the counts that were true then."""
+    """What was read of a step, in which revision, and the counts that were true then."""
 
+    revision: int
     counts: tuple[object, ...]
     summary: StepSummary
     apart: Deviations
@@ -118,6 +120,9 @@ class _Step:
 class Reading(Ledger):
     """A ledger that is only read, by the thread that opened it.
 
+    Attributes:
+        revision: grows whenever a step has got further, and from one server to the next.
+
     Raises:
         LedgerError: see ``Ledger``.
     """
@@ -125,6 +130,8 @@ class Reading(Ledger):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._database.execute("PRAGMA query_only = ON")
+        # Steps are read twice a second at most, so no later server begins below this one.
+        self.revision = time.time_ns() // 1_000_000
         self._steps: dict[int, _Step] = {}
         self._audited = 0
         self._events: dict[tuple[str, bool], int] = {}
@@ -160,12 +167,17 @@ class Reading(Ledger):
         begun = {
             row["number"]: row for row in self._all("SELECT number, begun_at, ended_at, delay_s FROM steps")
         }
+        self.revision += 1
         for row in self._all(_PROGRESS.format(which="")):
             known, step = self._steps.get(row["step"]), begun[row["step"]]
             counts = (*row, step["ended_at"])
             if known is None or known.counts != counts:
                 self._steps[row["step"]] = self._read_step(row, step, counts)
         return [self._steps[number].summary for number in sorted(self._steps)]
+
+    def revisions(self) -> dict[int, int]:
+        """In which revision each step was read last."""
+        return {number: step.revision for number, step in self._steps.items()}
 
     def steps_ended(self) -> int:
         """How many steps are over."""
@@ -257,7 +269,7 @@ class Reading(Ledger):
             perplexity_before=_mean([lease.perplexity_before for lease in leases]),
             **{name: int(row[name]) for name in (*names, "open", "failed", "expired", "late")},
         )
-        return _Step(counts, summary, deviations(leases))
+        return _Step(self.revision, counts, summary, deviations(leases))
 
 
 def _device_now(row: sqlite3.Row, report: sqlite3.Row | None) -> DeviceNow:

@@ -6,7 +6,7 @@ import hmac
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -66,9 +66,14 @@ IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="T
 AcceptEncoding = Annotated[str, Header(alias="Accept-Encoding", include_in_schema=False)]
 
 
-async def dashboard(board: Shared, known: IfNoneMatch = None, encodings: AcceptEncoding = "") -> Response:
-    """The fleet at a glance."""
-    return _answer(await board.overview(), known, encodings)
+async def dashboard(
+    board: Shared,
+    since: Annotated[int, Query(ge=0, le=1 << 53, description="The revision that is known.")] = 0,
+    known: IfNoneMatch = None,
+    encodings: AcceptEncoding = "",
+) -> Response:
+    """The fleet at a glance; with ``since``, without the steps that have stayed as they were."""
+    return _answer(await board.overview(since), known, encodings)
 
 
 async def dashboard_step(
@@ -90,7 +95,7 @@ def install(app: FastAPI, board: Board) -> None:
     app.add_middleware(Watching, watch=board.watch)
     data = APIRouter(dependencies=[Depends(_operator)])
     for path, answer, kind, codes in (
-        ("/v1/dashboard", dashboard, Overview, (401, 503)),
+        ("/v1/dashboard", dashboard, Overview, (401, 422, 503)),
         ("/v1/dashboard/steps/{step}", dashboard_step, StepDetail, (401, 404, 422, 503)),
     ):
         data.add_api_route(path, answer, response_model=kind, responses=_responses(*codes))

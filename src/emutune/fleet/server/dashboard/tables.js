@@ -112,7 +112,7 @@ export class Pages {
     this.nav.hidden = this.count === 1;
     this.back.disabled = this.page === 0;
     this.next.disabled = this.page === this.count - 1;
-    setText(this.where, `${first + 1} to ${last} of ${rows.length}`);
+    setText(this.where, `${first + 1} to ${last} of ${count(rows.length)}`);
     return rows.slice(first, last);
   }
 }
@@ -133,7 +133,7 @@ export function seconds(value) {
 /** Bytes in decimal units. */
 export function bytes(value, short = false) {
   if (value === null || value === undefined) return NONE;
-  if (value === 0) return "0";
+  if (value === 0) return "0 B";
   const units = ["B", "kB", "MB", "GB", "TB", "PB"];
   const power = Math.max(0, Math.min(units.length - 1, Math.floor(Math.log10(value) / 3)));
   const scaled = value / 1000 ** power;
@@ -141,9 +141,14 @@ export function bytes(value, short = false) {
   return `${number(scaled, power === 0 || scaled >= 100 ? 0 : scaled >= 10 ? 1 : 2)} ${units[power]}`;
 }
 
+/** How many; none where nothing was counted. */
+export function count(value) {
+  return number(value ?? 0, 0);
+}
+
 /** So many of something, in words. */
 export function counted(value, one, many = `${one}s`) {
-  return `${value} ${value === 1 ? one : many}`;
+  return `${count(value)} ${value === 1 ? one : many}`;
 }
 
 export function percent(value) {
