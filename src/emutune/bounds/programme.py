@@ -50,6 +50,7 @@ from scipy import optimize, sparse
 
 from emutune.errors import BoundError
 from emutune.scenario import Scenario
+from emutune.world.devices import tflop_per_bit
 from emutune.world.ergodic import spectral_efficiency
 
 Method = Literal["linear", "integer", "prices"]
@@ -220,9 +221,7 @@ def _with_training(
     wanted = scenario.computation
     if wanted is None or draws.tflops is None:
         return costs
-    parameters = np.array([model.parameters_billion or 0.0 for model in scenario.models])
-    tokens = data_bits / 8 / wanted.bytes_per_token
-    tflop = 4e-3 * parameters[family] * tokens * wanted.epochs
+    tflop = np.array(tflop_per_bit(scenario, wanted))[family] * data_bits
     there_s = tflop / wanted.server_tflops
     return costs._replace(
         shared_upload_s=costs.shared_upload_s + there_s,

@@ -27,7 +27,7 @@ _LINKS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "distance\nm": lambda row: f"{row['distance_m']:.0f}-{row['last_distance_m']:.0f}",
     "line of\nsight %": lambda row: f"{100 * row['line_of_sight_share']:.0f}",
     "path\nloss dB": lambda row: f"{row['path_loss_db']:.0f}",
-    "SNR up,\ndown dB": lambda row: f"{row['uplink_snr_db']:.0f}, {row['downlink_snr_db']:.0f}",
+    "SNR up,\ndown dB": lambda row: f"{row['uplink_snr_db']:z.0f}, {row['downlink_snr_db']:z.0f}",
     "Mbit/s\nup, down": lambda row: f"{row['uplink_mbps']:.3g}, {row['downlink_mbps']:.3g}",
     "upload\ns": lambda row: f"{row['upload_s']:.3g}",
     "emulator\ns": lambda row: f"{row['smallest_emulator_s']:.3g}-{row['largest_emulator_s']:.3g}",

@@ -127,7 +127,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _refuse_difference(path: Path, found: CheckpointHeader, wanted: CheckpointHeader) -> None:
-    if found.config.algorithm != wanted.config.algorithm and type(found.config) is not type(wanted.config):
+    if type(found.config) is not type(wanted.config):
         raise CheckpointError(
             f"{path}: belongs to a run of {found.config.algorithm}, not {wanted.config.algorithm}; choose another --out"
         )

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from emutune.world import Cache, Outcome, Task, World, trains_locally
 from emutune.world.link import shared_rate_bps
+from emutune.world.possible import task_count
 from emutune.world.spending import energy_cost, training_tflop
 
 
@@ -55,8 +56,7 @@ def marginal_costs(world: World, cache: Cache, task: Task, outcome: Outcome) -> 
             here_s.max() if outcome.training_s is None else _largest_other(here_s),
         ),
     )
-    tasks = world.ues if task.active is None else jnp.maximum(jnp.sum(task.active), 1)
-    perplexity = -world.perplexity_weight / tasks * outcome.perplexity
+    perplexity = -world.perplexity_weight / task_count(world.ues, task.active) * outcome.perplexity
     added = perplexity - world.delay_weight_per_s * (outcome.step_delay_s - without_s)
     if outcome.energy_j is None:
         return added

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from emutune.learning.configuration import GuidedConfig
 from emutune.learning.credit import marginal_costs
 from emutune.learning.networks import Network, create_network, set_outputs
+from emutune.learning.rollout import one_axis
 from emutune.policies import Lookahead, plan_lookahead, register_policy
 from emutune.scenario import Scenario
 from emutune.world import (
@@ -213,7 +214,7 @@ def learn_round(
     loud = replace(policy, exploration=noise)
     keys = jax.random.split(episode_key, config.episodes_for(world.ues, world.tasks))
     samples, _ = jax.vmap(lambda key: _play(world, loud, key))(keys)
-    samples = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), samples)
+    samples = one_axis(samples)
     scale = samples.missing.std()
     network = _fit(config, world, network, samples, scale, fit_key)
     return network, scale

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from emutune.learning.advantages import episode_advantages
 from emutune.learning.agents import (
     Actors,
     Inputs,
@@ -31,20 +30,16 @@ from emutune.learning.agents import (
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.networks import Network
-from emutune.learning.rollout import Trajectory, collect, draw_noise
-from emutune.learning.update import TrainingState, fleet_or_marginal_rewards, standardise_values
-from emutune.policies import Policy
-from emutune.world import (
-    Action,
-    Cache,
-    Task,
-    World,
-    all_tasks,
-    draw_episode,
-    empty_cache,
-    observe_task,
-    serve,
+from emutune.learning.rollout import Trajectory, begin_together, collect, draw_noise, one_axis
+from emutune.learning.update import (
+    TrainingState,
+    fleet_or_marginal_rewards,
+    mean_of,
+    returns_to_go,
+    standardise_values,
 )
+from emutune.policies import Policy
+from emutune.world import Action, Cache, Task, World, draw_batch, observe_task, serve
 
 _ROUNDS = 3
 # Decisions of single UEs in each round, in whole episodes.
@@ -97,9 +92,7 @@ def _attend(
 ) -> Lessons:
     """Episodes in which one policy acts, and what the teacher would do."""
     draws, decisions = jax.random.split(key)
-    episodes = jax.vmap(draw_episode, (0, None))(jax.random.split(draws, count), world)
-    tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
-    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), empty_cache(world))
+    tasks, empty = begin_together(world, draw_batch(draws, world, count))
 
     def step(cached: Cache, now: tuple[Task, Array, Array]) -> tuple[Cache, Lessons]:
         task, number, key = now
@@ -112,7 +105,7 @@ def _attend(
 
     every = (tasks, jnp.arange(world.tasks), jax.random.split(decisions, world.tasks))
     _, lessons = jax.lax.scan(step, empty, every)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lessons)
+    return one_axis(lessons)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -124,7 +117,8 @@ def _fit_actors(config: TrainingConfig, actors: Actors, lessons: Lessons, key: K
         surprise = jax.nn.softplus(jnp.where(at_server, -logits, logits))
         means = retention_means(config.network, pupil, inputs, at_server)
         chosen = decides_retention(config.network, inputs, at_server)
-        return _mean(surprise, inputs.chooses) + _mean((means - batch.unclipped) ** 2, chosen)
+        wrong = surprise.mean() if inputs.chooses is None else mean_of(surprise, inputs.chooses)
+        return wrong + mean_of((means - batch.unclipped) ** 2, chosen)
 
     case, emulator = _descend(loss, (actors.case, actors.emulator), lessons, key)
     return Actors(case, emulator, actors.log_std)
@@ -141,16 +135,13 @@ def _fit_critics(
 ) -> TrainingState:
     """The state with these actors, and critics that know what they reach as they explore."""
     draws, noise, fits = jax.random.split(key, 3)
-    episodes = jax.vmap(draw_episode, (0, None))(jax.random.split(draws, count), world)
+    episodes = draw_batch(draws, world, count)
     explored = draw_noise(noise, (world.tasks, count, world.ues))
     trajectory: Trajectory = collect(world, config.network, actors, episodes, explored)
     rewards = fleet_or_marginal_rewards(config, world, trajectory)
     state = standardise_values(config, state, rewards)
-    to_go = episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
-    targets = (to_go - state.value_centre) / state.value_scale
-    flat = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory.inputs, trajectory.at_server, targets)
-    )
+    targets = (returns_to_go(config, rewards) - state.value_centre) / state.value_scale
+    flat = one_axis((trajectory.inputs, trajectory.at_server, targets))
     critics = []
     for critic, network in zip(critic_plan(config).critics, state.parameters.critics, strict=True):
 
@@ -176,10 +167,3 @@ def _descend(loss: Callable[..., Array], start: Any, samples: Any, key: Key[Arra
     batches = jax.random.randint(key, (_FITS, min(_BATCH, count)), 0, count)
     (networks, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), batches)
     return networks
-
-
-def _mean(values: Float[Array, "..."], which: Array | None) -> Float[Array, ""]:
-    """Mean over those that count."""
-    if which is None:
-        return values.mean()
-    return jnp.sum(values * which) / jnp.maximum(jnp.sum(which), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ from emutune.world import (
     usable_layers,
 )
 
+Steps = TypeVar("Steps")
+
 
 class Noise(NamedTuple):
     """What makes actions random: logistic for the cases, normal for the retentions; zero is greedy."""
@@ -64,15 +66,27 @@ def draw_noise(key: Key[Array, ""], shape: tuple[int, int, int]) -> Noise:
     return Noise(jax.random.logistic(case_key, shape), jax.random.normal(emulator_key, shape))
 
 
+def begin_together(world: World, episodes: Episode) -> tuple[Task, Cache]:
+    """A batch of episodes for ``jax.lax.scan``: all their tasks, time first, and the caches before the first."""
+    count = episodes.complexity.shape[0]
+    tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
+    return tasks, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, world.ues)), empty_cache(world))
+
+
+def one_axis(steps: Steps) -> Steps:
+    """Steps of a batch of episodes one after another: two leading axes made one."""
+    flat: Steps = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), steps)
+    return flat
+
+
 def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, noise: Noise) -> Trajectory:
     """Act through a batch of episodes (leading axis: episodes).
 
     Only what depends on earlier actions runs step by step: the caches and the decisions. The features
     of the tasks before, and what every step charged after, are computed for all steps at once.
     """
-    tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
+    tasks, empty = begin_together(world, episodes)
     steps, count = jnp.arange(world.tasks), episodes.complexity.shape[0]
-    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, world.ues)), empty_cache(world))
     observations = jax.vmap(observe_task, (None, None, 0, 0))(world, empty, tasks, steps)
     known = task_features(world, observations)
     context = jnp.broadcast_to(progress_feature(observations)[:, None, None], (world.tasks, count, 1))

@@ -38,7 +38,7 @@ from emutune.learning.update import (
 )
 from emutune.policies import Lookahead, Policy
 from emutune.scenario import Scenario
-from emutune.world import Episode, World, build_world, draw_episode
+from emutune.world import Episode, World, build_world, draw_batch
 
 # Updates between two checkpoints: a fraction of a second of work.
 CHUNK = 50
@@ -284,8 +284,7 @@ def _wanted(config: Settings, teacher: Policy | None) -> Policy:
 
 
 def _validation_episodes(world: World, count: int) -> Episode:
-    keys = jax.random.split(jax.random.key(_VALIDATION_KEY), count)
-    return jax.vmap(draw_episode, (0, None))(keys, world)
+    return draw_batch(jax.random.key(_VALIDATION_KEY), world, count)
 
 
 def _record(rows: Metrics, index: int, steps: int, speed: float) -> dict[str, Any]:

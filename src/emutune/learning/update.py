@@ -25,8 +25,8 @@ from emutune.learning.configuration import TrainingConfig
 from emutune.learning.credit import marginal_costs
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.networks import Network
-from emutune.learning.rollout import Noise, Summary, Trajectory, collect, draw_noise, summarise
-from emutune.world import Episode, World, draw_episode
+from emutune.learning.rollout import Noise, Summary, Trajectory, collect, draw_noise, one_axis, summarise
+from emutune.world import Episode, World, draw_batch
 
 
 class Parameters(NamedTuple):
@@ -113,7 +113,7 @@ def train_update(
 ) -> tuple[TrainingState, Metrics]:
     """One update out of ``updates``; evaluation measures the actors that the update starts from."""
     keys = jax.random.split(jax.random.fold_in(state.key, state.update), 3)
-    exploring = jax.vmap(draw_episode, (0, None))(jax.random.split(keys[0], config.environments), world)
+    exploring = draw_batch(keys[0], world, config.environments)
     trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
     if config.teacher == "none":
         state = jax.lax.cond(
@@ -147,8 +147,15 @@ def standardise_values(
     config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes ..."]
 ) -> TrainingState:
     """Centre and scale value targets at the mean and spread of the discounted returns to go."""
-    to_go = episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
+    to_go = returns_to_go(config, rewards)
     return state._replace(value_centre=to_go.mean(), value_scale=jnp.maximum(to_go.std(), 1e-6))
+
+
+def returns_to_go(
+    config: TrainingConfig, rewards: Float[Array, "tasks episodes ..."]
+) -> Float[Array, "tasks episodes ..."]:
+    """Discounted rewards from each step on: advantages over critics that expect nothing."""
+    return episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
 
 
 def _explore_and_evaluate(
@@ -200,7 +207,7 @@ def _make_samples(
         emulator_advantage=_standardise(advantages[plan.emulator]),
         targets=jnp.stack(targets, axis=-1),
     )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), samples), explained
+    return one_axis(samples), explained
 
 
 def _epochs(
@@ -297,7 +304,12 @@ def clipped_loss(
     ratio = jnp.exp(log_ratio)
     shared = advantage if advantage.ndim > 1 else advantage[:, None]
     objective = jnp.minimum(ratio * shared, jnp.clip(ratio, 1 - clip, 1 + clip) * shared)
-    return -jnp.sum(objective * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+    return -mean_of(objective, weight)
+
+
+def mean_of(values: Float[Array, "*batch"], which: Array) -> Float[Array, ""]:
+    """Mean over those that count; 0 if none does."""
+    return jnp.sum(values * which) / jnp.maximum(jnp.sum(which), 1.0)
 
 
 def _standardise(values: Float[Array, "..."]) -> Float[Array, "..."]:

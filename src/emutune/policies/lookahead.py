@@ -72,7 +72,7 @@ class Lookahead:
     ) -> Action:
         """The cheapest joint choice, given what each UE's cache is worth later."""
         prices = step_prices(world, observation, self.most)
-        if any(part is not None for part in jax.tree.leaves(world.devices)):
+        if jax.tree.leaves(world.devices):
             shadow = self.shadow_per_j(world, observation)
             chosen = assign_jointly(list_options(world, observation, prices, kept, renewed, shadow))
         else:

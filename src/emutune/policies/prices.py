@@ -16,6 +16,7 @@ from emutune.world.ergodic import spectral_nats
 from emutune.world.link import shared_rate_bps
 from emutune.world.observation import downlink_gain
 from emutune.world.parameters import bits_of, layers_of
+from emutune.world.possible import task_count
 from emutune.world.quality import complexity_factor, curve_perplexity
 from emutune.world.spending import training_tflop
 
@@ -54,8 +55,11 @@ def step_prices(world: World, observation: Observation, most: int) -> Prices:
         jnp.broadcast_to(bound, (ues,))[:, None]
         for bound in possible_levels(world, family, observation.device)
     )
-    tasks = ues if observation.active is None else jnp.maximum(jnp.sum(observation.active), 1)
-    scale = -world.perplexity_weight / tasks * complexity_factor(world, observation.complexity)
+    scale = (
+        -world.perplexity_weight
+        / task_count(ues, observation.active)
+        * complexity_factor(world, observation.complexity)
+    )
     each = None if family is None else jnp.broadcast_to(family[:, None], (ues, most + 1))
     held = jnp.round(observation.cached_retention * all_layers[:, 0]).astype(jnp.int32)
     missing = layers - (held[:, None] if world.delta_download else 0)

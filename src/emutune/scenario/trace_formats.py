@@ -81,8 +81,8 @@ def import_trace(
         TraceError: the file cannot be read, is of another form, or too little of it is usable.
         UsageError: the form is unknown, or an argument does not fit it.
     """
-    if form not in FORMS:
-        raise UsageError(f"trace import: no form {form!r}; choose from {', '.join(FORMS)}")
+    if form not in _FORMS:
+        raise UsageError(f"trace import: no form {form!r}; choose from {', '.join(_FORMS)}")
     if interval_s <= 0 or not math.isfinite(interval_s):
         raise UsageError(f"--interval-s: must be positive, got {interval_s:g}")
     account = Account()
@@ -91,7 +91,7 @@ def import_trace(
     elif uplink is not None:
         raise UsageError("--uplink: only mahimahi keeps the uplink in a file of its own; leave it out")
     else:
-        rows = list(FORMS[form](path, account))
+        rows = list(_TABLES[form](path, account))
     rows = _drop_zeros(rows, account) if drop_zeros else rows
     rows = _in_order(rows, account)
     if len(rows) < 2:
@@ -266,9 +266,5 @@ def _some(lines: Sequence[int], most: int = 3) -> str:
     return shown if len(lines) <= most else f"{shown}, ..."
 
 
-FORMS: dict[str, Callable[[str | Path, Account], Iterable[Row]]] = {
-    "csv": _read_csv,
-    "raca": _read_raca,
-    # Two files: see _read_mahimahi.
-    "mahimahi": _read_csv,
-}
+_TABLES: dict[str, Callable[[str | Path, Account], Iterable[Row]]] = {"csv": _read_csv, "raca": _read_raca}
+_FORMS = (*_TABLES, "mahimahi")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from emutune.scenario import Scenario, Spread
+from emutune.scenario import Computation, Scenario, Spread
 
 # Each draw has a number of its own, folded into the episode's key: those that were there before stay.
 _SPEED, _ENERGY, _MEMORY, _PRIVACY, _ACTIVITY = 101, 102, 103, 104, 105
@@ -113,17 +113,22 @@ def for_every_step(device: Device, tasks: int) -> Device:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (tasks, *leaf.shape)), device)
 
 
+def tflop_per_bit(scenario: Scenario, wanted: Computation) -> list[float]:
+    """Operations, in 1e12, of training each family's whole model on a bit of data (D13)."""
+    # 4 P operations a token: 2 forward, and 2 backward to the activations of weights that stay frozen.
+    tflop_per_token = [4e-3 * (model.parameters_billion or 0.0) for model in scenario.models]
+    per_bit = wanted.epochs / (8 * wanted.bytes_per_token)
+    return [each * per_bit for each in tflop_per_token]
+
+
 def _build_computation(scenario: Scenario) -> ComputationTable | None:
     wanted = scenario.computation
     if wanted is None:
         return None
-    # 4 P operations a token: 2 forward, and 2 backward to the activations of weights that stay frozen.
-    tflop_per_token = [4e-3 * (model.parameters_billion or 0.0) for model in scenario.models]
-    per_bit = wanted.epochs / (8 * wanted.bytes_per_token)
     return ComputationTable(
         device_tflops=_spread(wanted.device_tflops),
         server_tflops=_real(wanted.server_tflops),
-        tflop_per_bit=jnp.asarray([each * per_bit for each in tflop_per_token], jnp.float32),
+        tflop_per_bit=jnp.asarray(tflop_per_bit(scenario, wanted), jnp.float32),
     )
 
 

@@ -128,6 +128,11 @@ def draw_episode(key: Key[Array, ""], world: World) -> Episode:
     )
 
 
+def draw_batch(key: Key[Array, ""], world: World, count: int) -> Episode:
+    """A batch of episodes, leading axis: episodes."""
+    return jax.vmap(draw_episode, (0, None))(jax.random.split(key, count), world)
+
+
 def draw_links(key: Key[Array, ""], world: World) -> tuple[Channel, Float[Array, "ues"]]:
     """The channel of the episode of a key, and the transmit powers."""
     keys = jax.random.split(key, 5)

@@ -75,5 +75,9 @@ def mean_over_tasks(
     """Mean over the UEs that have a task; 0 if none has."""
     if active is None:
         return jnp.mean(values, axis=-1)
-    count = jnp.maximum(jnp.sum(active, axis=-1), 1)
-    return jnp.sum(jnp.where(active, values, 0.0), axis=-1) / count
+    return jnp.sum(jnp.where(active, values, 0.0), axis=-1) / task_count(values.shape[-1], active)
+
+
+def task_count(ues: int, active: Bool[Array, "*batch ues"] | None) -> int | Int[Array, "*batch"]:
+    """How many UEs have a task, but at least 1, since it is what sums over tasks are divided by."""
+    return ues if active is None else jnp.maximum(jnp.sum(active, axis=-1), 1)
