@@ -16,11 +16,24 @@ from emutune.world import Episode
 
 @dataclass(frozen=True)
 class Carried:
-    """What a UE takes along: family and layers of its emulator (0: none), joules spent."""
+    """What a UE takes along: family and layers of each emulator, the one used last first, and joules spent."""
 
-    family: int = 0
-    layers: int = 0
+    emulators: tuple[tuple[int, int], ...] = ()
     spent_j: float = 0.0
+
+    @property
+    def layers(self) -> int:
+        """Of the emulator used last; 0 for none."""
+        return self.emulators[0][1] if self.emulators else 0
+
+    def of(self, family: int) -> int:
+        """Layers held of a family; 0 for none."""
+        return dict(self.emulators).get(family, 0)
+
+
+def carrying(family: int, layers: int, spent_j: float) -> Carried:
+    """A UE with one emulator, or with none where it has 0 layers."""
+    return Carried(((int(family), int(layers)),) if layers else (), float(spent_j))
 
 
 def tasks_of(episode: Episode) -> list[list[dict[str, Any]]]:
@@ -49,13 +62,36 @@ def tasks_of(episode: Episode) -> list[list[dict[str, Any]]]:
 
 def possible_layers(scenario: Scenario, task: dict[str, Any]) -> list[int]:
     """Levels inside the retention bounds that the UE can hold."""
-    model = scenario.models[task["family"]]
+    model, cache_gb = scenario.models[task["family"]], cache_of(scenario)
     return [
         k
         for k in range(1, model.layers + 1)
         if scenario.retention.min - 1e-9 <= k / model.layers <= scenario.retention.max + 1e-9
         and 8e9 * model.size_gb * k / model.layers <= task["memory_bits"] * (1 + 1e-6)
+        and (cache_gb is None or model.size_gb * k / model.layers <= cache_gb * (1 + 1e-9))
     ]
+
+
+def cache_of(scenario: Scenario) -> float | None:
+    """GB that a UE can keep of emulators; None where it keeps one of any size."""
+    return scenario.families.cache_gb if scenario.families else None
+
+
+def kept_after(
+    scenario: Scenario, emulators: tuple[tuple[int, int], ...], used: tuple[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """Emulators, the one used last first, once one was used: those at the end go until all fit."""
+    cache_gb = cache_of(scenario)
+    if cache_gb is None:
+        return (used,)
+    kept = [used, *(one for one in emulators if one[0] != used[0])]
+    while len(kept) > 1 and sum(_gb(scenario, *one) for one in kept) > cache_gb * (1 + 1e-6):
+        kept.pop()
+    return tuple(kept)
+
+
+def _gb(scenario: Scenario, family: int, layers: int) -> float:
+    return scenario.models[family].size_gb * layers / scenario.models[family].layers
 
 
 def project(scenario: Scenario, task: dict[str, Any], at_server: bool, wanted: float) -> tuple[str, int]:
@@ -85,7 +121,7 @@ def serve(
     there = sum(kind == "server" for kind, _ in plan)
     sent = []
     for task, mine, (kind, layers) in zip(tasks, carried, plan, strict=True):
-        held = mine.layers if mine.family == task["family"] else 0
+        held = mine.of(task["family"])
         if kind != "local" or layers == held:
             sent.append(0)
         else:
@@ -124,8 +160,10 @@ def serve(
         delays.append(up + down + train)
         trained.append(train)
         joules.append(spent)
-        emulator = (task["family"], layers) if kind == "local" else (mine.family, mine.layers)
-        after.append(Carried(*emulator, mine.spent_j + spent))
+        emulators = mine.emulators
+        if kind == "local":
+            emulators = kept_after(scenario, emulators, (task["family"], layers))
+        after.append(Carried(emulators, mine.spent_j + spent))
     active = sum(kind != "idle" for kind, _ in plan)
     cost = -scenario.reward.perplexity_weight * sum(perplexities) / max(active, 1)
     cost -= scenario.reward.delay_weight_per_min * max(delays) / 60
@@ -157,6 +195,8 @@ FEATURES = {
     "privacy": ["privacy={share=0.4}"],
     "activity": ["activity={task_probability=0.6}"],
     "delta": ["download={delta=true}"],
+    # Two of the larger emulators of 10.8 GB do not fit, smaller ones do.
+    "cache": ["families.cache_gb=9.0"],
     "mobility": ["mobility={speed_mps={min=1.0,max=20.0},interval_s=60.0}"],
     "fading": ["radio.fading={speed_mps=1.0,interval_s=0.01}", "radio.carrier_ghz=3.5"],
     "ergodic": ["radio.rate='ergodic'"],
@@ -175,7 +215,7 @@ def changes_for(features: set[str]) -> list[str]:
 
 @st.composite
 def feature_sets(draw: st.DrawFn) -> set[str]:
-    """Any combination of features that a scenario may have together."""
+    """Any combination of features that a scenario of several families may have together."""
     features = draw(st.sets(st.sampled_from(sorted(FEATURES))))
     if "trace" in features:
         features -= {"mobility", "fading", "ergodic"}

@@ -97,7 +97,7 @@ def test_credit_counts_training_and_joules(features: set[str]) -> None:
         possible = [plain.possible_layers(scenario, row) for row in rows]
         held = [int(draw.choice(one)) if one and draw.random() < 0.5 else 0 for one in possible]
         spent = draw.uniform(0, 4000, 5)
-        carried = [plain.Carried(*mine) for mine in zip(family, held, spent, strict=True)]
+        carried = [plain.carrying(*mine) for mine in zip(family, held, spent, strict=True)]
         cache = Cache(
             jnp.asarray(held, jnp.int32),
             jnp.asarray(family, jnp.int32),

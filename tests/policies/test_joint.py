@@ -72,7 +72,7 @@ def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
         state, rows = some_state(scenario, seed, scenario.fleet.tasks - 1)
         spent = [0.0] * 3 if state.cache.spent_j is None else np.asarray(state.cache.spent_j, float)
         cache = zip(np.asarray(state.cache.family), np.asarray(state.cache.layers), spent, strict=True)
-        carried = [plain.Carried(int(f), int(k), float(e)) for f, k, e in cache]
+        carried = [plain.carrying(*mine) for mine in cache]
         best = max(
             plain.serve(scenario, rows, carried, list(plan))[1]["reward"]
             for plan in itertools.product(*(options(scenario, task) for task in rows))

@@ -583,6 +583,13 @@ def test_a_family_may_name_a_curve_file(tmp_path: Path) -> None:
             "families.others=[{size_gb=1.0, layers=1}]",
             r"no whole number of the 1 layers lies between .*families\.others\.0\.layers",
         ),
+        ("families.cache_gb=0", r"families\.cache_gb: must be positive, got 0"),
+        ("families.cache_gb='two'", r"families\.cache_gb: must be a number in GB \(1e9 bytes\), got 'two'"),
+        (
+            "families.cache_gb=2.0",
+            r"families\.cache_gb: 2 GB hold no emulator of model, the smallest of which has 2\.025 GB; "
+            r"raise families\.cache_gb to at least that, lower retention\.min or leave families\.cache_gb out",
+        ),
         (
             "families.others=[{size_gb=1.0, layers=8, curve={quadratic=0.0, linear=-9.0, constant=8.0}}]",
             r"families\.others\.0\.curve: perplexity falls to -1",

@@ -45,7 +45,7 @@ COMBINATIONS = [
     *(pytest.param({feature}, marks=pytest.mark.slow) for feature in ALONE),
     pytest.param({"computation", "energy"}, marks=pytest.mark.slow),
     pytest.param(EVERYTHING, marks=pytest.mark.slow),
-    EVERYTHING | {"delta", "trace"},
+    EVERYTHING | {"delta", "trace", "cache"},
     pytest.param(EVERYTHING | {"ergodic", "mobility"}, marks=pytest.mark.slow),
 ]
 
@@ -87,6 +87,11 @@ def assert_same(theirs, ours) -> None:
         if getattr(outcome, field) is not None:
             np.testing.assert_allclose(getattr(outcome, field), expected[field], rtol=3e-5, atol=1e-5)
     np.testing.assert_array_equal(state.cache.layers, [mine.layers for mine in carried])
+    if state.cache.shelf is not None:
+        families = range(state.cache.shelf.layers.shape[1])
+        np.testing.assert_array_equal(
+            state.cache.shelf.layers, [[mine.of(family) for family in families] for mine in carried]
+        )
     if state.cache.spent_j is not None:
         np.testing.assert_allclose(state.cache.spent_j, [mine.spent_j for mine in carried], rtol=3e-5)
 
@@ -376,7 +381,7 @@ def test_features_by_hand() -> None:
 @pytest.mark.parametrize("name", [pytest.param("paper", marks=pytest.mark.slow), "families"])
 def test_environments_run_with_everything_on(name: str) -> None:
     changes = [*plain.changes_for(EVERYTHING), "fleet.ues=4", "fleet.tasks=6"]
-    changes += [OTHER] if name == "families" else []
+    changes += [OTHER, *plain.changes_for({"cache"})] if name == "families" else []
     env, both = OrchestrationEnv(name, changes), parallel_env(name, changes)
     many = OrchestrationVectorEnv(2, name, changes)
     seen, _ = env.reset(seed=3)

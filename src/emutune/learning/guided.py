@@ -40,6 +40,7 @@ from emutune.world import (
     serve,
     ue_features,
 )
+from emutune.world.observation import other_retention
 from emutune.world.parameters import layers_of
 from emutune.world.possible import mean_over_tasks
 
@@ -115,11 +116,8 @@ def correction(
 
 
 def _held(observation: Observation) -> tuple[Float[Array, "*batch ues"], Float[Array, "*batch ues"]]:
-    """Retention held of the task's family, and of another."""
-    usable = observation.cached_retention
-    if observation.held_retention is None:
-        return usable, jnp.zeros_like(usable)
-    return usable, jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
+    """Retention held of the task's family, and the largest of another."""
+    return observation.cached_retention, other_retention(observation)
 
 
 class Samples(NamedTuple):

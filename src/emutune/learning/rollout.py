@@ -70,7 +70,8 @@ def begin_together(world: World, episodes: Episode) -> tuple[Task, Cache]:
     """A batch of episodes for ``jax.lax.scan``: all their tasks, time first, and the caches before the first."""
     count = episodes.complexity.shape[0]
     tasks = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(all_tasks)(episodes))
-    return tasks, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, world.ues)), empty_cache(world))
+    empty = empty_cache(world)
+    return tasks, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), empty)
 
 
 def one_axis(steps: Steps) -> Steps:
@@ -104,7 +105,7 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
         if cached.spent_j is None:
             layers = choose_layers(world, wanted, usable, task.family, task.device)
             keeps = ~trains_locally(task.active, at_server)
-            after = updated_cache(cached, task.family, layers, keeps)
+            after = updated_cache(world, cached, task.family, layers, keeps)
         else:
             # What is spent depends on what all others do.
             after, _ = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, Action(at_server, wanted))

@@ -40,6 +40,10 @@ class Model(NamedTuple):
     curve: Curve
     parameters_billion: float | None = None
 
+    def emulator_gb(self, layers: int) -> float:
+        """Size of the emulator of so many layers."""
+        return self.size_gb * layers / self.layers
+
 
 def _with_curves(
     first: FoundationModel, others: tuple[Family, ...]
@@ -83,7 +87,7 @@ class Scenario(Section):
     @property
     def level_bounds(self) -> tuple[int, int]:
         """Fewest and most layers an emulator may keep: the levels k/L inside the retention bounds (D9)."""
-        return self._levels(self.model.layers)
+        return self._levels(self.model)
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -93,7 +97,7 @@ class Scenario(Section):
             Model(
                 one.size_gb,
                 one.layers,
-                *self._levels(one.layers),
+                *self._levels(one),
                 curve or self.quality.curve,
                 one.parameters_billion,
             )
@@ -122,7 +126,14 @@ class Scenario(Section):
         features = (self.trace, self.mobility, radio.path_loss, radio.fading)
         return radio.rate == "shannon" and all(feature is None for feature in features)
 
-    def _levels(self, layers: int) -> tuple[int, int]:
+    def _levels(self, one: FoundationModel | Family) -> tuple[int, int]:
+        fewest, most = self._levels_between_bounds(one.layers)
+        cache_gb = self.families.cache_gb if self.families else None
+        if cache_gb is not None:
+            most = min(most, math.floor(min(cache_gb / one.size_gb, 1.0) * one.layers + 1e-9 * one.layers))
+        return fewest, most
+
+    def _levels_between_bounds(self, layers: int) -> tuple[int, int]:
         # The guard absorbs binary fractions: 0.3 * 10 is 2.9999999999999996 or 3.0000000000000004.
         guard = 1e-9 * layers
         return max(1, math.ceil(self.retention.min * layers - guard)), math.floor(
@@ -132,11 +143,26 @@ class Scenario(Section):
     @model_validator(mode="after")
     def _some_emulator_exists(self) -> Scenario:
         for index, model in enumerate(self.models):
-            if model.fewest > model.most:
+            fewest, most = self._levels_between_bounds(model.layers)
+            if fewest > most:
                 where = f"families.others.{index - 1}" if index else "model"
                 raise ValueError(
                     f"retention: no whole number of the {model.layers} layers lies between "
                     f"{self.retention.min:g} and {self.retention.max:g}; widen the bounds or raise {where}.layers"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _every_family_fits_the_cache(self) -> Scenario:
+        if self.families is None or self.families.cache_gb is None:
+            return self
+        for index, model in enumerate(self.models):
+            if model.fewest > model.most:
+                where = f"families.others.{index - 1}" if index else "model"
+                raise ValueError(
+                    f"families.cache_gb: {self.families.cache_gb:g} GB hold no emulator of {where}, the smallest of "
+                    f"which has {model.emulator_gb(model.fewest):g} GB; raise families.cache_gb to at least that, "
+                    "lower retention.min or leave families.cache_gb out"
                 )
         return self
 
@@ -195,7 +221,7 @@ class Scenario(Section):
             return self
         least = self.memory.device_gb.min
         for index, model in enumerate(self.models):
-            smallest = model.size_gb * model.fewest / model.layers
+            smallest = model.emulator_gb(model.fewest)
             if least < smallest:
                 where = f"families.others.{index - 1}" if index else "model"
                 raise ValueError(

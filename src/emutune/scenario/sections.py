@@ -248,10 +248,15 @@ class Families(Section):
 
     The family of a UE's task is a Markov chain: it stays with probability ``persistence`` and is drawn
     anew from all families otherwise. The model in ``model`` is the first family, ``others`` the rest.
+
+    Attributes:
+        cache_gb: what a UE can keep of emulators, one of each family; those used least recently make room for
+            what is fetched, and none may be larger than this. If not given, a UE keeps one emulator, of any size.
     """
 
     persistence: Probability
     others: Annotated[tuple[Family, ...], Field(min_length=1, max_length=63, strict=False)]
+    cache_gb: Positive | None = None
 
 
 class Download(Section):

@@ -1,9 +1,9 @@
 """The simulator: channel, links, quality and dynamics as pure JAX functions."""
 
+from emutune.world.cache import Cache, Shelf, empty_cache, updated_cache, usable_layers
 from emutune.world.devices import Device, DeviceTables
 from emutune.world.dynamics import (
     Action,
-    Cache,
     Episode,
     Outcome,
     State,
@@ -13,12 +13,9 @@ from emutune.world.dynamics import (
     current_task,
     draw_batch,
     draw_episode,
-    empty_cache,
     reset,
     serve,
     step,
-    updated_cache,
-    usable_layers,
 )
 from emutune.world.observation import (
     Observation,
@@ -44,6 +41,7 @@ __all__ = [
     "Episode",
     "Observation",
     "Outcome",
+    "Shelf",
     "State",
     "Task",
     "World",

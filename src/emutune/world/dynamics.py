@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from emutune.world.cache import Cache, empty_cache, updated_cache, usable_layers
 from emutune.world.devices import Device, draw_activity, draw_devices, for_every_step
 from emutune.world.families import draw_families
 from emutune.world.link import download_delay_s, upload_delay_s
@@ -62,18 +63,6 @@ class Task(NamedTuple):
     downlink_gain: Float[Array, "ues"] | None = None
     distance_m: Float[Array, "ues"] | None = None
     approach_m: Float[Array, "ues"] | None = None
-
-
-class Cache(NamedTuple):
-    """What each UE carries from one step to the next.
-
-    That is one emulator: its layers (0: none, D10), and its family if there are several. Where there is a
-    budget of energy it is also the energy that was spent.
-    """
-
-    layers: Int[Array, "*batch ues"]
-    family: Int[Array, "*batch ues"] | None = None
-    spent_j: Float[Array, "*batch ues"] | None = None
 
 
 class State(NamedTuple):
@@ -138,23 +127,6 @@ def draw_links(key: Key[Array, ""], world: World) -> tuple[Channel, Float[Array,
     keys = jax.random.split(key, 5)
     transmit_power_w = _uniform(keys[4], world.transmit_power_w, (world.ues,))
     return draw_channel(key, keys[0], keys[1], world, transmit_power_w), transmit_power_w
-
-
-def empty_cache(world: World) -> Cache:
-    """No UE holds an emulator (D10), and none has spent anything."""
-    nothing = jnp.zeros(world.ues, jnp.int32)
-    energy = world.devices.energy
-    has_budget = energy is not None and energy.budget_j is not None
-    return Cache(
-        nothing, None if world.families is None else nothing, jnp.zeros(world.ues) if has_budget else None
-    )
-
-
-def usable_layers(cache: Cache, family: Int[Array, "*batch ues"] | None) -> Int[Array, "*batch ues"]:
-    """Layers of the emulator that each UE holds for its task's family; 0 if it holds none of that family."""
-    if cache.family is None or family is None:
-        return cache.layers
-    return jnp.where(cache.family == family, cache.layers, 0)
 
 
 def reset(key: Key[Array, ""], world: World) -> State:
@@ -229,7 +201,7 @@ def serve(world: World, cache: Cache, task: Task, action: Action) -> tuple[Cache
     outcome = Outcome(
         retention, switched, delay_s, perplexity, step_delay_s, reward, at_server, trained_s, used_j
     )
-    after = updated_cache(cache, family, layers, at_server if active is None else ~local)
+    after = updated_cache(world, cache, family, layers, at_server if active is None else ~local)
     return after._replace(spent_j=spent_j), outcome
 
 
@@ -254,19 +226,6 @@ def choose_layers(
     layers = jnp.clip(jnp.round(retention * all_layers).astype(jnp.int32), low, high)
     distance = jnp.abs(retention - held / all_layers)
     return jnp.where((held > 0) & (distance < world.hold_tolerance), held, layers)
-
-
-def updated_cache(
-    cache: Cache,
-    family: Int[Array, "*batch ues"] | None,
-    layers: Int[Array, "*batch ues"],
-    keeps: Bool[Array, "*batch ues"],
-) -> Cache:
-    """Training on a UE leaves its emulator in the cache; UEs that keep theirs train elsewhere or not at all."""
-    after = jnp.where(keeps, cache.layers, layers)
-    if cache.family is None or family is None:
-        return Cache(after, None, cache.spent_j)
-    return Cache(after, jnp.where(keeps, cache.family, family), cache.spent_j)
 
 
 def _radio(episode: Episode, rows_of: Callable[[Array, int], Array]) -> dict[str, Array]:

@@ -15,7 +15,8 @@ from emutune.scenario import Curve, Scenario
 class FamilyTables(NamedTuple):
     """The numbers of each family, and how likely a UE's next task is of the same one.
 
-    ``knots`` holds the measured curves, padded beyond retention 1 to one length.
+    ``knots`` holds the measured curves, padded beyond retention 1 to one length. ``cache_bits`` is what a UE
+    can keep of emulators; None where it keeps one.
     """
 
     persistence: Float[Array, ""]
@@ -25,13 +26,14 @@ class FamilyTables(NamedTuple):
     curve: Float[Array, "families 3"]
     measured: Bool[Array, "families"]
     knots: Float[Array, "families 2 knots"]
+    cache_bits: Float[Array, ""] | None = None
 
 
 def build_families(scenario: Scenario) -> FamilyTables | None:
     """The tables of a scenario; None if it has one family."""
     if scenario.families is None:
         return None
-    models = scenario.models
+    models, cache_gb = scenario.models, scenario.families.cache_gb
     curves = [model.curve for model in models]
     length = max(len(curve.knots) for curve in curves)
     return FamilyTables(
@@ -42,6 +44,7 @@ def build_families(scenario: Scenario) -> FamilyTables | None:
         curve=jnp.asarray([(one.quadratic, one.linear, one.constant) for one in curves], jnp.float32),
         measured=jnp.asarray([bool(curve.knots) for curve in curves]),
         knots=jnp.asarray(np.stack([_padded(curve, length) for curve in curves]), jnp.float32),
+        cache_bits=None if cache_gb is None else jnp.asarray(8e9 * cache_gb, jnp.float32),
     )
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from emutune.world.cache import Cache, usable_layers
 from emutune.world.devices import ComputationTable, Device, SpreadTable, spread_quantile
-from emutune.world.dynamics import Cache, State, Task, current_task, usable_layers
+from emutune.world.dynamics import State, Task, current_task
 from emutune.world.families import FamilyTables
 from emutune.world.parameters import World, layers_of
 from emutune.world.possible import possible_levels
@@ -26,7 +27,7 @@ class Observation(NamedTuple):
 
     Attributes:
         family: family of each task; this and the next two are None in a world of one family.
-        held_family: family of the emulator that each UE holds; means nothing where it holds none.
+        held_family: family of the emulator that each UE used last; means nothing where it holds none.
         held_retention: retention of that emulator, 0 for none.
         device: speed, power, memory and privacy of each UE, as far as the world has them.
         active: who has a task; None where everybody always has one. A UE without one still shows the family
@@ -35,6 +36,9 @@ class Observation(NamedTuple):
         previous_downlink_gain: None where both links have one gain.
         distance_m: of each UE, as its timing advance tells the base station; None where UEs do not move.
         approach_m: by how much it came nearer since the task before.
+        held_retentions: retention of the emulator held of each family, 0 for none; this and the next are None
+            where a UE holds no more than one.
+        held_ages: how many families were used since each was (``Shelf``).
     """
 
     previous_gain: Float[Array, "*batch ues"]
@@ -52,6 +56,8 @@ class Observation(NamedTuple):
     previous_downlink_gain: Float[Array, "*batch ues"] | None = None
     distance_m: Float[Array, "*batch ues"] | None = None
     approach_m: Float[Array, "*batch ues"] | None = None
+    held_retentions: Float[Array, "*batch ues families"] | None = None
+    held_ages: Int[Array, "*batch ues families"] | None = None
 
 
 def downlink_gain(observation: Observation) -> Float[Array, "*batch ues"]:
@@ -61,6 +67,16 @@ def downlink_gain(observation: Observation) -> Float[Array, "*batch ues"]:
     return observation.previous_downlink_gain
 
 
+def other_retention(observation: Observation) -> Float[Array, "*batch ues"]:
+    """The retention held of another family than the task's, the largest where there are several; 0 for none."""
+    if observation.held_retentions is not None and observation.family is not None:
+        own = jnp.arange(observation.held_retentions.shape[-1]) == observation.family[..., None]
+        return jnp.max(jnp.where(own, 0.0, observation.held_retentions), axis=-1)
+    if observation.held_retention is None:
+        return jnp.zeros_like(observation.cached_retention)
+    return jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
+
+
 def observe(world: World, state: State) -> Observation:
     """The observation of a state."""
     return observe_task(world, state.cache, current_task(state), state.step)
@@ -68,7 +84,8 @@ def observe(world: World, state: State) -> Observation:
 
 def observe_task(world: World, cache: Cache, task: Task, step: Int[Array, ""]) -> Observation:
     """The observation of caches and a waiting task; ``progress`` is step / tasks, from 0 to 1."""
-    family = task.family
+    family, shelf = task.family, cache.shelf
+    each = None if shelf is None else jnp.arange(shelf.layers.shape[-1])
     return Observation(
         previous_gain=task.previous_gain,
         complexity=task.complexity,
@@ -85,6 +102,8 @@ def observe_task(world: World, cache: Cache, task: Task, step: Int[Array, ""]) -
         previous_downlink_gain=task.previous_downlink_gain,
         distance_m=task.distance_m,
         approach_m=task.approach_m,
+        held_retentions=None if shelf is None else shelf.layers / layers_of(world, each),
+        held_ages=None if shelf is None else shelf.age,
     )
 
 
@@ -92,7 +111,8 @@ def ue_features(world: World, observation: Observation) -> Float[Array, "*batch 
     """Features of each UE, about -1 to 1.
 
     In the order of s1 gain, complexity, data, cached retention. Then follows what the world has of: the
-    retention of an emulator of another family; the share of the energy budget that is left (below 0: what is
+    retention of an emulator of another family, the largest where several are held; what share of the cache is
+    full, where it holds several; the share of the energy budget that is left (below 0: what is
     spent beyond it, to -1); size of the task's family and its perplexity at the server, each as a share of
     the largest; the gain of the downlink, where that is another; the UE's distance and by how much it came
     nearer; its training speed, and how long this task would take it with the whole model; energy of an
@@ -110,6 +130,7 @@ def feature_bounds(world: World) -> list[tuple[float, float]]:
     return [
         *[unlimited, signed, signed, share],
         *[share] * several,
+        *[share] * (world.families is not None and world.families.cache_bits is not None),
         *[signed] * (energy is not None and energy.budget_j is not None),
         *[share] * (2 * several),
         *[unlimited] * (world.trace is not None),
@@ -150,11 +171,12 @@ def task_features(world: World, observation: Observation) -> Float[Array, "*batc
 
 
 def cache_features(world: World, observation: Observation) -> Float[Array, "*batch ues features"]:
-    """The features that actions change: the retention held for the task, of another family, energy left."""
+    """The features that actions change: the retention held for the task, what else is held, energy left."""
     columns = [cache_feature(world, observation.cached_retention)]
     if observation.held_retention is not None:
-        other = jnp.where(observation.held_family == observation.family, 0.0, observation.held_retention)
-        columns.append(cache_feature(world, other))
+        columns.append(cache_feature(world, other_retention(observation)))
+    if observation.held_retentions is not None:
+        columns.append(_full_share(world, observation.held_retentions))
     energy = world.devices.energy
     if observation.spent_j is not None and energy is not None and energy.budget_j is not None:
         columns.append(jnp.maximum(1 - observation.spent_j / energy.budget_j, -1.0))
@@ -171,6 +193,15 @@ def join_features(
 def cache_feature(world: World, cached_retention: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
     """A cached retention, from 0 to 1."""
     return cached_retention / world.retention_bounds[1]
+
+
+def _full_share(
+    world: World, held_retentions: Float[Array, "*batch ues families"]
+) -> Float[Array, "*batch ues"]:
+    """How much of the cache is in use."""
+    assert world.families is not None
+    assert world.families.cache_bits is not None
+    return jnp.sum(held_retentions * world.families.model_bits, axis=-1) / world.families.cache_bits
 
 
 def progress_feature(observation: Observation) -> Float[Array, "*batch"]:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario
-from emutune.world.dynamics import Action, Cache, Outcome, State, current_task, reset, step, usable_layers
+from emutune.world.cache import Cache, usable_layers
+from emutune.world.dynamics import Action, Outcome, State, current_task, reset, step
 from emutune.world.observation import observe, progress_feature, ue_features
 from emutune.world.parameters import World, layers_of
 
