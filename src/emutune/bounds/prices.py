@@ -10,7 +10,8 @@ Put a price on a second of each of these, such that the prices of a step sum to 
 costs; and where joules beyond a budget cost more, let every joule of a UE cost a part of that, and its budget
 be worth as much. Every schedule then pays at least these prices: whatever the fleet does, its cost is no less
 than the sum over UEs of what each would pay at best on its own, which a dynamic programme over its tasks and
-its cache finds exactly. *Any* such prices give a bound (weak duality); good ones give nearly that of the
+its cache finds exactly; where it caches several emulators, a programme per family does, and there is a rent on
+the cache as well (``several``). *Any* such prices give a bound (weak duality); good ones give nearly that of the
 linear programme, and since each UE's own decisions stay whole here, sometimes a better one.
 
 Prices are looked for with a smooth stand-in for the programme (a soft minimum has a gradient), in single
@@ -29,11 +30,14 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from emutune.bounds.programme import Costs
+from emutune.bounds.several import Charges, Families, before_task, list_families
 
 _ROUNDS = 400
 _STEP = 0.15
 # Softness of minima, in mean costs of a task at the server: falls from the one to the other.
 _SOFTNESS = (0.03, 0.0005)
+# Of each limit of a cache at first, in the same unit.
+_RENT = 0.02
 
 
 class Prices(NamedTuple):
@@ -44,12 +48,15 @@ class Prices(NamedTuple):
         uplink: of a second of any upload, at the ratio of the narrowest share.
         alone: of a second that each UE takes alone.
         joule: of what a joule beyond the budget costs, for each UE; where there is no budget it means nothing.
+        rent: of each limit of a UE's cache through each task, in units of cost; None where it caches one
+            emulator.
     """
 
     downlink: Float[np.ndarray, "tasks"]
     uplink: Float[np.ndarray, "tasks"]
     alone: Float[np.ndarray, "tasks ues"]
     joule: Float[np.ndarray, "ues"] | None = None
+    rent: Float[np.ndarray, "tasks ues limits"] | None = None
 
 
 # Arrays of NumPy or of JAX: what is found with the one is proved with the other.
@@ -101,6 +108,15 @@ def bound_at_prices(costs: Costs, prices: Prices) -> float:
     tasks, ues, slots = costs.local_cost.shape
     joule = np.zeros(ues) if prices.joule is None else np.clip(np.asarray(prices.joule, np.float64), 0.0, 1.0)
     priced = _priced(costs)
+    families = list_families(costs)
+    if families is not None:
+        rent = (
+            np.zeros((tasks, ues, len(families.limits)))
+            if prices.rent is None
+            else np.maximum(prices.rent, 0.0)
+        )
+        shares = np.concatenate([downlink[:, None], uplink[:, None], alone], axis=1) / total[:, None]
+        return _proved_of_several(costs, families, priced, shares, joule, np.asarray(rent, np.float64))
     after = np.zeros((ues, slots + 1))
     same = costs.family[:, None] == costs.family
     for t in range(tasks)[::-1]:
@@ -116,7 +132,33 @@ def bound_at_prices(costs: Costs, prices: Prices) -> float:
         local = np.minimum(np.concatenate([np.full((ues, 1), np.inf), held], axis=1), fetched[:, None])
         there = np.where(task.may_upload, upload, np.inf)
         after = np.where(task.active[:, None], np.minimum(local, there[:, None] + after), after)
-    bound = float(after[:, 0].sum() - (joule * _budget_worth(costs)).sum())
+    return _less_rounding(after[:, 0].sum() - (joule * _budget_worth(costs)).sum())
+
+
+def _proved_of_several(
+    costs: Costs,
+    families: Families,
+    priced: _Tasks,
+    shares: Float[np.ndarray, "tasks prices"],
+    joule: Float[np.ndarray, "ues"],
+    rent: Float[np.ndarray, "tasks ues limits"],
+) -> float:
+    """``bound_at_prices`` where a UE caches several emulators."""
+    tasks, ues, slots = costs.local_cost.shape
+    after = np.zeros((ues, families.number + slots))
+    for t in range(tasks)[::-1]:
+        task = _Tasks(*(part[t] for part in priced))
+        charges = Charges(*_charges(task, shares[t], joule), rent[t] @ families.limits)
+        due = families.due[t] & task.active[:, None]
+        after = before_task(
+            np, np.min, np.inf, costs.delta, families, charges, task.usable, task.may_upload, due, after
+        )
+    unpaid = (joule * _budget_worth(costs)).sum() + rent.sum()
+    return _less_rounding(after[:, : families.number].sum() - unpaid)
+
+
+def _less_rounding(bound: float) -> float:
+    bound = float(bound)
     # Sums of thousands of rounded terms are off by far less than this.
     return bound - 1e-9 * abs(bound)
 
@@ -136,11 +178,15 @@ def find_prices(costs: Costs, rounds: int = _ROUNDS) -> Prices:
     logs = np.full((tasks, ues + 2), np.log(0.02 / ues))
     logs[:, :2] = np.log(0.49)
     # Joules at the price within the budget, and half of what those beyond it cost.
-    start = jnp.asarray(logs, jnp.float32), jnp.zeros(ues)
+    start: tuple[Array, ...] = (jnp.asarray(logs, jnp.float32), jnp.zeros(ues))
+    families = list_families(costs)
+    if families is not None:
+        start = (*start, jnp.full((tasks, ues, len(families.limits)), np.log(_RENT), jnp.float32))
+        families = jax.tree.map(jnp.asarray, families)
     worth = jnp.asarray(_budget_worth(costs) / unit, jnp.float32)
-    shares, joule = _improve(costs.delta, rounds, priced, jnp.asarray(same), worth, start)
-    shares = np.asarray(shares, np.float64)
-    return Prices(shares[:, 0], shares[:, 1], shares[:, 2:], np.asarray(joule, np.float64))
+    found = _improve(costs.delta, rounds, priced, jnp.asarray(same), worth, families, start)
+    shares, joule, *rent = (np.asarray(part, np.float64) for part in found)
+    return Prices(shares[:, 0], shares[:, 1], shares[:, 2:], joule, *(unit * part for part in rent))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -150,20 +196,28 @@ def _improve(
     priced: _Tasks,
     same: Bool[Array, "held slots"],
     worth: Float[Array, "#ues"],
-    start: tuple[Float[Array, "tasks prices"], Float[Array, "ues"]],
-) -> tuple[Float[Array, "tasks prices"], Float[Array, "ues"]]:
-    """Gradient ascent on the logarithms of prices, while minima harden."""
+    families: Families | None,
+    start: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """Gradient ascent on the logarithms of prices, while minima harden.
+
+    Shares by task and price, the price of a joule by UE, and where a cache holds several emulators its rents
+    by task, UE and limit.
+    """
     ascent = optax.adam(optax.cosine_decay_schedule(_STEP, rounds, 0.02))
 
-    def prices_of(logs: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jax.nn.softmax(logs[0]), jax.nn.sigmoid(logs[1])
+    def prices_of(logs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return jax.nn.softmax(logs[0]), jax.nn.sigmoid(logs[1]), *map(jnp.exp, logs[2:])
 
-    def lost(logs: tuple[Array, Array], softness: Array) -> Array:
-        return -_soft_bound(delta, priced, same, worth, *prices_of(logs), softness)
+    def lost(logs: tuple[Array, ...], softness: Array) -> Array:
+        shares, joule, *rent = prices_of(logs)
+        if families is not None:
+            return -_soft_of_several(delta, priced, families, worth, shares, joule, rent[0], softness)
+        return -_soft_bound(delta, priced, same, worth, shares, joule, softness)
 
     def climb(
-        state: tuple[tuple[Array, Array], optax.OptState], part: Array
-    ) -> tuple[tuple[tuple[Array, Array], optax.OptState], None]:
+        state: tuple[tuple[Array, ...], optax.OptState], part: Array
+    ) -> tuple[tuple[tuple[Array, ...], optax.OptState], None]:
         logs, memory = state
         softness = _SOFTNESS[0] * (_SOFTNESS[1] / _SOFTNESS[0]) ** part
         step, memory = ascent.update(jax.grad(lost)(logs, softness), memory)
@@ -184,8 +238,7 @@ def _soft_bound(
 ) -> Float[Array, ""]:
     """The bound with soft minima, which are never above the hard ones."""
 
-    def soft_min(values: Array, axis: int) -> Array:
-        return -softness * jax.nn.logsumexp(-values / softness, axis=axis)
+    soft_min = partial(_soft_min, softness)
 
     def before(after: Array, now: tuple[_Tasks, Array]) -> tuple[Array, None]:
         task, share = now
@@ -205,6 +258,37 @@ def _soft_bound(
     last = jnp.zeros((ues, slots + 1))
     first, _ = jax.lax.scan(before, last, (priced, shares), reverse=True)
     return first[:, 0].sum() - (joule * worth).sum()
+
+
+def _soft_of_several(
+    delta: bool,
+    priced: _Tasks,
+    families: Families,
+    worth: Float[Array, "#ues"],
+    shares: Float[Array, "tasks prices"],
+    joule: Float[Array, "ues"],
+    rent: Float[Array, "tasks ues limits"],
+    softness: Float[Array, ""],
+) -> Float[Array, ""]:
+    """``_soft_bound`` where a UE caches several emulators."""
+
+    def before(after: Array, now: tuple[_Tasks, Array, Array, Array]) -> tuple[Array, None]:
+        task, share, due, rent = now
+        charges = Charges(*_charges(task, share, joule), rent @ families.limits)
+        due = due & task.active[:, None]
+        least = partial(_soft_min, softness)
+        return before_task(
+            jnp, least, 1e6, delta, families, charges, task.usable, task.may_upload, due, after
+        ), None
+
+    ues, slots = priced.local.shape[1:]
+    last = jnp.zeros((ues, families.number + slots))
+    first, _ = jax.lax.scan(before, last, (priced, shares, families.due, rent), reverse=True)
+    return first[:, : families.number].sum() - (joule * worth).sum() - rent.sum()
+
+
+def _soft_min(softness: Float[Array, ""], values: Array, axis: int) -> Array:
+    return -softness * jax.nn.logsumexp(-values / softness, axis=axis)
 
 
 def _charges(task: _Tasks, shares: _Values, joule: _Values) -> tuple[_Values, _Values, _Values]:

@@ -7,6 +7,9 @@ what any policy, clairvoyant ones included, costs on that episode:
   many share, the mean delay of the downloaders is the sum of their delays alone, and the largest delay
   is at least the mean.
 - With several families the task's family says which emulators may be used or sent; the others stay held.
+- Where a UE caches several, any that fit together may be held: which of them were used least recently does not
+  count, so that a policy's caches are among those that are possible here. Of emulators that take more than a
+  k-th of the cache, fewer than k fit; fractions of emulators would fit without these rows.
 - With delta download the layers that level l has more than level l - 1 are sent on their own: they are held
   if any emulator of that level or above is.
 - On the uplink the same holds with the SNR taken at the smallest share, which only shortens delays; and
@@ -49,12 +52,16 @@ from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
 
 from emutune.errors import BoundError
-from emutune.scenario import Scenario
+from emutune.scenario import Model, Scenario
 from emutune.world.devices import tflop_per_bit
 from emutune.world.ergodic import spectral_efficiency
 
 Method = Literal["linear", "integer", "prices"]
 
+# The simulator adds up what is cached in single precision, and lets a little more than the whole cache pass.
+_ROOM_GUARD = 1e-5
+# Of so many emulators at most it is said that they do not fit together, by their sizes alone.
+_COUNTED = 8
 # Up to so many UEs, pairs of them have variables of their own; their number grows with the square.
 _PAIRED_UES = 12
 
@@ -79,6 +86,7 @@ class Costs(NamedTuple):
         may_upload: whether the server may train it; None where it always may.
         training_s: of a slot's emulator on the UE; None where training takes no time.
         energy: None where it costs nothing.
+        room: None where a UE caches one emulator.
     """
 
     server_cost: Float[np.ndarray, "tasks ues"]
@@ -94,6 +102,19 @@ class Costs(NamedTuple):
     may_upload: Bool[np.ndarray, "tasks ues"] | None = None
     training_s: Float[np.ndarray, "tasks ues slots"] | None = None
     energy: EnergyCosts | None = None
+    room: Room | None = None
+
+
+class Room(NamedTuple):
+    """A cache of several emulators.
+
+    Attributes:
+        limits: what each slot's emulator takes of something that a UE has once; the first is the cache itself.
+        task_family: of each task.
+    """
+
+    limits: Float[np.ndarray, "limits slots"]
+    task_family: Int[np.ndarray, "tasks ues"]
 
 
 class EnergyCosts(NamedTuple):
@@ -196,10 +217,24 @@ def episode_costs(
         cost_per_s=-reward.delay_weight_per_min / 60,
         active=draws.active,
         may_upload=may_upload,
+        room=_room(scenario, slots, of_task),
     )
     retention = np.array([layers / model.layers for _, model, layers in slots])
     costs = _with_training(scenario, costs, data_bits, of_task, retention, draws)
     return _with_energy(scenario, costs, transmit_power_w * lone_upload_s, draws)
+
+
+def _room(
+    scenario: Scenario, slots: list[tuple[int, Model, int]], of_task: Int[np.ndarray, "tasks ues"]
+) -> Room | None:
+    """Sizes that together are at most the cache's, and of those of more than a k-th of it less than k."""
+    cache_gb = scenario.families.cache_gb if scenario.families else None
+    if cache_gb is None:
+        return None
+    sizes_gb = np.array([model.emulator_gb(layers) for _, model, layers in slots])
+    share = sizes_gb / (cache_gb * (1 + _ROOM_GUARD))
+    counted = [(share * k > 1) / (k - 1.0) for k in range(2, min(len(scenario.models), _COUNTED) + 1)]
+    return Room(np.stack([share, *(row for row in counted if row.any())]), of_task)
 
 
 def _may_upload(draws: Draws, shape: tuple[int, ...]) -> Bool[np.ndarray, "tasks ues"] | None:
@@ -385,7 +420,6 @@ def _build(costs: Costs) -> _Programme:
     cell_step_ue = cell // at.levels
     trained = np.ones(at.flat) if costs.active is None else costs.active.ravel() * 1.0
     somewhere = at.matrix(at.flat, (step_ue, step_ue, 1.0), (cell_step_ue, at.local + cell, 1.0))
-    one_emulator = at.matrix(at.flat, (cell_step_ue, at.cached + cell, 1.0))
     at_most_zero = [*_holding_rows(at), *_delay_rows(at)]
     objective, upper = np.zeros(at.variables), np.ones(at.variables)
     objective[: at.flat] = costs.server_cost.ravel()
@@ -405,10 +439,23 @@ def _build(costs: Costs) -> _Programme:
         integer,
         [
             optimize.LinearConstraint(somewhere, trained, trained),
-            optimize.LinearConstraint(one_emulator, -np.inf, 1),
+            optimize.LinearConstraint(_cached_rows(at), -np.inf, 1),
             optimize.LinearConstraint(sparse.vstack(at_most_zero), -np.inf, 0),
             *limits,
         ],
+    )
+
+
+def _cached_rows(at: _Layout) -> sparse.csr_array:
+    """One emulator is cached; or one of each family, and what fits together: at most 1."""
+    cell, room = at.cell, at.costs.room
+    cell_step_ue, slot = cell // at.levels, cell % at.levels
+    if room is None:
+        return at.matrix(at.flat, (cell_step_ue, at.cached + cell, 1.0))
+    every = np.arange(at.costs.family.max() + 1)
+    rows = [*room.limits, *np.equal(at.costs.family, every[:, None]).astype(float)]
+    return sparse.vstack(
+        [at.matrix(at.flat, (cell_step_ue, at.cached + cell, row[slot])) for row in rows], format="csr"
     )
 
 
