@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.base import register_policy
-from emutune.policies.joint import assign_jointly, list_options
+from emutune.policies.joint import assign_jointly, improve, list_options
 from emutune.policies.kinds import Kind, Kinds, every_kind, locate, make_kinds, mean_tflop
 from emutune.policies.prices import lone_downlink_bps, step_prices
 from emutune.scenario import Scenario
@@ -75,10 +75,12 @@ class Lookahead:
         if jax.tree.leaves(world.devices):
             shadow = self.shadow_per_j(world, observation)
             chosen = assign_jointly(list_options(world, observation, prices, kept, renewed, shadow))
+        elif self.exact:
+            chosen = assign_exactly(world, observation, prices, list_choices(prices, kept, renewed))
         else:
-            choices = list_choices(prices, kept, renewed)
-            assign = assign_exactly if self.exact else assign_by_rank
-            chosen = assign(world, observation, prices, choices)
+            ranked = assign_by_rank(world, observation, prices, list_choices(prices, kept, renewed))
+            options = list_options(world, observation, prices, kept, renewed, None)
+            chosen, _ = improve(options, ranked)
         return Action(chosen.uploads, chosen.layers / layers_of(world, observation.family))
 
     def later(
