@@ -7,6 +7,7 @@ at a time until no single change helps.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,12 +21,15 @@ from emutune.policies.prices import Prices, upload_s
 from emutune.world import Observation, World, possible_case
 from emutune.world.spending import energy_cost
 
-# Deadlines, counts of uploaders, and how many choices are improved for how long. Large fleets try fewer, as
-# in ``assignment``.
+# Deadlines, counts of uploaders, prices of a lone download's second in costs of a second of the step's delay,
+# how many choices are improved, of counts far apart and of the cheapest, and how long. Large fleets try fewer,
+# as in ``assignment``.
 _LARGE = 64
 _DEADLINES = {False: 16, True: 8}
 _COUNTS = 33
-_BEGINNINGS = {False: 9, True: 3}
+_SECOND_PRICES = (0.0, 1.0)
+_FAR_APART = {False: 9, True: 0}
+_CHEAPEST = {False: 2, True: 3}
 _ROUNDS = 48
 # A choice that does not exist costs more than any that does, and still adds up.
 _NEVER = 1e6
@@ -131,7 +135,7 @@ def assign_jointly(options: Options) -> Assignment:
 
     From one beginning that would often be a choice that only several changes together make cheaper: a slow UE
     stays at home because others crowd the server. So there is one beginning for each of some counts of
-    uploaders, and the cheapest end is taken.
+    uploaders, besides the cheapest, and the cheapest end is taken.
     """
     ends, costs = jax.vmap(lambda start: improve(options, start))(_from_deadlines(options))
     best = jnp.argmin(costs)
@@ -159,17 +163,18 @@ def joint_cost(
 
 
 def _from_deadlines(options: Options) -> Assignment:
-    """The cheapest choices that come of a deadline, a guess of the downlink's load, and a count of uploaders.
+    """The cheapest choices that come of a deadline, the downlink's load and price, and a count of uploaders.
 
-    With deadline and load settled, each UE has a best way to train at home in time. UEs are ranked by
+    With deadline, load and price settled, each UE has a best way to train at home in time. UEs are ranked by
     what a second of their upload saves, and every count of uploaders is tried at the exact cost.
     """
     ues, _ = options.local.shape
     large = ues > _LARGE
-    loads = jnp.asarray(np.unique([1, -(-ues // 4), -(-ues // 2), ues]), jnp.float32)[:, None, None]
+    guesses = itertools.product(sorted({1, -(-ues // 4), -(-ues // 2), ues}), _SECOND_PRICES)
+    loads, prices = jnp.asarray(list(guesses), jnp.float32).T[..., None, None]
     takes_s = loads * options.download_s + options.training_s
     exists = options.local < _NEVER / 2
-    lone = options.local + _lone_energy(options, loads)
+    lone = options.local + _lone_energy(options, loads) + prices * options.per_s * options.download_s
     longest = jnp.max(jnp.where(exists, takes_s, 0.0))
     shortest = jnp.max(jnp.min(jnp.where(exists, takes_s[:1], jnp.inf), axis=-1).clip(max=longest)) * 0.5
     shares = jnp.linspace(0.0, 1.0, _DEADLINES[large])
@@ -193,9 +198,8 @@ def _from_deadlines(options: Options) -> Assignment:
     by_count = [jnp.moveaxis(part, -2, 0).reshape(len(counts), -1, ues) for part in (uploads, every)]
     costs = joint_cost(options, *by_count)
     best = jnp.argmin(costs, axis=1)
-    kept = np.unique(
-        np.linspace(0, len(counts) - 1, min(len(counts), _BEGINNINGS[large])).round().astype(int)
-    )
+    apart = np.linspace(0, len(counts) - 1, min(len(counts), _FAR_APART[large])).round().astype(int)
+    kept = jnp.concatenate([np.unique(apart), jnp.argsort(costs.min(axis=1))[: _CHEAPEST[large]]])
     number = jnp.arange(len(counts))
     return Assignment(*(part[number, best][kept] for part in by_count))
 
