@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from emutune.errors import UsageError
-from emutune.learning.configuration import Settings
+from emutune.learning.configuration import Settings, TrainingConfig
+from emutune.learning.slices import fixed_shares, slice_of
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario
 from emutune.study.evaluate import search_best_fixed
 from emutune.study.search import search_count_table, search_hold, search_lookahead
+from emutune.world import build_world
 
 SIMPLE = ("random", "all_server", "fixed", "best_fixed")
 BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
@@ -24,8 +27,17 @@ _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
 
 
 def teacher_of(config: Settings, scenario: Scenario) -> Policy | None:
-    """The policy that a training begins by imitating, if it does."""
-    return None if config.teacher == "none" else baseline_policy(config.teacher, scenario)
+    """The policy that a training begins by imitating, if it does.
+
+    Networks of any size of fleet have one for each of ``fixed_shares``, stacked along a first axis of its arrays.
+    """
+    if config.teacher == "none":
+        return None
+    if not isinstance(config, TrainingConfig) or config.network != "sized":
+        return baseline_policy(config.teacher, scenario)
+    world = build_world(scenario)
+    each = [search_lookahead(scenario, slice_of(world, share)) for share in fixed_shares(config, world)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
 def baseline_policy(name: str, scenario: Scenario, retention: float | None = None) -> Policy:

@@ -47,8 +47,14 @@ def search_hold(scenario: Scenario) -> Hold:
     return Hold(*(jnp.float32(value) for value in best))
 
 
-def search_lookahead(scenario: Scenario) -> Lookahead:
-    """The best prices of ``Lookahead``."""
+def search_lookahead(scenario: Scenario, world: World | None = None) -> Lookahead:
+    """The best prices of ``Lookahead``.
+
+    Args:
+        scenario: the world.
+        world: instead of the scenario's own: as large a fleet on another share of the links.
+    """
+    world = build_world(scenario) if world is None else world
 
     def plan(world: World, *prices: Array) -> Lookahead:
         return plan_lookahead(scenario, world, *prices)
@@ -67,9 +73,9 @@ def search_lookahead(scenario: Scenario) -> Lookahead:
             (coarse, coarse, (0.0, *backgrounds[:-1])),
         )
     # Joint choices take a while where devices differ, and returns change smoothly with prices.
-    scorer = _scorer(scenario, score, _FEWER_EPISODES if scenario.has_devices else _EPISODES)
+    scorer = _scorer(scenario, score, _FEWER_EPISODES if scenario.has_devices else _EPISODES, world)
     best = _descend(scorer, start, grids)
-    return jax.jit(plan)(build_world(scenario), *(jnp.float32(price) for price in best))
+    return jax.jit(plan)(world, *(jnp.float32(price) for price in best))
 
 
 def search_count_table(scenario: Scenario) -> CountTable:
@@ -146,9 +152,11 @@ def _levels(scenario: Scenario) -> Point:
     )
 
 
-def _scorer(scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES) -> Callable[..., float]:
+def _scorer(
+    scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES, world: World | None = None
+) -> Callable[..., float]:
     """The mean return of candidates, compiled once for all of them."""
-    world = build_world(scenario)
+    world = build_world(scenario) if world is None else world
     episodes = max(4, min(most, 600 // scenario.fleet.ues))
     drawn = draw_episodes(world, SEARCH_KEY, episodes)
     compiled = jax.jit(score)
