@@ -13,11 +13,13 @@ from emutune.learning.slices import fixed_shares, slice_of
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario
 from emutune.study.evaluate import search_best_fixed
-from emutune.study.search import search_count_table, search_hold, search_lookahead
+from emutune.study.search import search_count_table, search_hold, search_lookahead, search_lookaheads
 from emutune.world import build_world
 
 SIMPLE = ("random", "all_server", "fixed", "best_fixed")
 BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
+# A teacher of a slice need only be about as good as it can be.
+_TEACHERS_EPISODES = 8
 _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
     "best_fixed": search_best_fixed,
     "hold": search_hold,
@@ -36,7 +38,8 @@ def teacher_of(config: Settings, scenario: Scenario) -> Policy | None:
     if not isinstance(config, TrainingConfig) or config.network != "sized":
         return baseline_policy(config.teacher, scenario)
     world = build_world(scenario)
-    each = [search_lookahead(scenario, slice_of(world, share)) for share in fixed_shares(config, world)]
+    slices = (slice_of(world, share) for share in fixed_shares(config, world))
+    each = search_lookaheads(scenario, slices, _TEACHERS_EPISODES)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 

@@ -42,11 +42,20 @@ RANKED = TrainingConfig(
     initial_std=0.2,
 )
 TAUGHT = RANKED.model_copy(
-    update={"teacher": "lookahead", "steps": 200_000, "learning_rate": 3e-4, "initial_std": 0.1}
+    update={
+        "teacher": "lookahead",
+        "credit": "mixed",
+        "steps": 200_000,
+        "learning_rate": 3e-4,
+        "initial_std": 0.05,
+        "entropy_weight": 1e-4,
+    }
 )
+SIZED = TAUGHT.model_copy(update={"network": "sized", "steps": 800_000})
 STUDIES: dict[str, Settings] = {
     "hmppo_ranked": RANKED,
     "hmppo_taught": TAUGHT,
+    "hmppo_sized": SIZED,
     "guided": GuidedConfig(),
     "hmppo_flat": TrainingConfig(network="flat"),
     "hmppo_as_printed": TrainingConfig(baseline="as_printed"),

@@ -47,14 +47,15 @@ def search_hold(scenario: Scenario) -> Hold:
     return Hold(*(jnp.float32(value) for value in best))
 
 
-def search_lookahead(scenario: Scenario, world: World | None = None) -> Lookahead:
-    """The best prices of ``Lookahead``.
+def search_lookahead(scenario: Scenario) -> Lookahead:
+    """The best prices of ``Lookahead``."""
+    # Joint choices take a while where devices differ, and returns change smoothly with prices.
+    episodes = _FEWER_EPISODES if scenario.has_devices else _EPISODES
+    return search_lookaheads(scenario, [build_world(scenario)], episodes)[0]
 
-    Args:
-        scenario: the world.
-        world: instead of the scenario's own: as large a fleet on another share of the links.
-    """
-    world = build_world(scenario) if world is None else world
+
+def search_lookaheads(scenario: Scenario, worlds: Iterable[World], episodes: int) -> list[Lookahead]:
+    """The best prices in each of some worlds that differ from the scenario's in no shape, compiled once."""
 
     def plan(world: World, *prices: Array) -> Lookahead:
         return plan_lookahead(scenario, world, *prices)
@@ -72,10 +73,11 @@ def search_lookahead(scenario: Scenario, world: World | None = None) -> Lookahea
             (*start, backgrounds[len(backgrounds) // 2]),
             (coarse, coarse, (0.0, *backgrounds[:-1])),
         )
-    # Joint choices take a while where devices differ, and returns change smoothly with prices.
-    scorer = _scorer(scenario, score, _FEWER_EPISODES if scenario.has_devices else _EPISODES, world)
-    best = _descend(scorer, start, grids)
-    return jax.jit(plan)(world, *(jnp.float32(price) for price in best))
+    planned, found = jax.jit(plan), []
+    for world in worlds:
+        best = _descend(_scorer(scenario, score, episodes, world), start, grids)
+        found.append(planned(world, *(jnp.float32(price) for price in best)))
+    return found
 
 
 def search_count_table(scenario: Scenario) -> CountTable:
@@ -155,7 +157,7 @@ def _levels(scenario: Scenario) -> Point:
 def _scorer(
     scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES, world: World | None = None
 ) -> Callable[..., float]:
-    """The mean return of candidates, compiled once for all of them."""
+    """The mean return of candidates, compiled once for all of them and for every call with the same score."""
     world = build_world(scenario) if world is None else world
     episodes = max(4, min(most, 600 // scenario.fleet.ues))
     drawn = draw_episodes(world, SEARCH_KEY, episodes)
