@@ -13,11 +13,19 @@ from emutune.learning.slices import fixed_shares, slice_of
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario
 from emutune.study.evaluate import search_best_fixed
-from emutune.study.search import search_count_table, search_hold, search_lookahead, search_lookaheads
+from emutune.study.search import (
+    search_count_table,
+    search_hold,
+    search_horizon,
+    search_lookahead,
+    search_lookaheads,
+)
 from emutune.world import build_world
 
+# A decision takes a fifth of a second: for few episodes, and only if it is named.
+SLOW = ("horizon",)
 SIMPLE = ("random", "all_server", "fixed", "best_fixed")
-BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
+BASELINES = (*SIMPLE, "hold", "count_table", "lookahead", "horizon")
 # A teacher of a slice need only be about as good as it can be.
 _TEACHERS_EPISODES = 8
 _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
@@ -25,6 +33,7 @@ _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
     "hold": search_hold,
     "count_table": search_count_table,
     "lookahead": search_lookahead,
+    "horizon": search_horizon,
 }
 
 
@@ -38,7 +47,7 @@ def teacher_of(config: Settings, scenario: Scenario) -> Policy | None:
     if not isinstance(config, TrainingConfig) or config.network != "sized":
         return baseline_policy(config.teacher, scenario)
     world = build_world(scenario)
-    slices = (slice_of(world, share) for share in fixed_shares(config, world))
+    slices = [slice_of(world, share) for share in fixed_shares(config, world)]
     each = search_lookaheads(scenario, slices, _TEACHERS_EPISODES)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
