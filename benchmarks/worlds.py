@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/worlds"))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--figures", type=Path, help="directory of a figure for each world")
     parser.add_argument("--worlds", default=",".join(map(str, range(len(WORLDS)))), help="which, from 0")
     parser.add_argument("--policies", default=",".join(POLICIES))
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
     from emutune.scenario import load_scenario
     from emutune.study.compare import compare
+    from emutune.study.comparison_figure import draw_comparison, save_figure
 
     results = []
     for index in map(int, arguments.worlds.split(",")):
@@ -60,6 +62,9 @@ def main() -> None:
                 f"| {row['decision_ms']:.2f} |",
                 flush=True,
             )
+        if arguments.figures:
+            arguments.figures.mkdir(parents=True, exist_ok=True)
+            save_figure(draw_comparison(figures), arguments.figures / f"world-{index}.png")
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -2,16 +2,17 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import train_seeds
-from emutune.scenario import load_scenario
+from emutune.scenario import load_scenario, shipped_scenarios
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def resolve(name):
@@ -32,6 +33,16 @@ def resolve(name):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_every_shipped_scenario_has_a_page_whose_commands_name_fields_that_exist():
+    for name in shipped_scenarios():
+        page = (ROOT / "docs" / "scenarios" / f"{name}.md").read_text("utf-8")
+        commands = [shlex.split(line) for line in re.findall(r"^    emutune check (.*)$", page, re.M)]
+        assert len(commands) == 2
+        for source, *rest in commands:
+            assert source == name
+            load_scenario(source, [change for change in rest if change != "--set"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,7 +11,8 @@ import pytest
 
 import plain
 from emutune.policies import CountTable, Hold, plan_lookahead
-from emutune.policies.joint import assign_jointly, joint_cost, list_options
+from emutune.policies.assignment import Assignment
+from emutune.policies.joint import assign_jointly, joint_cost, list_options, single_changes
 from emutune.policies.prices import step_prices
 from emutune.scenario import load_scenario
 from emutune.world import Action, Cache, Device, build_world, current_task, observe, reset, serve
@@ -106,26 +107,40 @@ def test_a_joint_choice_costs_what_the_step_costs() -> None:
             assert float(predicted) == pytest.approx(float(charged), rel=1e-3)
 
 
-@pytest.mark.slow
-def test_improvement_ends_where_no_single_change_helps() -> None:
-    scenario = make(EVERYTHING - {"memory"}, 9, "reward.delay_weight_per_min=-0.1")
+@pytest.mark.parametrize("features", [EVERYTHING - {"memory"}, set()], ids=["everything", "plain"])
+def test_single_changes_cost_what_the_changed_choice_does_and_improvement_ends_where_none_helps(
+    features: set[str],
+) -> None:
+    scenario = make(features, 9, "reward.delay_weight_per_min=-0.1")
     world = build_world(scenario)
 
     @jax.jit
-    def solve(state):
+    def solve(state, drawn):
         seen = observe(world, state)
         zero = jnp.zeros((9, 5))
         listed = list_options(world, seen, step_prices(world, seen, 4), zero[:, 0], zero, None)
-        chosen = assign_jointly(listed)
         who, what = jnp.divmod(jnp.arange(9 * 6), 6)
-        changed = jnp.arange(9) == who[:, None]
-        uploads = jnp.where(changed, (what == 5)[:, None], chosen.uploads)
-        layers = jnp.where(changed, jnp.minimum(what, 4)[:, None], chosen.layers)
-        return joint_cost(listed, *chosen), joint_cost(listed, uploads, layers).min()
 
+        def one_by_one(chosen):
+            changed = jnp.arange(9) == who[:, None]
+            uploads = jnp.where(changed, (what == 5)[:, None], chosen.uploads)
+            layers = jnp.where(changed, jnp.minimum(what, 4)[:, None], chosen.layers)
+            return joint_cost(listed, uploads, layers).reshape(9, 6)
+
+        best = assign_jointly(listed)
+        exists = listed.local < 1e5
+        some = Assignment(drawn & (listed.upload < 1e5) | ~exists.any(1), jnp.argmax(exists, axis=1))
+        same = [(single_changes(listed, chosen), one_by_one(chosen)) for chosen in (best, some)]
+        return joint_cost(listed, *best), same
+
+    draw = np.random.default_rng(0)
     for seed in range(5):
-        cost, changed = solve(some_state(scenario, seed, 3)[0])
-        assert float(changed) >= float(cost) * (1 - 2e-6)
+        cost, same = solve(some_state(scenario, seed, 3)[0], draw.random(9) < 0.5)
+        for quick, slow in same:
+            possible = slow < 1e5
+            assert possible.sum() > 9
+            np.testing.assert_allclose(quick[possible], slow[possible], rtol=1e-4)
+        assert float(same[0][1].min()) >= float(cost) * (1 - 2e-6)
 
 
 def slow_and_fast(scenario):

@@ -99,6 +99,9 @@ def compare(
     steps: Steps = None,
     retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
     out: Annotated[Path, typer.Option(help="Directory of the training runs.")] = Path("runs/compare"),
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the comparison into this file: .png, .svg or .pdf.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
     json_file: JsonFile = None,
 ) -> None:
@@ -109,7 +112,9 @@ def compare(
     from emutune.scenario import load_scenario
     from emutune.study.compare import compare as run_comparison
     from emutune.study.compare import expand_policy_names
+    from emutune.study.comparison_figure import check_figure_path, draw_comparison, save_figure
 
+    check_figure_path(figure)
     loaded = load_scenario(scenario, overrides)
     names = expand_policy_names(policies, loaded)
     with resumable(out), Console(stderr=True).status("starting") as status:
@@ -125,6 +130,8 @@ def compare(
         )
     print_comparison(figures)
     write_json(json_file, figures)
+    if figure is not None:
+        save_figure(draw_comparison(figures), figure)
 
 
 def reproduce(

@@ -23,8 +23,8 @@ def train(
         ),
     ] = "hmppo",
     algorithm: Annotated[str | None, typer.Option(help="hmppo or ippo.")] = None,
-    network: Annotated[str | None, typer.Option(help="set, flat or ranked.")] = None,
-    credit: Annotated[str | None, typer.Option(help="fleet or marginal.")] = None,
+    network: Annotated[str | None, typer.Option(help="set, flat, ranked or sized.")] = None,
+    credit: Annotated[str | None, typer.Option(help="fleet, marginal or mixed.")] = None,
     baseline: Annotated[str | None, typer.Option(help="sequential or as_printed.")] = None,
     teacher: Annotated[str | None, typer.Option(help="none, or lookahead: learn that first.")] = None,
     seeds: Seeds = 1,
@@ -80,7 +80,10 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a trained run, or a policy that needs no training, on held-out episodes."""
+    """Measure a trained run, or a policy that needs no training, on held-out episodes.
+
+    With --set a run is measured elsewhere than where it was trained, such as in a larger fleet.
+    """
     prepare_jax()
     from emutune.scenario import load_scenario
     from emutune.study.baselines import baseline_policy
@@ -89,10 +92,8 @@ def evaluate(
     if policy is not None:
         loaded = load_scenario(target, overrides)
         measured = {policy: (loaded, baseline_policy(policy, loaded, retention))}
-    elif overrides:
-        raise UsageError("--set: a run is measured in the scenario it was trained in; leave --set out")
     else:
-        measured = _policies_of(Path(target))
+        measured = _policies_of(Path(target), overrides)
     figures = {}
     for name, (loaded, decider) in measured.items():
         rows = evaluate_policy(loaded, decider, held_out_episodes(loaded, episodes))
@@ -101,9 +102,11 @@ def evaluate(
     write_json(json_file, figures)
 
 
-def _policies_of(run: Path) -> dict[str, Any]:
+def _policies_of(run: Path, overrides: list[str]) -> dict[str, Any]:
     """Scenario and learned policy of every seed of a run."""
     from emutune.learning.training import load_policy
+    from emutune.scenario import dump_scenario, parse_scenario
+    from emutune.study.transfer import transferred
 
     checkpoints = sorted(run.glob("**/checkpoint.safetensors"))
     if not checkpoints:
@@ -111,5 +114,8 @@ def _policies_of(run: Path) -> dict[str, Any]:
     policies = {}
     for checkpoint in checkpoints:
         learned, header = load_policy(checkpoint)
-        policies[str(checkpoint.parent)] = (header.scenario, learned)
+        scenario = header.scenario
+        if overrides:
+            scenario = parse_scenario(dump_scenario(header.scenario), overrides=overrides)
+        policies[str(checkpoint.parent)] = (scenario, transferred(learned, header.scenario, scenario))
     return policies

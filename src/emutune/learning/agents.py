@@ -48,11 +48,12 @@ class Inputs(NamedTuple):
     ``lone`` holds, for ranked networks, the time of each UE's upload and of the largest emulator's download,
     alone on the link and in units of the latter at the fleet's middle distance. Where training takes time
     the first includes training at the server, and a third is that of training with the largest emulator.
+    For networks of any size of fleet all UEs share the links and the server instead.
     ``chooses`` says whose case is a choice at all, and ``active`` who has a task; None where all.
     """
 
     features: Float[Array, "*batch ues features"]
-    context: Float[Array, "*batch 1"]
+    context: Float[Array, "*batch context"]
     lone: Float[Array, "*batch ues times"] | None = None
     chooses: Bool[Array, "*batch ues"] | None = None
     active: Bool[Array, "*batch ues"] | None = None
@@ -63,7 +64,7 @@ def network_inputs(
     world: World,
     observation: Observation,
     features: Float[Array, "*batch ues features"] | None = None,
-    context: Float[Array, "*batch 1"] | None = None,
+    context: Float[Array, "*batch context"] | None = None,
 ) -> Inputs:
     """A batch of observations, as every network takes it.
 
@@ -72,16 +73,38 @@ def network_inputs(
         world: the world.
         observation: what is known.
         features: ``ue_features`` of the observation, if they are known already.
-        context: the progress, if it is known already.
+        context: ``fleet_context`` of the observation, if it is known already.
     """
     known = ue_features(world, observation) if features is None else features
     return Inputs(
         with_ranks(kind, world, observation, known),
-        progress_feature(observation)[..., None] if context is None else context,
+        fleet_context(kind, world, observation) if context is None else context,
         lone_times(kind, world, observation),
         chooses_case(world, observation.family, observation.device, observation.active),
         observation.active,
     )
+
+
+def fleet_context(
+    kind: NetworkKind, world: World, observation: Observation
+) -> Float[Array, "*batch context"]:
+    """What all UEs share: the progress and, for networks of any size of fleet, how dear the links are to it."""
+    progress = progress_feature(observation)
+    if kind != "sized":
+        return progress[..., None]
+    dearness = jnp.broadcast_to(jnp.log(links_price(world)), progress.shape)
+    return jnp.stack([progress, dearness / 2], axis=-1)
+
+
+def context_count(kind: NetworkKind) -> int:
+    """Entries of ``fleet_context``."""
+    return 2 if kind == "sized" else 1
+
+
+def links_price(world: World) -> Float[Array, ""]:
+    """Cost of everybody's downloading the largest emulator, over that of ten units of perplexity."""
+    delay = world.delay_weight_per_s * world.ues * _unit_s(world)
+    return delay / (10 * world.perplexity_weight)
 
 
 def possible_cases(
@@ -95,43 +118,56 @@ def lone_times(
     kind: NetworkKind, world: World, observation: Observation
 ) -> Float[Array, "*batch ues times"] | None:
     """``Inputs.lone``."""
-    if kind != "ranked":
+    if not sees_ranks(kind):
         return None
-    noise = world.noise_w_per_hz
-
-    def seconds(bits: Array, hz: Array, received_w: Array) -> Array:
-        return bits / (hz * spectral_nats(received_w / (noise * hz), world.ergodic_rate))
-
+    sharers = world.ues if kind == "sized" else 1
     largest = world.retention_bounds[1] * bits_of(world, observation.family)
-    unit = seconds(
+    up = _sending_s(
+        world,
+        observation.data_bits,
+        world.uplink_bandwidth_hz / sharers,
+        observation.transmit_power_w * observation.previous_gain,
+    )
+    down = sharers * _sending_s(
+        world, largest, world.downlink_bandwidth_hz, world.downlink_power_w * downlink_gain(observation)
+    )
+    unit = sharers * _unit_s(world)
+    whole = whole_training_s(world, observation)
+    if whole is None:
+        return jnp.stack([up, down], axis=-1) / unit
+    here = world.retention_bounds[1] * whole[0]
+    return jnp.stack([up + sharers * whole[1], down, here], axis=-1) / unit
+
+
+def _unit_s(world: World) -> Float[Array, ""]:
+    """Seconds of the largest emulator's download at the fleet's middle distance, alone on the link."""
+    return _sending_s(
+        world,
         world.retention_bounds[1] * world.model_bits,
         world.downlink_bandwidth_hz,
         world.downlink_power_w * middle_gain(world),
     )
-    up = seconds(
-        observation.data_bits,
-        world.uplink_bandwidth_hz,
-        observation.transmit_power_w * observation.previous_gain,
-    )
-    down = seconds(largest, world.downlink_bandwidth_hz, world.downlink_power_w * downlink_gain(observation))
-    whole = whole_training_s(world, observation)
-    if whole is None:
-        return jnp.stack([up, down], axis=-1) / unit
-    # These seconds lack the logarithm of 2 that turns a rate's nats into bits.
-    nats = 1 / math.log(2)
-    here = world.retention_bounds[1] * whole[0] * nats
-    return jnp.stack([up + whole[1] * nats, down, here], axis=-1) / unit
+
+
+def _sending_s(world: World, bits: Array, hz: Array, received_w: Array) -> Array:
+    nats = spectral_nats(received_w / (world.noise_w_per_hz * hz), world.ergodic_rate)
+    return bits / (hz * nats * (1 / math.log(2)))
 
 
 def input_count(kind: NetworkKind, world: World) -> int:
     """Features of each UE that networks of a kind take."""
     times = 2 if world.devices.computation is None else 3
-    return feature_count(world) + (3 + times if kind == "ranked" else 0)
+    return feature_count(world) + (3 + times if sees_ranks(kind) else 0)
 
 
 def more_in_s2(kind: NetworkKind) -> int:
     """How many features s2 has more than s1."""
-    return 0 if kind == "ranked" else -1
+    return 0 if sees_ranks(kind) else -1
+
+
+def sees_ranks(kind: NetworkKind) -> bool:
+    """Whether UEs see where they stand among others, and keep usable emulators."""
+    return kind in ("ranked", "sized")
 
 
 def with_ranks(
@@ -146,7 +182,7 @@ def with_ranks(
     tell them apart by rank: the first waits for the fastest upload. Where training takes time, those that
     hold something rank as well, and the first is the one that an upload saves most time.
     """
-    if kind != "ranked":
+    if not sees_ranks(kind):
         return features
     waits = observation.cached_retention <= 0
     waits = waits if observation.active is None else waits & observation.active
@@ -165,6 +201,9 @@ def with_ranks(
     count = waits.sum(-1, keepdims=True) * jnp.ones_like(lone_s)
     rank = jnp.where(ranks, faster.sum(-1), world.ues)
     spread = 2.0 / world.ues
+    if kind == "sized":
+        # In the middle of its place: the first of 8 stands for the first 32 of 256.
+        rank = jnp.minimum(rank + 0.5, world.ues)
     more = jnp.stack([_signed(waits), spread * count - 1, spread * rank - 1], axis=-1)
     return jnp.concatenate([features, more, _moderate(lone)], axis=-1)
 
@@ -182,7 +221,7 @@ def wanted_retention(
 ) -> Float[Array, "*batch ues"]:
     """The retention that agent 2 wants; ranked networks keep a usable emulator as it is."""
     wanted = to_retention(world, unclipped)
-    return jnp.where(usable > 0, usable, wanted) if kind == "ranked" else wanted
+    return jnp.where(usable > 0, usable, wanted) if sees_ranks(kind) else wanted
 
 
 def decides_retention(
@@ -192,7 +231,7 @@ def decides_retention(
     local = 1.0 - at_server
     if inputs.active is not None:
         local = local * inputs.active
-    return local * (inputs.features[..., 3] <= 0) if kind == "ranked" else local
+    return local * (inputs.features[..., 3] <= 0) if sees_ranks(kind) else local
 
 
 def view_s1(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues features"]:
@@ -223,8 +262,11 @@ def _fitting_share(inputs: Inputs, at_server: Bool[Array, "*batch ues"]) -> Floa
     fetches = fetches if inputs.active is None else fetches & inputs.active
     downloads = fetches.sum(-1, keepdims=True)
     uploads = at_server.sum(-1, keepdims=True)
+    if inputs.context.shape[-1] == context_count("sized"):
+        # Times are those of all UEs' sharing: what counts is which share of them does.
+        downloads, uploads = (count / at_server.shape[-1] for count in (downloads, uploads))
     slowest = uploads * jnp.where(at_server, up, 0.0).max(-1, keepdims=True)
-    takes = jnp.maximum(downloads, 1) * down
+    takes = jnp.where(downloads > 0, downloads, 1) * down
     if inputs.lone.shape[-1] == 3:
         # Training with what arrives takes a time that grows with it as well.
         takes = takes + inputs.lone[..., 2]
@@ -302,17 +344,24 @@ def create_actors(generator: np.random.Generator, config: TrainingConfig, world:
     return Actors(case, emulator, jnp.asarray(math.log(config.initial_std), jnp.float32))
 
 
-def create_critic(generator: np.random.Generator, config: TrainingConfig, ues: int, features: int) -> Network:
+def create_critic(
+    generator: np.random.Generator, config: TrainingConfig, ues: int, features: int, *, marginal: bool
+) -> Network:
     """A critic before training; it values every UE on its own where credit is marginal."""
-    return _create(generator, config, ues, features, "ue" if config.credit == "marginal" else "value", 1.0)
+    return _create(generator, config, ues, features, "ue" if marginal else "value", 1.0)
 
 
 def critic_value(
-    config: TrainingConfig, critic: Network, features: Float[Array, "*batch ues features"], inputs: Inputs
+    kind: NetworkKind,
+    critic: Network,
+    features: Float[Array, "*batch ues features"],
+    inputs: Inputs,
+    *,
+    marginal: bool,
 ) -> Float[Array, "..."]:
     """A critic's output on one of the views, in standardised units of return; per UE if credit is."""
-    output = ue_outputs if config.credit == "marginal" else value_output
-    return output(config.network, critic, features, inputs.context)
+    output = ue_outputs if marginal else value_output
+    return output(kind, critic, features, inputs.context)
 
 
 def _create(
@@ -323,7 +372,7 @@ def _create(
         config.network,
         ues=ues,
         features=features,
-        context=1,
+        context=context_count(config.network),
         width=config.width,
         head=head,
         head_gain=gain,

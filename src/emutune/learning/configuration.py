@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Algorithm = Literal["hmppo", "ippo"]
-NetworkKind = Literal["set", "flat", "ranked"]
-Credit = Literal["fleet", "marginal"]
+NetworkKind = Literal["set", "flat", "ranked", "sized"]
+Credit = Literal["fleet", "marginal", "mixed"]
 Baseline = Literal["sequential", "as_printed"]
 Teacher = Literal["none", "lookahead"]
 
@@ -24,8 +24,10 @@ class TrainingConfig(BaseModel):
         algorithm: HMPPO (one critic for both agents) or IPPO (each agent has its own critic).
         network: one network shared by all UEs plus pooled context, or flat concatenated features.
             ``"ranked"`` is the first that also sees where each UE stands among those that wait for an
-            emulator, by how fast its upload would be, and that keeps usable emulators.
-        credit: what an action is praised for: the fleet's reward, or what the UE itself adds to it.
+            emulator, by how fast its upload would be, and that keeps usable emulators. ``"sized"`` also sees
+            what the links cost a fleet of its size, and learns on slices of the cell that stand for others.
+        credit: what an action is praised for: the fleet's reward, or what the UE itself adds to it. ``"mixed"``
+            is the first for cases, on which all retentions depend, and the second for retentions.
         baseline: which critic input HMPPO's advantages use: s1 alone, or {s1; s2} as printed (Eq. 22).
         width: units of each of the two hidden layers; 32 in set networks, 64 in flat ones.
         steps: environment steps in all; rounded up to whole updates.
@@ -41,6 +43,7 @@ class TrainingConfig(BaseModel):
         initial_std: standard deviation of E at the start, as a share of half the retention range.
         evaluation_episodes: held-out episodes that every update's greedy policy is measured on.
         teacher: policy that the actors imitate before they learn on their own.
+        fleets: fewest and most UEs of the fleets that ``"sized"`` networks learn to serve.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +66,7 @@ class TrainingConfig(BaseModel):
     initial_std: Annotated[float, Field(gt=0)] = 0.8
     evaluation_episodes: Annotated[int, Field(ge=1)] = 6
     teacher: Teacher = "none"
+    fleets: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (6, 256)
 
 
 class GuidedConfig(BaseModel):

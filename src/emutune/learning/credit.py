@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from emutune.policies.joint import largest_other
 from emutune.world import Cache, Outcome, Task, World, trains_locally
 from emutune.world.link import shared_rate_bps
 from emutune.world.possible import task_count
@@ -49,11 +50,11 @@ def marginal_costs(world: World, cache: Cache, task: Task, outcome: Outcome) -> 
     here_s, down_s = jnp.where(local, outcome.delay_s, 0.0), jnp.where(downloads, sent_s, 0.0)
     down_without_s = here_s - down_s + down_s * shorter
     without_s = jnp.maximum(
-        jnp.where(at_server, _largest_other(up_without_s), there_s.max()),
+        jnp.where(at_server, largest_other(up_without_s), there_s.max()),
         jnp.where(
             downloads,
-            _largest_other(down_without_s),
-            here_s.max() if outcome.training_s is None else _largest_other(here_s),
+            largest_other(down_without_s),
+            here_s.max() if outcome.training_s is None else largest_other(here_s),
         ),
     )
     perplexity = -world.perplexity_weight / task_count(world.ues, task.active) * outcome.perplexity
@@ -98,10 +99,3 @@ def _energy(
         start=jnp.zeros_like(own),
     )
     return (own + others) / world.ues
-
-
-def _largest_other(values: Float[Array, "ues"]) -> Float[Array, "ues"]:
-    """The largest of the other values, for each; 0 if there are none."""
-    first = jnp.argmax(values)
-    second = jnp.max(jnp.where(jnp.arange(values.shape[0]) == first, 0.0, values))
-    return jnp.where(jnp.arange(values.shape[0]) == first, second, values[first])

@@ -27,13 +27,14 @@ from emutune.learning.agents import (
     network_inputs,
     retention_means,
 )
-from emutune.learning.configuration import TrainingConfig
-from emutune.learning.hmppo import critic_plan
+from emutune.learning.configuration import NetworkKind, TrainingConfig
+from emutune.learning.hmppo import Critic, critic_plan
 from emutune.learning.networks import Network
-from emutune.learning.rollout import Trajectory, begin_together, collect, draw_noise, one_axis
+from emutune.learning.rollout import begin_together, one_axis
+from emutune.learning.slices import SLICES, fixed_shares, slice_of
 from emutune.learning.update import (
     TrainingState,
-    fleet_or_marginal_rewards,
+    explore,
     mean_of,
     returns_to_go,
     standardise_values,
@@ -63,15 +64,16 @@ def imitate(config: TrainingConfig, world: World, state: TrainingState, teacher:
         config: of the training that follows.
         world: where to learn.
         state: before training.
-        teacher: what to imitate.
+        teacher: what to imitate; for ``"sized"`` networks the arrays of one for each of ``fixed_shares``.
     """
     key = jax.random.fold_in(state.key, _STREAM)
-    episodes = max(8, _DECISIONS // (world.ues * world.tasks))
+    # As many in each slice, where there are any.
+    episodes = max(1, _DECISIONS // (world.ues * world.tasks) // SLICES) * SLICES
     actors, lessons = state.parameters.actors, None
     for number in range(_ROUNDS):
         acts, fits = jax.random.split(jax.random.fold_in(key, number))
-        actor = teacher if number == 0 else LearnedPolicy(config.network, actors)
-        new = _attend(config, world, teacher, actor, acts, episodes)
+        actor = LearnedPolicy(config.network, actors)
+        new = _attend(config, world, teacher, None if number == 0 else actor, acts, episodes)
         lessons = _added(lessons, new, number)
         actors = _fit_actors(config, actors, lessons, fits)
     return _fit_critics(config, world, state, actors, jax.random.fold_in(key, _ROUNDS), episodes)
@@ -88,24 +90,45 @@ def _added(lessons: Lessons | None, new: Lessons, number: int) -> Lessons:
 
 @partial(jax.jit, static_argnums=(0, 5))
 def _attend(
-    config: TrainingConfig, world: World, teacher: Policy, actor: Policy, key: Key[Array, ""], count: int
+    config: TrainingConfig,
+    world: World,
+    teacher: Policy,
+    actor: Policy | None,
+    key: Key[Array, ""],
+    count: int,
 ) -> Lessons:
-    """Episodes in which one policy acts, and what the teacher would do."""
-    draws, decisions = jax.random.split(key)
-    tasks, empty = begin_together(world, draw_batch(draws, world, count))
+    """Episodes in which the teacher acts, or one who learns, and what the teacher would do."""
 
-    def step(cached: Cache, now: tuple[Task, Array, Array]) -> tuple[Cache, Lessons]:
-        task, number, key = now
-        observation = jax.vmap(observe_task, (None, 0, 0, None))(world, cached, task, number)
-        told = teacher.decide(world, observation, key)
-        done = actor.decide(world, observation, key)
-        after, _ = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, Action(*done))
-        inputs = network_inputs(config.network, world, observation)
-        return after, Lessons(inputs, told.at_server, from_retention(world, told.retention))
+    def attend(world: World, teacher: Policy, key: Key[Array, ""]) -> Lessons:
+        draws, decisions = jax.random.split(key)
+        tasks, empty = begin_together(world, draw_batch(draws, world, count))
 
-    every = (tasks, jnp.arange(world.tasks), jax.random.split(decisions, world.tasks))
-    _, lessons = jax.lax.scan(step, empty, every)
-    return one_axis(lessons)
+        def step(cached: Cache, now: tuple[Task, Array, Array]) -> tuple[Cache, Lessons]:
+            task, number, key = now
+            observation = jax.vmap(observe_task, (None, 0, 0, None))(world, cached, task, number)
+            told = teacher.decide(world, observation, key)
+            done = told if actor is None else actor.decide(world, observation, key)
+            after, _ = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, Action(*done))
+            inputs = network_inputs(config.network, world, observation)
+            return after, Lessons(inputs, told.at_server, _beyond(from_retention(world, told.retention)))
+
+        every = (tasks, jnp.arange(world.tasks), jax.random.split(decisions, world.tasks))
+        _, lessons = jax.lax.scan(step, empty, every)
+        return one_axis(lessons)
+
+    if config.network != "sized":
+        return attend(world, teacher, key)
+    # A teacher for each slice, along its arrays' first axis.
+    shares = fixed_shares(config, world)
+    keys = jax.random.split(key, len(shares))
+    return one_axis(
+        jax.vmap(lambda share, *rest: attend(slice_of(world, share), *rest))(shares, teacher, keys)
+    )
+
+
+def _beyond(unclipped: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+    """The same retentions, the extreme ones so far beyond the bounds that exploring does not leave them."""
+    return jnp.where(jnp.abs(unclipped) >= 1 - 1e-4, 1.3 * unclipped, unclipped)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -136,21 +159,28 @@ def _fit_critics(
     """The state with these actors, and critics that know what they reach as they explore."""
     draws, noise, fits = jax.random.split(key, 3)
     episodes = draw_batch(draws, world, count)
-    explored = draw_noise(noise, (world.tasks, count, world.ues))
-    trajectory: Trajectory = collect(world, config.network, actors, episodes, explored)
-    rewards = fleet_or_marginal_rewards(config, world, trajectory)
+    trajectory, rewards = explore(config, world, episodes, noise, actors)
     state = standardise_values(config, state, rewards)
-    targets = (returns_to_go(config, rewards) - state.value_centre) / state.value_scale
-    flat = one_axis((trajectory.inputs, trajectory.at_server, targets))
     critics = []
-    for critic, network in zip(critic_plan(config).critics, state.parameters.critics, strict=True):
-
-        def loss(network: Network, batch: Any, view: Callable[..., Any] = critic.view) -> Float[Array, ""]:
-            inputs, at_server, target = batch
-            return jnp.mean((critic_value(config, network, view(inputs, at_server), inputs) - target) ** 2)
-
+    for critic, network, reward, centre, scale in zip(
+        critic_plan(config).critics,
+        state.parameters.critics,
+        rewards,
+        state.value_centre,
+        state.value_scale,
+        strict=True,
+    ):
+        target = (returns_to_go(config, reward) - centre) / scale
+        flat = one_axis((trajectory.inputs, trajectory.at_server, target))
+        loss = partial(_value_loss, config.network, critic)
         critics.append(_descend(loss, network, flat, fits))
     return state._replace(parameters=state.parameters._replace(actors=actors, critics=critics))
+
+
+def _value_loss(kind: NetworkKind, critic: Critic, network: Network, batch: Any) -> Float[Array, ""]:
+    inputs, at_server, target = batch
+    view, marginal = critic.view(inputs, at_server), critic.credit == "marginal"
+    return jnp.mean((critic_value(kind, network, view, inputs, marginal=marginal) - target) ** 2)
 
 
 def _descend(loss: Callable[..., Array], start: Any, samples: Any, key: Key[Array, ""]) -> Any:

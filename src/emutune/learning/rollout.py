@@ -12,6 +12,7 @@ from emutune.learning.agents import (
     Actors,
     Inputs,
     case_logits,
+    fleet_context,
     network_inputs,
     possible_cases,
     retention_means,
@@ -31,7 +32,6 @@ from emutune.world import (
     empty_cache,
     join_features,
     observe_task,
-    progress_feature,
     serve,
     task_features,
     trains_locally,
@@ -90,7 +90,8 @@ def collect(world: World, kind: NetworkKind, actors: Actors, episodes: Episode, 
     steps, count = jnp.arange(world.tasks), episodes.complexity.shape[0]
     observations = jax.vmap(observe_task, (None, None, 0, 0))(world, empty, tasks, steps)
     known = task_features(world, observations)
-    context = jnp.broadcast_to(progress_feature(observations)[:, None, None], (world.tasks, count, 1))
+    context = fleet_context(kind, world, observations)[:, None]
+    context = jnp.broadcast_to(context, (world.tasks, count, context.shape[-1]))
     std = jnp.exp(actors.log_std)
 
     def decide(cached: Cache, now: tuple[Array, Array, Noise, Task, Array]) -> tuple[Cache, tuple[Any, ...]]:

@@ -56,13 +56,18 @@ def update_count(config: TrainingConfig, tasks: int) -> int:
 def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingState:
     """Networks, optimisers and random state before training; a function of its arguments alone."""
     generator = np.random.default_rng(seed)
+    plan = critic_plan(config)
     parameters = Parameters(
         create_actors(generator, config, world),
         [
             create_critic(
-                generator, config, world.ues, input_count(config.network, world) + critic.more_features
+                generator,
+                config,
+                world.ues,
+                input_count(config.network, world) + critic.more_features,
+                marginal=critic.credit == "marginal",
             )
-            for critic in critic_plan(config).critics
+            for critic in plan.critics
         ],
     )
     optimiser = make_optimiser(config)
@@ -71,8 +76,8 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
         optimiser=[optimiser.init(ravel_pytree(network)[0]) for network in networks_of(parameters)],
         key=jax.random.key(seed),
         update=jnp.zeros((), jnp.int32),
-        value_centre=jnp.zeros(()),
-        value_scale=jnp.ones(()),
+        value_centre=jnp.zeros(len(plan.critics)),
+        value_scale=jnp.ones(len(plan.critics)),
     )
 
 

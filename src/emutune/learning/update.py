@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,11 @@ from emutune.learning.credit import marginal_costs
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.networks import Network
 from emutune.learning.rollout import Noise, Summary, Trajectory, collect, draw_noise, one_axis, summarise
+from emutune.learning.slices import SLICES, draw_shares, slice_of
 from emutune.world import Episode, World, draw_batch
+
+# What each critic predicts, of every step, episode and, where credit is marginal, UE.
+Rewards = list[Float[Array, "tasks episodes ..."]]
 
 
 class Parameters(NamedTuple):
@@ -39,7 +44,7 @@ class Parameters(NamedTuple):
 class TrainingState(NamedTuple):
     """Where training stands; with the configuration and the world it determines all that follows.
 
-    ``value_centre`` and ``value_scale`` standardise value targets. They are measured once, on the first
+    ``value_centre`` and ``value_scale`` standardise each critic's value targets. They are measured once, on the first
     update's episodes, and stay, so that the critics need not follow a moving unit.
     """
 
@@ -47,8 +52,8 @@ class TrainingState(NamedTuple):
     optimiser: Any
     key: Key[Array, ""]
     update: Int[Array, ""]
-    value_centre: Float[Array, ""]
-    value_scale: Float[Array, ""]
+    value_centre: Float[Array, "critics"]
+    value_scale: Float[Array, "critics"]
 
 
 class Samples(NamedTuple):
@@ -61,7 +66,7 @@ class Samples(NamedTuple):
     retention_log_probability: Float[Array, "samples ues"]
     case_advantage: Float[Array, "samples ..."]
     emulator_advantage: Float[Array, "samples ..."]
-    targets: Float[Array, "samples ... critics"]
+    targets: list[Float[Array, "samples ..."]]
 
 
 class Diagnostics(NamedTuple):
@@ -114,14 +119,17 @@ def train_update(
     """One update out of ``updates``; evaluation measures the actors that the update starts from."""
     keys = jax.random.split(jax.random.fold_in(state.key, state.update), 3)
     exploring = draw_batch(keys[0], world, config.environments)
-    trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
+    if config.network == "sized":
+        trajectory, rewards = explore(config, world, exploring, keys[1], state.parameters.actors)
+        evaluation = summarise(_act_greedily(config, world, held_out, state))
+    else:
+        trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
+        rewards = rewards_of(config, world, trajectory)
     if config.teacher == "none":
         state = jax.lax.cond(
-            state.update == 0,
-            lambda: standardise_values(config, state, fleet_or_marginal_rewards(config, world, trajectory)),
-            lambda: state,
+            state.update == 0, lambda: standardise_values(config, state, rewards), lambda: state
         )
-    samples, explained_variance = _make_samples(config, world, state, trajectory)
+    samples, explained_variance = _make_samples(config, state, trajectory, rewards)
     rate = config.learning_rate * (1 - state.update / updates)
     networks, optimiser, diagnostics = _epochs(config, state, samples, keys[2], rate)
     new_state = state._replace(
@@ -133,22 +141,62 @@ def train_update(
     return new_state, Metrics(training, evaluation, health)
 
 
-def fleet_or_marginal_rewards(
-    config: TrainingConfig, world: World, trajectory: Trajectory
-) -> Float[Array, "tasks episodes ..."]:
-    """What the critics predict: the fleet's reward, or what each UE adds to it."""
-    if config.credit == "fleet":
-        return trajectory.outcome.reward
+def rewards_of(config: TrainingConfig, world: World, trajectory: Trajectory) -> Rewards:
+    """What each critic predicts: the fleet's reward, or what each UE adds to it."""
     every_step = jax.vmap(jax.vmap(marginal_costs, (None, 0, 0, 0)), (None, 0, 0, 0))
-    return -every_step(world, trajectory.cache, trajectory.task, trajectory.outcome)
+    return [
+        trajectory.outcome.reward
+        if critic.credit == "fleet"
+        else -every_step(world, trajectory.cache, trajectory.task, trajectory.outcome)
+        for critic in critic_plan(config).critics
+    ]
 
 
-def standardise_values(
-    config: TrainingConfig, state: TrainingState, rewards: Float[Array, "tasks episodes ..."]
-) -> TrainingState:
+def explore(
+    config: TrainingConfig, world: World, episodes: Episode, key: Key[Array, ""], actors: Actors
+) -> tuple[Trajectory, Rewards]:
+    """Act with noise, and the rewards that critics predict.
+
+    Networks of any size of fleet act in slices of many sizes, some episodes in each; their rewards are in a unit
+    that grows from slice to slice, more slowly than transfers do, since policies avoid those where they are dear.
+    """
+    count = episodes.complexity.shape[0]
+
+    def act(world: World, episodes: Episode, key: Key[Array, ""]) -> tuple[Trajectory, Rewards]:
+        noise = draw_noise(key, (world.tasks, episodes.complexity.shape[0], world.ues))
+        trajectory = collect(world, config.network, actors, episodes, noise)
+        return trajectory, rewards_of(config, world, trajectory)
+
+    slices = slice_count(config, count)
+    if slices == 1:
+        return act(world, episodes, key)
+    draws, noises = jax.random.split(key)
+    shares = draw_shares(config, world, slices, draws)
+    apart = jax.tree.map(lambda leaf: leaf.reshape(slices, -1, *leaf.shape[1:]), episodes)
+
+    def act_in(share: Array, episodes: Episode, key: Key[Array, ""]) -> tuple[Trajectory, Rewards]:
+        trajectory, rewards = act(slice_of(world, share), episodes, key)
+        return trajectory, [part * share**0.5 for part in rewards]
+
+    found = jax.vmap(act_in, out_axes=1)(shares, apart, jax.random.split(noises, slices))
+    together: tuple[Trajectory, Rewards] = jax.tree.map(
+        lambda leaf: leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:]), found
+    )
+    return together
+
+
+def slice_count(config: TrainingConfig, episodes: int) -> int:
+    """How many slices so many episodes are played in."""
+    return math.gcd(episodes, SLICES) if config.network == "sized" else 1
+
+
+def standardise_values(config: TrainingConfig, state: TrainingState, rewards: Rewards) -> TrainingState:
     """Centre and scale value targets at the mean and spread of the discounted returns to go."""
-    to_go = returns_to_go(config, rewards)
-    return state._replace(value_centre=to_go.mean(), value_scale=jnp.maximum(to_go.std(), 1e-6))
+    to_go = [returns_to_go(config, part) for part in rewards]
+    centre = jnp.stack([part.mean() for part in to_go])
+    return state._replace(
+        value_centre=centre, value_scale=jnp.maximum(jnp.stack([part.std() for part in to_go]), 1e-6)
+    )
 
 
 def returns_to_go(
@@ -156,6 +204,13 @@ def returns_to_go(
 ) -> Float[Array, "tasks episodes ..."]:
     """Discounted rewards from each step on: advantages over critics that expect nothing."""
     return episode_advantages(rewards, jnp.zeros_like(rewards), config.discount, trace_decay=1.0)
+
+
+def _act_greedily(
+    config: TrainingConfig, world: World, episodes: Episode, state: TrainingState
+) -> Trajectory:
+    silence = jnp.zeros((world.tasks, episodes.complexity.shape[0], world.ues))
+    return collect(world, config.network, state.parameters.actors, episodes, Noise(silence, silence))
 
 
 def _explore_and_evaluate(
@@ -182,20 +237,26 @@ def _explore_and_evaluate(
 
 
 def _make_samples(
-    config: TrainingConfig, world: World, state: TrainingState, trajectory: Trajectory
+    config: TrainingConfig,
+    state: TrainingState,
+    trajectory: Trajectory,
+    rewards: Rewards,
 ) -> tuple[Samples, Float[Array, ""]]:
     """Advantages, value targets and old log-probabilities of a batch of episodes."""
     kind, actors, plan = config.network, state.parameters.actors, critic_plan(config)
     inputs, at_server = trajectory.inputs, trajectory.at_server
-    rewards = fleet_or_marginal_rewards(config, world, trajectory)
+    slices = slice_count(config, at_server.shape[1])
     advantages, targets = [], []
-    for critic, network in zip(plan.critics, state.parameters.critics, strict=True):
-        standard = critic_value(config, network, critic.view(inputs, at_server), inputs)
-        values = state.value_centre + state.value_scale * standard
-        advantage = episode_advantages(rewards, values, config.discount, config.trace_decay)
+    units = zip(state.value_centre, state.value_scale, strict=True)
+    for critic, network, reward, (centre, scale) in zip(
+        plan.critics, state.parameters.critics, rewards, units, strict=True
+    ):
+        view, marginal = critic.view(inputs, at_server), critic.credit == "marginal"
+        values = centre + scale * critic_value(kind, network, view, inputs, marginal=marginal)
+        advantage = episode_advantages(reward, values, config.discount, config.trace_decay)
         advantages.append(advantage)
-        targets.append((advantage + values - state.value_centre) / state.value_scale)
-    explained = 1 - advantages[0].var() / (targets[0].var() * state.value_scale**2 + 1e-8)
+        targets.append((advantage + values - centre) / scale)
+    explained = 1 - advantages[0].var() / (targets[0].var() * state.value_scale[0] ** 2 + 1e-8)
     means = retention_means(kind, actors, inputs, at_server)
     samples = Samples(
         inputs=inputs,
@@ -203,9 +264,9 @@ def _make_samples(
         unclipped=trajectory.unclipped,
         case_log_probability=case_log_probability(case_logits(kind, actors, inputs), at_server),
         retention_log_probability=retention_log_probability(means, actors.log_std, trajectory.unclipped),
-        case_advantage=_standardise(advantages[plan.case]),
-        emulator_advantage=_standardise(advantages[plan.emulator]),
-        targets=jnp.stack(targets, axis=-1),
+        case_advantage=_standardise(advantages[plan.case], slices),
+        emulator_advantage=_standardise(advantages[plan.emulator], slices),
+        targets=targets,
     )
     return one_axis(samples), explained
 
@@ -279,9 +340,10 @@ def _loss(
     case_entropy = (jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)).mean()
     entropy = case_entropy + actors.log_std
     value_loss = jnp.asarray(0.0)
-    for index, (critic, network) in enumerate(zip(plan.critics, parameters.critics, strict=True)):
-        values = critic_value(config, network, critic.view(inputs, batch.at_server), inputs)
-        value_loss += jnp.mean((values - batch.targets[..., index]) ** 2)
+    for critic, network, target in zip(plan.critics, parameters.critics, batch.targets, strict=True):
+        view, marginal = critic.view(inputs, batch.at_server), critic.credit == "marginal"
+        values = critic_value(kind, network, view, inputs, marginal=marginal)
+        value_loss += jnp.mean((values - target) ** 2)
     ratio = jnp.exp(case_change)
     diagnostics = jnp.stack(
         [
@@ -312,5 +374,10 @@ def mean_of(values: Float[Array, "*batch"], which: Array) -> Float[Array, ""]:
     return jnp.sum(values * which) / jnp.maximum(jnp.sum(which), 1.0)
 
 
-def _standardise(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    return (values - values.mean()) / (values.std() + 1e-8)
+def _standardise(
+    values: Float[Array, "tasks episodes ..."], slices: int
+) -> Float[Array, "tasks episodes ..."]:
+    """Mean 0 and spread 1 among the episodes of each slice."""
+    apart = values.reshape(values.shape[0], slices, -1)
+    centred = apart - apart.mean((0, 2), keepdims=True)
+    return (centred / (apart.std((0, 2), keepdims=True) + 1e-8)).reshape(values.shape)

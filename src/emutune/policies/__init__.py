@@ -4,7 +4,8 @@ from emutune.policies.base import Policy, register_policy
 from emutune.policies.count_table import CountTable
 from emutune.policies.fixed import AllServer, Fixed
 from emutune.policies.hold import Hold
-from emutune.policies.lookahead import Lookahead, plan_lookahead
+from emutune.policies.horizon import Horizon, plan_horizon
+from emutune.policies.lookahead import LaterPrices, Lookahead, plan_lookahead
 from emutune.policies.random import Random
 
 __all__ = [
@@ -12,9 +13,12 @@ __all__ = [
     "CountTable",
     "Fixed",
     "Hold",
+    "Horizon",
+    "LaterPrices",
     "Lookahead",
     "Policy",
     "Random",
+    "plan_horizon",
     "plan_lookahead",
     "register_policy",
 ]

@@ -7,6 +7,8 @@ at a time until no single change helps.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,13 +21,16 @@ from emutune.policies.prices import Prices, upload_s
 from emutune.world import Observation, World, possible_case
 from emutune.world.spending import energy_cost
 
-# Deadlines, counts of uploaders, and how many choices are improved for how long. Large fleets try fewer, as
-# in ``assignment``.
+# Deadlines, counts of uploaders, prices of a lone download's second in costs of a second of the step's delay,
+# how many choices are improved, of counts far apart and of the cheapest, and how long. Large fleets try fewer,
+# as in ``assignment``.
 _LARGE = 64
 _DEADLINES = {False: 16, True: 8}
 _COUNTS = 33
-_BEGINNINGS = {False: 9, True: 3}
-_ROUNDS = {False: 24, True: 6}
+_SECOND_PRICES = (0.0, 1.0)
+_FAR_APART = {False: 9, True: 0}
+_CHEAPEST = {False: 2, True: 3}
+_ROUNDS = 48
 # A choice that does not exist costs more than any that does, and still adds up.
 _NEVER = 1e6
 
@@ -130,9 +135,9 @@ def assign_jointly(options: Options) -> Assignment:
 
     From one beginning that would often be a choice that only several changes together make cheaper: a slow UE
     stays at home because others crowd the server. So there is one beginning for each of some counts of
-    uploaders, and the cheapest end is taken.
+    uploaders, besides the cheapest, and the cheapest end is taken.
     """
-    ends, costs = jax.vmap(lambda start: _improve(options, start))(_from_deadlines(options))
+    ends, costs = jax.vmap(lambda start: improve(options, start))(_from_deadlines(options))
     best = jnp.argmin(costs)
     return Assignment(ends.uploads[best], ends.layers[best])
 
@@ -158,17 +163,18 @@ def joint_cost(
 
 
 def _from_deadlines(options: Options) -> Assignment:
-    """The cheapest choices that come of a deadline, a guess of the downlink's load, and a count of uploaders.
+    """The cheapest choices that come of a deadline, the downlink's load and price, and a count of uploaders.
 
-    With deadline and load settled, each UE has a best way to train at home in time. UEs are ranked by
+    With deadline, load and price settled, each UE has a best way to train at home in time. UEs are ranked by
     what a second of their upload saves, and every count of uploaders is tried at the exact cost.
     """
     ues, _ = options.local.shape
     large = ues > _LARGE
-    loads = jnp.asarray(np.unique([1, -(-ues // 4), -(-ues // 2), ues]), jnp.float32)[:, None, None]
+    guesses = itertools.product(sorted({1, -(-ues // 4), -(-ues // 2), ues}), _SECOND_PRICES)
+    loads, prices = jnp.asarray(list(guesses), jnp.float32).T[..., None, None]
     takes_s = loads * options.download_s + options.training_s
     exists = options.local < _NEVER / 2
-    lone = options.local + _lone_energy(options, loads)
+    lone = options.local + _lone_energy(options, loads) + prices * options.per_s * options.download_s
     longest = jnp.max(jnp.where(exists, takes_s, 0.0))
     shortest = jnp.max(jnp.min(jnp.where(exists, takes_s[:1], jnp.inf), axis=-1).clip(max=longest)) * 0.5
     shares = jnp.linspace(0.0, 1.0, _DEADLINES[large])
@@ -192,9 +198,8 @@ def _from_deadlines(options: Options) -> Assignment:
     by_count = [jnp.moveaxis(part, -2, 0).reshape(len(counts), -1, ues) for part in (uploads, every)]
     costs = joint_cost(options, *by_count)
     best = jnp.argmin(costs, axis=1)
-    kept = np.unique(
-        np.linspace(0, len(counts) - 1, min(len(counts), _BEGINNINGS[large])).round().astype(int)
-    )
+    apart = np.linspace(0, len(counts) - 1, min(len(counts), _FAR_APART[large])).round().astype(int)
+    kept = jnp.concatenate([np.unique(apart), jnp.argsort(costs.min(axis=1))[: _CHEAPEST[large]]])
     number = jnp.arange(len(counts))
     return Assignment(*(part[number, best][kept] for part in by_count))
 
@@ -207,29 +212,92 @@ def _lone_energy(options: Options, loads: Float[Array, "loads 1 1"]) -> Float[Ar
     return jnp.swapaxes(own.cost(jnp.swapaxes(spent, -1, -2)), -1, -2)
 
 
-def _improve(options: Options, start: Assignment) -> tuple[Assignment, Float[Array, ""]]:
+def improve(options: Options, start: Assignment) -> tuple[Assignment, Float[Array, ""]]:
     """Take the best change of one UE's choice for as long as one helps; the choice and its cost."""
     ues, levels = options.local.shape
-    # Every single change: UE n to k layers, or (last) to uploading.
-    who, what = np.divmod(np.arange(ues * (levels + 1)), levels + 1)
-    changed = jnp.asarray(np.arange(ues) == who[:, None])
-    to_upload, to_layers = jnp.asarray(what == levels)[:, None], jnp.asarray(np.minimum(what, levels - 1))
 
-    def improve(carry: tuple[Assignment, Array, Array, Array]) -> tuple[Assignment, Array, Array, Array]:
+    def step(carry: tuple[Assignment, Array, Array, Array]) -> tuple[Assignment, Array, Array, Array]:
         now, cost, _, number = carry
-        uploads = jnp.where(changed, to_upload, now.uploads)
-        layers = jnp.where(changed, to_layers[:, None], now.layers)
-        costs = joint_cost(options, uploads, layers)
-        best = jnp.argmin(costs)
-        better = costs[best] < cost - 1e-6 * jnp.abs(cost)
+        costs = single_changes(options, now)
+        who, what = jnp.unravel_index(jnp.argmin(costs), costs.shape)
+        better = costs[who, what] < cost - 1e-6 * jnp.abs(cost)
+        changed = (jnp.arange(ues) == who) & better
         pick = Assignment(
-            jnp.where(better, uploads[best], now.uploads), jnp.where(better, layers[best], now.layers)
+            jnp.where(changed, what == levels, now.uploads),
+            jnp.where(changed, jnp.minimum(what, levels - 1), now.layers),
         )
-        return pick, jnp.where(better, costs[best], cost), better, number + 1
+        return pick, jnp.where(better, costs[who, what], cost), better, number + 1
 
     def goes_on(carry: tuple[Assignment, Array, Array, Array]) -> Array:
-        return carry[2] & (carry[3] < _ROUNDS[ues > _LARGE])
+        return carry[2] & (carry[3] < _ROUNDS)
 
     begin = (start, joint_cost(options, *start), jnp.asarray(True), jnp.asarray(0))
-    found, cost, _, _ = jax.lax.while_loop(goes_on, improve, begin)
-    return found, cost
+    found, _, _, _ = jax.lax.while_loop(goes_on, step, begin)
+    return found, joint_cost(options, *found)
+
+
+def single_changes(options: Options, now: Assignment) -> Float[Array, "ues choices"]:
+    """Exact cost of the joint choice with one UE's changed: to each number of layers, or (last) to uploading.
+
+    One change moves the counts of uploads and downloads by at most one, so what the others take and cost
+    is known for three counts of each, and the slowest of the others from the two slowest of all: the work
+    grows with UEs times choices, not with the square of the UEs.
+    """
+    uploads, every = now.uploads, np.arange(options.upload.shape[0])
+    download_s = jnp.where(uploads, 0.0, options.download_s[every, now.layers])
+    training_s = jnp.where(uploads, 0.0, options.training_s[every, now.layers])
+    loads = download_s > 0
+    # Axis 0: one fewer, as many, one more.
+    change = jnp.arange(-1, 2)[:, None]
+    senders = jnp.clip(jnp.sum(uploads) + change[:, 0], 0, len(every))
+    loaders = jnp.maximum(jnp.sum(loads) + change, 0)
+    there_s = jnp.where(uploads, options.upload_s[senders], 0.0)
+    here_s = loaders * download_s + training_s
+    apart = jnp.where(uploads, options.upload, options.local[every, now.layers])
+    own = jnp.concatenate([options.local, options.upload[:, None]], axis=1)
+    may_load = jnp.pad(options.download_s > 0, ((0, 0), (0, 1)))
+    to_upload = jnp.arange(own.shape[1]) == own.shape[1] - 1
+    more_senders = 1 - uploads[:, None].astype(jnp.int32) + to_upload
+    more_loaders = 1 - loads[:, None].astype(jnp.int32) + may_load
+    own_s = jnp.concatenate(
+        [
+            loaders[more_loaders[:, :-1], 0] * options.download_s + options.training_s,
+            options.upload_s[senders[more_senders[:, -1]], every][:, None],
+        ],
+        axis=1,
+    )
+    others_s = jnp.maximum(
+        _of_others(largest_other, there_s, more_senders), _of_others(largest_other, here_s, more_loaders)
+    )
+    total = _sum_of_others(apart)[:, None] + own
+    if options.joules is not None:
+        joules = options.joules
+        sends = jnp.where(uploads, joules.cost(joules.upload_j[senders]), 0.0)
+        runs = jnp.where(
+            uploads, 0.0, joules.cost(joules.receive_w * loaders * download_s + joules.compute_w * training_s)
+        )
+        total = total + _of_others(_sum_of_others, sends, more_senders)
+        total = total + _of_others(_sum_of_others, runs, more_loaders)
+        receiving_s = loaders[more_loaders[:, :-1], 0] * options.download_s
+        here_j = joules.receive_w * receiving_s + joules.compute_w[:, None] * options.training_s
+        there_j = joules.upload_j[senders[more_senders[:, -1]], every][:, None]
+        total = total + joules.cost(jnp.concatenate([here_j, there_j], axis=1).T).T
+    return total + options.per_s * jnp.maximum(others_s, own_s)
+
+
+def _of_others(
+    reduced: Callable[[Array], Array], values: Float[Array, "3 ues"], which: Int[Array, "ues choices"]
+) -> Float[Array, "ues choices"]:
+    """What the other UEs come to at the counts that a change leads to."""
+    return jnp.take_along_axis(jax.vmap(reduced)(values).T, which, axis=1)
+
+
+def _sum_of_others(values: Float[Array, "ues"]) -> Float[Array, "ues"]:
+    return values.sum() - values
+
+
+def largest_other(values: Float[Array, "ues"]) -> Float[Array, "ues"]:
+    """The largest of the other values, for each; 0 if there are none."""
+    first = jnp.argmax(values)
+    second = jnp.max(jnp.where(jnp.arange(values.shape[0]) == first, 0.0, values))
+    return jnp.where(jnp.arange(values.shape[0]) == first, second, values[first])

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.base import register_policy
-from emutune.policies.joint import assign_jointly, list_options
+from emutune.policies.joint import assign_jointly, improve, list_options
 from emutune.policies.kinds import Kind, Kinds, every_kind, locate, make_kinds, mean_tflop
 from emutune.policies.prices import lone_downlink_bps, step_prices
 from emutune.scenario import Scenario
@@ -75,10 +75,12 @@ class Lookahead:
         if jax.tree.leaves(world.devices):
             shadow = self.shadow_per_j(world, observation)
             chosen = assign_jointly(list_options(world, observation, prices, kept, renewed, shadow))
+        elif self.exact:
+            chosen = assign_exactly(world, observation, prices, list_choices(prices, kept, renewed))
         else:
-            choices = list_choices(prices, kept, renewed)
-            assign = assign_exactly if self.exact else assign_by_rank
-            chosen = assign(world, observation, prices, choices)
+            ranked = assign_by_rank(world, observation, prices, list_choices(prices, kept, renewed))
+            options = list_options(world, observation, prices, kept, renewed, None)
+            chosen, _ = improve(options, ranked)
         return Action(chosen.uploads, chosen.layers / layers_of(world, observation.family))
 
     def later(
@@ -115,21 +117,41 @@ class Lookahead:
         self, world: World, observation: Observation, shadow_per_j: Float[Array, "ues"] | None
     ) -> tuple[Float[Array, "ues families levels"], Int[Array, "ues"], Int[Array, "ues"]]:
         """The table of each UE after this step, and family and layers of what it holds."""
-        nothing = jnp.zeros(observation.complexity.shape, jnp.int32)
-        family = nothing if observation.family is None else observation.family
-        held_family = nothing if observation.held_family is None else observation.held_family
-        held = (
-            observation.cached_retention if observation.held_retention is None else observation.held_retention
-        )
-        whole = layers_of(world, None if observation.held_family is None else held_family)
-        layers = jnp.round(held * whole).astype(jnp.int32)
-        step = jnp.clip(jnp.round(observation.progress * world.tasks).astype(jnp.int32), 0, world.tasks - 1)
-        table = self.worth[jnp.minimum(step, self.worth.shape[0] - 1)]
+        family, held_family, layers = held_by(world, observation)
+        table = self.table_of(world, observation, present_step(world, observation), shadow_per_j)
+        return table[jnp.arange(layers.shape[0]), family], held_family, layers
+
+    def table_of(
+        self,
+        world: World,
+        observation: Observation,
+        step: Int[Array, ""],
+        shadow_per_j: Float[Array, "ues"] | None,
+    ) -> Float[Array, "ues families families levels"]:
+        """The table of each UE after a step, by family of that step's task, and what is held after it."""
+        table = self.worth[jnp.clip(step, 0, min(world.tasks, self.worth.shape[0]) - 1)]
         parts = [
-            table[point, family] * weight[:, None, None]
+            table[point] * weight[:, None, None, None]
             for point, weight in locate(self.kinds, world, observation, shadow_per_j)
         ]
-        return reduce(jnp.add, parts), held_family, layers
+        return reduce(jnp.add, parts)
+
+
+def held_by(
+    world: World, observation: Observation
+) -> tuple[Int[Array, "ues"], Int[Array, "ues"], Int[Array, "ues"]]:
+    """Family of each UE's task, and family and layers of what it holds; one family is number 0."""
+    nothing = jnp.zeros(observation.complexity.shape, jnp.int32)
+    family = nothing if observation.family is None else observation.family
+    held_family = nothing if observation.held_family is None else observation.held_family
+    held = observation.cached_retention if observation.held_retention is None else observation.held_retention
+    whole = layers_of(world, None if observation.held_family is None else held_family)
+    return family, held_family, jnp.round(held * whole).astype(jnp.int32)
+
+
+def present_step(world: World, observation: Observation) -> Int[Array, ""]:
+    """Which step of the episode is to be decided, from 0."""
+    return jnp.round(observation.progress * world.tasks).astype(jnp.int32)
 
 
 class LaterPrices(NamedTuple):
@@ -181,10 +203,24 @@ def _downlink_gain(world: World, gain: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.exp(jnp.interp(jnp.log(gain), ends, jnp.log(downlink_gain_bounds(world))))
 
 
-def _worth(
-    world: World, most: int, kind: Kind, prices: LaterPrices
-) -> Float[Array, "tasks families families levels"]:
-    """Expected cost of all later steps of one UE of a kind; the first axis is the step just served."""
+class TaskCosts(NamedTuple):
+    """What a later task costs one UE, on average over what tasks are like, by family.
+
+    Attributes:
+        local: of training on the UE with k layers.
+        upload: of training at the server.
+        layer: of each layer that is sent to the UE.
+        allowed: which emulators the UE can have.
+    """
+
+    local: Float[Array, "families levels"]
+    upload: Float[Array, "families"]
+    layer: Float[Array, "families 1"]
+    allowed: Bool[Array, "families levels"]
+
+
+def task_costs(world: World, most: int, kind: Kind, prices: LaterPrices) -> TaskCosts:
+    """Costs of a task of a UE of a kind (no leading axes)."""
     count = 1 if world.families is None else world.families.model_bits.shape[0]
     family = jnp.arange(count)
     each = None if world.families is None else family
@@ -226,27 +262,54 @@ def _worth(
         layer_cost = layer_cost - energy.weight_per_j / world.ues * energy.receive_w * layer_s
     if kind.private is not None:
         upload = jnp.where(kind.private > 0, jnp.inf, upload)
-    stays = jnp.asarray(1.0) if world.families is None else world.families.persistence
+    return TaskCosts(local, upload, layer_cost, allowed)
+
+
+def worth_before(
+    world: World, costs: TaskCosts, after: Float[Array, "families families levels"]
+) -> Float[Array, "families families levels"]:
+    """Expected cost of a step and all that follow, from the worth after it.
+
+    Args:
+        world: the world.
+        costs: of the step's task.
+        after: cost of what follows the step, by family of its task, and family and layers held after it.
+
+    Returns:
+        The same for the step before.
+    """
+    count, levels = costs.local.shape
+    family, layers = jnp.arange(count), jnp.arange(levels)
     own = family[:, None] == family
+    renewed = jnp.where(costs.allowed, costs.local + after[family, family], jnp.inf)
+    if world.delta_download:
+        missing = jnp.maximum(layers - layers[:, None], 0)
+        grown = jnp.min(renewed[:, None] + costs.layer[:, None] * missing, axis=-1)
+    else:
+        grown = jnp.broadcast_to(jnp.min(renewed + costs.layer * layers, -1)[:, None], renewed.shape)
+    hold = jnp.where(own[..., None] & (layers > 0), renewed[:, None], jnp.inf)
+    fetch = jnp.where(own[..., None], grown[:, None], grown[:, :1, None])
+    now = jnp.minimum(jnp.minimum(hold, fetch), costs.upload[:, None, None] + after)
+    chance = world.devices.task_probability
+    if chance is not None:
+        now = chance * now + (1 - chance) * after
+    stays = jnp.asarray(1.0) if world.families is None else world.families.persistence
+    return stays * now + (1 - stays) * now.mean(0)
 
-    def before(after: Array, _: None) -> tuple[Array, Array]:
-        """Cost of a step and all later ones by task, held family and layers, from the worth after it."""
-        renewed = jnp.where(allowed, local + after[family, family], jnp.inf)
-        if world.delta_download:
-            missing = jnp.maximum(layers - layers[:, None], 0)
-            grown = jnp.min(renewed[:, None] + layer_cost[:, None] * missing, axis=-1)
-        else:
-            grown = jnp.broadcast_to(jnp.min(renewed + layer_cost * layers, -1)[:, None], renewed.shape)
-        hold = jnp.where(own[..., None] & (layers > 0), renewed[:, None], jnp.inf)
-        fetch = jnp.where(own[..., None], grown[:, None], grown[:, :1, None])
-        now = jnp.minimum(jnp.minimum(hold, fetch), upload[:, None, None] + after)
-        if chance is not None:
-            now = chance * now + (1 - chance) * after
-        worth = stays * now + (1 - stays) * now.mean(0)
-        return worth, after
 
-    last = jnp.zeros((count, count, most + 1))
-    _, worth = jax.lax.scan(before, last, None, length=world.tasks, reverse=True)
+def _worth(
+    world: World, most: int, kind: Kind, prices: LaterPrices
+) -> Float[Array, "tasks families families levels"]:
+    """Expected cost of all later steps of one UE of a kind; the first axis is the step just served."""
+    costs = task_costs(world, most, kind, prices)
+    last = jnp.zeros((costs.local.shape[0], *costs.local.shape))
+    _, worth = jax.lax.scan(
+        lambda after, _: (worth_before(world, costs, after), after),
+        last,
+        None,
+        length=world.tasks,
+        reverse=True,
+    )
     return worth
 
 

@@ -4,28 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from emutune.errors import UsageError
-from emutune.learning.configuration import Settings
+from emutune.learning.configuration import Settings, TrainingConfig
+from emutune.learning.slices import fixed_shares, slice_of
 from emutune.policies import AllServer, Fixed, Policy, Random
 from emutune.scenario import Scenario
 from emutune.study.evaluate import search_best_fixed
-from emutune.study.search import search_count_table, search_hold, search_lookahead
+from emutune.study.search import (
+    search_count_table,
+    search_hold,
+    search_horizon,
+    search_lookahead,
+    search_lookaheads,
+)
+from emutune.world import build_world
 
+# A decision takes a fifth of a second: for few episodes, and only if it is named.
+SLOW = ("horizon",)
 SIMPLE = ("random", "all_server", "fixed", "best_fixed")
-BASELINES = (*SIMPLE, "hold", "count_table", "lookahead")
+BASELINES = (*SIMPLE, "hold", "count_table", "lookahead", "horizon")
+# A teacher of a slice need only be about as good as it can be.
+_TEACHERS_EPISODES = 8
 _SEARCHED: dict[str, Callable[[Scenario], Policy]] = {
     "best_fixed": search_best_fixed,
     "hold": search_hold,
     "count_table": search_count_table,
     "lookahead": search_lookahead,
+    "horizon": search_horizon,
 }
 
 
 def teacher_of(config: Settings, scenario: Scenario) -> Policy | None:
-    """The policy that a training begins by imitating, if it does."""
-    return None if config.teacher == "none" else baseline_policy(config.teacher, scenario)
+    """The policy that a training begins by imitating, if it does.
+
+    Networks of any size of fleet have one for each of ``fixed_shares``, stacked along a first axis of its arrays.
+    """
+    if config.teacher == "none":
+        return None
+    if not isinstance(config, TrainingConfig) or config.network != "sized":
+        return baseline_policy(config.teacher, scenario)
+    world = build_world(scenario)
+    slices = [slice_of(world, share) for share in fixed_shares(config, world)]
+    each = search_lookaheads(scenario, slices, _TEACHERS_EPISODES)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
 def baseline_policy(name: str, scenario: Scenario, retention: float | None = None) -> Policy:

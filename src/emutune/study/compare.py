@@ -17,7 +17,7 @@ from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfi
 from emutune.learning.training import train_seeds
 from emutune.policies import Policy, Random
 from emutune.scenario import Scenario, dump_scenario
-from emutune.study.baselines import BASELINES, SIMPLE, baseline_policy, teacher_of
+from emutune.study.baselines import BASELINES, SIMPLE, SLOW, baseline_policy, teacher_of
 from emutune.study.evaluate import (
     EpisodeFigures,
     decision_time_ms,
@@ -42,11 +42,20 @@ RANKED = TrainingConfig(
     initial_std=0.2,
 )
 TAUGHT = RANKED.model_copy(
-    update={"teacher": "lookahead", "steps": 200_000, "learning_rate": 3e-4, "initial_std": 0.1}
+    update={
+        "teacher": "lookahead",
+        "credit": "mixed",
+        "steps": 200_000,
+        "learning_rate": 3e-4,
+        "initial_std": 0.05,
+        "entropy_weight": 1e-4,
+    }
 )
+SIZED = TAUGHT.model_copy(update={"network": "sized", "steps": 800_000})
 STUDIES: dict[str, Settings] = {
     "hmppo_ranked": RANKED,
     "hmppo_taught": TAUGHT,
+    "hmppo_sized": SIZED,
     "guided": GuidedConfig(),
     "hmppo_flat": TrainingConfig(network="flat"),
     "hmppo_as_printed": TrainingConfig(baseline="as_printed"),
@@ -65,7 +74,8 @@ def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
         UsageError: a name is unknown.
     """
     known = [*BASELINES, *LEARNED, *STUDIES]
-    everything = [*BASELINES, *LEARNED, "hmppo_ranked", "guided"]
+    quick = [name for name in BASELINES if name not in SLOW]
+    everything = [*quick, *LEARNED, "hmppo_ranked", "guided"]
     if scenario.families is None and not scenario.has_devices:
         everything = [*SIMPLE, *LEARNED]
     chosen: list[str] = []

@@ -6,7 +6,7 @@ Every candidate meets the same episodes, which are neither held out nor trained 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from emutune.policies import CountTable, Hold, Lookahead, plan_lookahead
+from emutune.policies import CountTable, Hold, Horizon, LaterPrices, Lookahead, plan_horizon, plan_lookahead
 from emutune.scenario import Scenario
 from emutune.study.evaluate import SEARCH_KEY, draw_episodes, run_episodes
 from emutune.world import Episode, World, build_world
@@ -49,12 +49,34 @@ def search_hold(scenario: Scenario) -> Hold:
 
 def search_lookahead(scenario: Scenario) -> Lookahead:
     """The best prices of ``Lookahead``."""
+    return _planner(scenario)(build_world(scenario), *_later_prices(scenario))
 
-    def plan(world: World, *prices: Array) -> Lookahead:
-        return plan_lookahead(scenario, world, *prices)
 
+def search_horizon(scenario: Scenario) -> Horizon:
+    """``Horizon`` with the best prices of ``Lookahead`` beyond it."""
+    return plan_horizon(scenario, build_world(scenario), _later_prices(scenario))
+
+
+def search_lookaheads(scenario: Scenario, worlds: Sequence[World], episodes: int) -> list[Lookahead]:
+    """The best prices in each of some worlds that differ from the scenario's in no shape, compiled once."""
+    plan = _planner(scenario)
+    found = _search_prices(scenario, worlds, episodes)
+    return [plan(world, *prices) for world, prices in zip(worlds, found, strict=True)]
+
+
+def _later_prices(scenario: Scenario) -> LaterPrices:
+    # Joint choices take a while where devices differ, and returns change smoothly with prices.
+    episodes = _FEWER_EPISODES if scenario.has_devices else _EPISODES
+    return _search_prices(scenario, [build_world(scenario)], episodes)[0]
+
+
+def _planner(scenario: Scenario) -> Callable[..., Lookahead]:
+    return jax.jit(lambda world, *prices: plan_lookahead(scenario, world, *prices))
+
+
+def _search_prices(scenario: Scenario, worlds: Iterable[World], episodes: int) -> list[LaterPrices]:
     def score(world: World, drawn: Episode, *prices: Array) -> Array:
-        return run_episodes(world, plan(world, *prices), drawn)[0].mean()
+        return run_episodes(world, plan_lookahead(scenario, world, *prices), drawn)[0].mean()
 
     grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
     start: Point = (0.5, 0.5)
@@ -66,10 +88,11 @@ def search_lookahead(scenario: Scenario) -> Lookahead:
             (*start, backgrounds[len(backgrounds) // 2]),
             (coarse, coarse, (0.0, *backgrounds[:-1])),
         )
-    # Joint choices take a while where devices differ, and returns change smoothly with prices.
-    scorer = _scorer(scenario, score, _FEWER_EPISODES if scenario.has_devices else _EPISODES)
-    best = _descend(scorer, start, grids)
-    return jax.jit(plan)(build_world(scenario), *(jnp.float32(price) for price in best))
+    found = []
+    for world in worlds:
+        best = _descend(_scorer(scenario, score, episodes, world), start, grids)
+        found.append(LaterPrices(*(jnp.float32(price) for price in best)))
+    return found
 
 
 def search_count_table(scenario: Scenario) -> CountTable:
@@ -146,9 +169,11 @@ def _levels(scenario: Scenario) -> Point:
     )
 
 
-def _scorer(scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES) -> Callable[..., float]:
-    """The mean return of candidates, compiled once for all of them."""
-    world = build_world(scenario)
+def _scorer(
+    scenario: Scenario, score: Callable[..., Array], most: int = _EPISODES, world: World | None = None
+) -> Callable[..., float]:
+    """The mean return of candidates, compiled once for all of them and for every call with the same score."""
+    world = build_world(scenario) if world is None else world
     episodes = max(4, min(most, 600 // scenario.fleet.ues))
     drawn = draw_episodes(world, SEARCH_KEY, episodes)
     compiled = jax.jit(score)

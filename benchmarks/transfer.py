@@ -1,0 +1,71 @@
+"""One policy trained at N = 8 in fleets of 6 to 256 UEs, beside rules and policies trained at that size.
+
+python benchmarks/transfer.py --json transfer.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from emutune.cli.jax_setup import prepare_jax
+
+# Fewer episodes and, for what is trained there, fewer steps in larger fleets: a step takes as much longer.
+EPISODES = {6: 64, 8: 64, 24: 32, 64: 16, 256: 8}
+STEPS = {6: 200_000, 8: 200_000, 24: 200_000, 64: 50_000, 256: 12_800}
+RULES = ("count_table", "lookahead")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--scenario", default="families")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sizes", default="6,8,24,64,256")
+    parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
+    parser.add_argument(
+        "--own", action=argparse.BooleanOptionalAction, default=True, help="train at each size too"
+    )
+    arguments = parser.parse_args()
+    prepare_jax(arguments.seeds)
+    from emutune.learning.training import train_seeds
+    from emutune.scenario import load_scenario
+    from emutune.study.baselines import baseline_policy, teacher_of
+    from emutune.study.compare import run_directory, training_config
+    from emutune.study.evaluate import evaluate_policy, held_out_episodes
+    from emutune.study.transfer import transferred
+
+    def learn(name, scenario, steps=None):
+        config = training_config(name, steps)
+        run = run_directory(arguments.out, name, scenario, config)
+        return train_seeds(
+            scenario, config, range(arguments.seeds), run, teacher=teacher_of(config, scenario)
+        )
+
+    home = load_scenario(arguments.scenario, ["fleet.ues=8"])
+    travellers = learn("hmppo_sized", home)
+    results = []
+    print("| N | " + " | ".join((*RULES, "trained at 8 (worst seed)", "trained at N")) + " |")
+    print("|---|---|---|---|---|")
+    for ues in map(int, arguments.sizes.split(",")):
+        scenario = load_scenario(arguments.scenario, [f"fleet.ues={ues}"])
+        drawn = held_out_episodes(scenario, EPISODES[ues])
+
+        def score(policy, scenario=scenario, drawn=drawn) -> float:
+            return float(evaluate_policy(scenario, policy, drawn).episode_return.mean())
+
+        rules = {name: score(baseline_policy(name, scenario)) for name in RULES}
+        away = [score(transferred(one, home, scenario)) for one in travellers]
+        own = [score(one) for one in learn("hmppo_taught", scenario, STEPS[ues])] if arguments.own else []
+        results.append({"ues": ues, **rules, "trained_at_8": away, "trained_at_n": own})
+        shown = [f"{rules[name]:.2f}" for name in RULES]
+        shown.append(f"{np.mean(away):.2f} ({min(away):.2f})")
+        shown.append(f"{np.mean(own):.2f}" if own else "")
+        print(f"| {ues} | " + " | ".join(shown) + " |", flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A learned policy in another scenario than the one it was trained in: fleets grow, links change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from emutune.errors import UsageError
+from emutune.learning.agents import LearnedPolicy
+from emutune.learning.guided import Guided
+from emutune.policies import Policy
+from emutune.scenario import Scenario
+from emutune.study.search import search_lookahead
+from emutune.world import build_world
+from emutune.world.observation import feature_bounds
+
+
+def transferred(policy: Policy, trained_in: Scenario, scenario: Scenario) -> Policy:
+    """The policy as it decides elsewhere, without being trained there.
+
+    Networks are taken as they are; the lookahead that a guided one corrects is planned anew.
+
+    Args:
+        policy: what training yielded.
+        trained_in: the scenario of its training.
+        scenario: where it is to decide.
+
+    Raises:
+        UsageError: its networks are flat and the fleet has another size, or they see other features.
+    """
+    if scenario == trained_in:
+        return policy
+    here, there = scenario.fleet.ues, trained_in.fleet.ues
+    if isinstance(policy, LearnedPolicy) and policy.kind == "flat" and here != there:
+        raise UsageError(
+            f"fleet.ues: flat networks decide for {there} UEs, not {here}; train with --network set"
+        )
+    if feature_bounds(build_world(scenario)) != feature_bounds(build_world(trained_in)):
+        raise UsageError(
+            f"the scenario's sections: networks trained in {trained_in.name} see other features of a UE; "
+            "switch on what was on there and nothing else, or train anew"
+        )
+    if isinstance(policy, Guided):
+        return replace(policy, base=search_lookahead(scenario))
+    return policy
