@@ -1,4 +1,4 @@
-"""Bounds in worlds of computation, energy, memory, privacy and idle UEs: below every plan and every policy."""
+"""Bounds in worlds of computation, energy, memory, larger caches and idle UEs: below every plan and every policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import plain
 from emutune.bounds import certified_bounds
-from emutune.policies import AllServer, CountTable, Fixed, Hold, Random, plan_lookahead
+from emutune.policies import AllServer, CountTable, Fixed, Hold, LaterPrices, Random, plan_lookahead
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import build_world, draw_episode
@@ -81,9 +81,10 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
     [
         {"computation", "budget"},
         EVERYTHING | {"trace"},
+        {"cache"},
         *(
             pytest.param(few, marks=pytest.mark.slow)
-            for few in ({"computation"}, {"memory", "privacy"}, {"activity"})
+            for few in ({"computation"}, {"memory", "privacy"}, {"activity"}, {"cache", "delta"})
         ),
     ],
 )
@@ -126,7 +127,7 @@ def every_policy(scenario):
         Fixed(jnp.float32(0.75)),
         Hold(jnp.float32(0.3), jnp.float32(0.5), *patience),
         CountTable(most, counts, jnp.array([0.3, 0.75]), *patience),
-        plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5), *patience),
+        plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), *patience)),
     ]
 
 

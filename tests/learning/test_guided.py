@@ -14,7 +14,7 @@ from emutune.learning.agents import network_inputs, view_s2, wanted_retention, w
 from emutune.learning.configuration import GuidedConfig, TrainingConfig
 from emutune.learning.guided import begin_guided, correction, validate
 from emutune.learning.training import load_policy, train_seed
-from emutune.policies import AllServer, Random, plan_lookahead
+from emutune.policies import AllServer, LaterPrices, Random, plan_lookahead
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import Cache, build_world, observe, reset, ue_features
@@ -26,7 +26,9 @@ CONFIG = GuidedConfig(rounds=2, decisions=2000, fits=100, width=8, validation=16
 
 @pytest.fixture(scope="module")
 def base():
-    plan = jax.jit(lambda world: plan_lookahead(SCENARIO, world, jnp.float32(0.2), jnp.float32(0.2)))
+    plan = jax.jit(
+        lambda world: plan_lookahead(SCENARIO, world, LaterPrices(jnp.float32(0.2), jnp.float32(0.2)))
+    )
     return plan(WORLD)
 
 
@@ -146,7 +148,11 @@ def test_it_learns_where_devices_differ(tmp_path, name):
     scenario = load_scenario(name, ["fleet.ues=3", "fleet.tasks=10"])
     world = build_world(scenario)
     limits = [jnp.float32(60.0)] if scenario.computation else []
-    base = jax.jit(lambda world: plan_lookahead(scenario, world, jnp.float32(0.2), jnp.float32(0.2), *limits))
+    base = jax.jit(
+        lambda world: plan_lookahead(
+            scenario, world, LaterPrices(jnp.float32(0.2), jnp.float32(0.2), *limits)
+        )
+    )
     short = CONFIG.model_copy(update={"rounds": 1})
     policy = train_seed(scenario, short, 0, tmp_path, teacher=base(world))
     start = begin_guided(base(world), world, short.width, 0)

@@ -17,7 +17,7 @@ from emutune.learning.imitation import imitate
 from emutune.learning.slices import draw_shares, fixed_shares, slice_of
 from emutune.learning.training import initial_state, train_seed
 from emutune.learning.update import explore
-from emutune.policies import plan_lookahead
+from emutune.policies import LaterPrices, plan_lookahead
 from emutune.scenario import load_scenario
 from emutune.study.baselines import teacher_of
 from emutune.study.evaluate import draw_episodes, evaluate_policy, held_out_episodes, run_episodes
@@ -132,6 +132,6 @@ def test_what_does_not_fit_is_refused_and_guided_lookahead_plans_anew() -> None:
     pooled = LearnedPolicy("set", initial_state(TrainingConfig(width=8), world, 0).parameters.actors)
     with pytest.raises(UsageError, match="see other features of a UE"):
         transferred(pooled, scenario, busy)
-    base = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5))
+    base = plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
     guided = transferred(begin_guided(base, world, GuidedConfig().width, 0), scenario, larger)
     assert not np.array_equal(guided.base.worth, base.worth)

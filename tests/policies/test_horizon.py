@@ -71,7 +71,7 @@ def state_of(name: str, *changes: str, seed: int = 0):
 
 def test_one_step_decides_as_lookahead_and_more_plan_to_the_end() -> None:
     scenario, world, seen = state_of("families")
-    plan = plan_lookahead(scenario, world, *PRICES)
+    plan = plan_lookahead(scenario, world, PRICES)
     once = plan_horizon(scenario, world, PRICES, steps=1)
     key = jax.random.key(0)
     jax.tree.map(np.testing.assert_array_equal, once.decide(world, seen, key), plan.decide(world, seen, key))
@@ -88,7 +88,7 @@ def test_without_a_solution_lookaheads_prices_serve(monkeypatch: pytest.MonkeyPa
     scenario, world, seen = state_of("families")
     monkeypatch.setattr(horizon, "link_shares", lambda known, steps: None)
     kept, renewed = plan_horizon(scenario, world, PRICES, steps=3).later(world, seen)
-    same = plan_lookahead(scenario, world, *PRICES).later(world, seen)
+    same = plan_lookahead(scenario, world, PRICES).later(world, seen)
     # The table reads between gains, the programme is at each UE's own.
     np.testing.assert_allclose(kept, same[0], rtol=2e-2)
     np.testing.assert_allclose(renewed[:, 3:14], same[1][:, 3:14], rtol=2e-2)
@@ -106,7 +106,7 @@ def test_it_decides_in_every_world_as_well_as_lookahead(name: str) -> None:
     prices = PRICES._replace(background_s=jnp.float32(100.0)) if scenario.computation else PRICES
     drawn = held_out_episodes(scenario, 3)
     mine = evaluate_policy(scenario, plan_horizon(scenario, world, prices, steps=2), drawn)
-    theirs = evaluate_policy(scenario, plan_lookahead(scenario, world, *prices), drawn)
+    theirs = evaluate_policy(scenario, plan_lookahead(scenario, world, prices), drawn)
     assert mine.episode_return.mean() > 1.1 * theirs.episode_return.mean()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import plain
-from emutune.policies import CountTable, Hold, plan_lookahead
+from emutune.policies import CountTable, Hold, LaterPrices, plan_lookahead
 from emutune.policies.assignment import Assignment
 from emutune.policies.joint import assign_jointly, joint_cost, list_options, single_changes
 from emutune.policies.prices import step_prices
@@ -62,7 +62,9 @@ def options(scenario, task):
 def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
     scenario = make(features, 3, "reward.delay_weight_per_min=-0.1")
     world = build_world(scenario)
-    policy = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
+    policy = plan_lookahead(
+        scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
+    )
 
     @jax.jit
     def act(state):
@@ -170,6 +172,8 @@ def test_rules_send_the_slow_to_the_server() -> None:
 def test_lookahead_sends_the_slow_to_the_server() -> None:
     scenario = make({"computation"}, 2, "computation.server_tflops=500.0", "reward.delay_weight_per_min=-0.5")
     world, seen = slow_and_fast(scenario)
-    policy = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
+    policy = plan_lookahead(
+        scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
+    )
     chosen = jax.jit(policy.decide)(world, seen, jax.random.key(0))
     np.testing.assert_array_equal(chosen.at_server, [True, False])

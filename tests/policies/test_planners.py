@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emutune.policies import CountTable, Hold, Lookahead, plan_lookahead
+from emutune.policies import CountTable, Hold, LaterPrices, Lookahead, plan_lookahead
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.prices import step_prices
 from emutune.scenario import Scenario, load_scenario
@@ -32,7 +33,9 @@ UNEQUAL = "families.others=[{size_gb = 4.0, layers = 4, curve = {quadratic = 0.0
 
 
 def planned(scenario: Scenario, world: World, exact: bool | None = None) -> Lookahead:
-    plan = jax.jit(lambda world, price: plan_lookahead(scenario, world, price, price, exact=exact))
+    plan = jax.jit(
+        lambda world, price: plan_lookahead(scenario, world, LaterPrices(price, price), exact=exact)
+    )
     return plan(world, jnp.float32(0.5))
 
 
@@ -95,7 +98,7 @@ def test_the_worth_of_caches_is_the_recursion_in_plain_numbers(delta: str) -> No
     scenario = load_scenario("families", changes)
     world = build_world(scenario)
     up, down = 0.7, 0.4
-    policy = plan_lookahead(scenario, world, jnp.float32(up), jnp.float32(down))
+    policy = plan_lookahead(scenario, world, LaterPrices(jnp.float32(up), jnp.float32(down)))
     gain = float(jnp.exp(policy.log_gains[3]))
     noise = 10 ** (-174 / 10) / 1000
     scale = 0.092 / 2 * 1.5
@@ -127,6 +130,55 @@ def test_the_worth_of_caches_is_the_recursion_in_plain_numbers(delta: str) -> No
     for step, task, family, layers in itertools.product(range(4), range(2), range(2), (0, 1, 3)):
         worth = policy.worth[step, 3, task, family, layers]
         assert float(worth) == pytest.approx(later(step, task, family, layers), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("rent", [0.0, 0.3])
+def test_what_several_emulators_are_worth_together_in_plain_numbers(delta: bool, rent: float) -> None:
+    tasks, up, down = 4, 0.7, 0.4
+    changes = [*STEADY, "fleet.ues=2", f"fleet.tasks={tasks}", "model.layers=4", UNEQUAL]
+    changes += ["families.persistence=0.3", "tasks.complexity={min=5.0, max=5.0}", "families.cache_gb=50.0"]
+    scenario = load_scenario("families", [*changes, f"download.delta={str(delta).lower()}"])
+    prices = LaterPrices(*(jnp.float32(price) for price in (up, down)), rent=jnp.float32(rent))
+    policy = plan_lookahead(scenario, build_world(scenario), prices)
+    gain = float(jnp.exp(policy.log_gains[3]))
+    noise = 10 ** (-174 / 10) / 1000
+    scale = 0.092 / 2 * 1.5
+    per_s = -scenario.reward.delay_weight_per_min / 60
+    up_s = 3.2e9 / (1e5 * math.log2(1 + 0.6 * gain / (noise * 1e5)))
+    rate = 1e6 * math.log2(1 + 60 * gain / (noise * 1e6))
+
+    def sending(family: int, layers: int) -> float:
+        model = scenario.models[family]
+        return per_s * down * 8e9 * model.size_gb * layers / model.layers / rate
+
+    def kept(held: tuple[int, ...]) -> list[tuple[float, tuple[int, ...]]]:
+        """Every part of what is held, and the rent that it pays."""
+        parts = itertools.product(*({0, layers} for layers in held))
+        return [(rent * sum(map(sending, range(len(part)), part)), part) for part in parts]
+
+    @functools.cache
+    def later(step: int, task: int, held: tuple[int, ...]) -> float:
+        """Expected cost of all steps after one, from plain recursion over all that is held."""
+        if step + 1 == tasks:
+            return 0.0
+        chances = [0.3 * (task == m) + 0.7 / 2 for m in range(2)]
+        return sum(chance * cost(step + 1, m, held) for m, chance in enumerate(chances))
+
+    def cost(step: int, task: int, held: tuple[int, ...]) -> float:
+        model = scenario.models[task]
+        served = [(scale * model.curve(1.0) + per_s * up * up_s, held)]
+        for k in range(model.fewest, model.most + 1):
+            sent = 0 if k == held[task] else max(k - held[task], 0) if delta else k
+            after = (k, held[1]) if task == 0 else (held[0], k)
+            served.append((scale * model.curve(k / model.layers) + sending(task, sent), after))
+        return min(
+            now + paid + later(step, task, part) for now, after in served for paid, part in kept(after)
+        )
+
+    for step, task, *held in itertools.product(range(tasks), range(2), (0, 1, 3), (0, 2, 3)):
+        worth = sum(policy.worth[step, 3, task, family, layers] for family, layers in enumerate(held))
+        assert float(worth) == pytest.approx(later(step, task, tuple(held)), rel=1e-4, abs=1e-5)
 
 
 def test_ranking_comes_close_to_trying_everything() -> None:

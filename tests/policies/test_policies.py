@@ -10,7 +10,7 @@ import pytest
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import initial_state
-from emutune.policies import AllServer, CountTable, Fixed, Hold, Policy, Random, plan_lookahead
+from emutune.policies import AllServer, CountTable, Fixed, Hold, LaterPrices, Policy, Random, plan_lookahead
 from emutune.world import build_world, observe, reset
 
 
@@ -22,7 +22,9 @@ def every_policy(scenario) -> list[Policy]:
         for kind in ("set", "flat")
     ]
     hold = Hold(jnp.asarray(0.5), jnp.asarray(0.5))
-    lookahead = plan_lookahead(scenario, build_world(scenario), jnp.float32(0.5), jnp.float32(0.5))
+    lookahead = plan_lookahead(
+        scenario, build_world(scenario), LaterPrices(jnp.float32(0.5), jnp.float32(0.5))
+    )
     table = CountTable(25, jnp.zeros(7, int), jnp.array([0.2, 0.8]))
     return [Random(), AllServer(), Fixed(jnp.asarray(0.5)), hold, lookahead, table, *learned]
 

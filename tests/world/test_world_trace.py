@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emutune.policies import AllServer, Fixed, Random
-from emutune.policies.lookahead import plan_lookahead
+from emutune.policies import AllServer, Fixed, LaterPrices, Random, plan_lookahead
 from emutune.policies.prices import lone_downlink_bps, upload_s
 from emutune.scenario import Scenario, load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
@@ -103,7 +102,7 @@ def test_policies_of_every_kind_act_on_a_trace() -> None:
         Random(),
         AllServer(),
         Fixed(jnp.float32(0.7)),
-        plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5)),
+        plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5))),
     )
     returns = [evaluate_policy(scenario, policy, drawn).episode_return for policy in policies]
     assert np.isfinite(returns).all()

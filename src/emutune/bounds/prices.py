@@ -237,7 +237,6 @@ def _soft_bound(
     softness: Float[Array, ""],
 ) -> Float[Array, ""]:
     """The bound with soft minima, which are never above the hard ones."""
-
     soft_min = partial(_soft_min, softness)
 
     def before(after: Array, now: tuple[_Tasks, Array]) -> tuple[Array, None]:

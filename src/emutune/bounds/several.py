@@ -23,8 +23,7 @@ _Values: TypeAlias = Any
 
 
 class Charges(NamedTuple):
-    """What each UE pays for one task at prices: for an upload, for using a slot, for fetching it, and for holding
-    it afterwards."""
+    """What each UE pays for one task at prices: for an upload, to use a slot, to fetch and then to hold it."""
 
     upload: _Values
     use: _Values

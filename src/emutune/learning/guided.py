@@ -22,7 +22,7 @@ from emutune.learning.configuration import GuidedConfig
 from emutune.learning.credit import marginal_costs
 from emutune.learning.networks import Network, create_network, set_outputs
 from emutune.learning.rollout import one_axis
-from emutune.policies import Lookahead, plan_lookahead, register_policy
+from emutune.policies import LaterPrices, Lookahead, plan_lookahead, register_policy
 from emutune.scenario import Scenario
 from emutune.world import (
     Action,
@@ -173,8 +173,8 @@ def guided_template(scenario: Scenario, config: GuidedConfig) -> GuidedState:
     """A state of the shapes that learning has in a scenario, with nothing in it."""
     world = build_world(scenario)
     price = jnp.asarray(0.0)
-    background = price if scenario.computation else None
-    shapes = jax.eval_shape(lambda world: plan_lookahead(scenario, world, price, price, background), world)
+    prices = LaterPrices(price, price, price if scenario.computation else None)
+    shapes = jax.eval_shape(lambda world: plan_lookahead(scenario, world, prices), world)
     base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return begin_learning(base, world, config, 0)
 

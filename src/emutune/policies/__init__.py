@@ -5,8 +5,9 @@ from emutune.policies.count_table import CountTable
 from emutune.policies.fixed import AllServer, Fixed
 from emutune.policies.hold import Hold
 from emutune.policies.horizon import Horizon, plan_horizon
-from emutune.policies.lookahead import LaterPrices, Lookahead, plan_lookahead
+from emutune.policies.lookahead import Lookahead, plan_lookahead
 from emutune.policies.random import Random
+from emutune.policies.worth import LaterPrices
 
 __all__ = [
     "AllServer",

@@ -20,15 +20,15 @@ from jaxtyping import Array, Float, Key
 from emutune.policies.base import register_policy
 from emutune.policies.expected import Expectation, link_shares
 from emutune.policies.kinds import Kind, mean_tflop
-from emutune.policies.lookahead import (
+from emutune.policies.lookahead import Lookahead, plan_lookahead, present_step
+from emutune.policies.worth import (
     LaterPrices,
-    Lookahead,
     TaskCosts,
     held_by,
-    plan_lookahead,
-    present_step,
     task_costs,
     worth_before,
+    worth_of_kept,
+    worth_of_renewed,
 )
 from emutune.scenario import Scenario
 from emutune.world import Action, Observation, World
@@ -79,10 +79,9 @@ class Horizon:
 
         coming = (shares[1:], present + jnp.arange(1, self.steps))
         worth, _ = jax.lax.scan(before, after, coming, reverse=True)
-        every = jnp.arange(worth.shape[0])
-        family, held_family, layers = held_by(world, observation)
-        own = worth[every, family]
-        return own[every, held_family, layers], own[every, family]
+        family, _, _ = held_by(world, observation)
+        own = worth[jnp.arange(worth.shape[0]), family]
+        return worth_of_kept(world, observation, own), worth_of_renewed(world, observation, own)
 
     def shares(
         self,
@@ -140,7 +139,7 @@ def plan_horizon(scenario: Scenario, world: World, prices: LaterPrices, *, steps
     """
     if steps < 1:
         raise ValueError(f"steps: a horizon has at least 1 step, got {steps}")
-    return Horizon(steps, plan_lookahead(scenario, world, *prices), prices)
+    return Horizon(steps, plan_lookahead(scenario, world, prices), prices)
 
 
 def _solve(steps: int, known: dict[str, Any], own: Any) -> np.ndarray:

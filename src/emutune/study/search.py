@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from emutune.errors import UsageError
 from emutune.policies import CountTable, Hold, Horizon, LaterPrices, Lookahead, plan_horizon, plan_lookahead
 from emutune.scenario import Scenario
 from emutune.study.evaluate import SEARCH_KEY, draw_episodes, run_episodes
@@ -23,6 +25,9 @@ _EPISODES, _FEWER_EPISODES = 48, 16
 # In larger fleets the count of uploaders is searched as a share of those who wait.
 _TABLE_UES = 16
 _SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+
+# Of keeping an emulator through a step, as shares of what sending it costs.
+_RENTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 # Limits on the seconds of a UE's training that are tried, over the decades that its speed spreads over.
 _PATIENCES = 12
@@ -53,7 +58,16 @@ def search_lookahead(scenario: Scenario) -> Lookahead:
 
 
 def search_horizon(scenario: Scenario) -> Horizon:
-    """``Horizon`` with the best prices of ``Lookahead`` beyond it."""
+    """``Horizon`` with the best prices of ``Lookahead`` beyond it.
+
+    Raises:
+        UsageError: UEs cache several emulators.
+    """
+    if scenario.families and scenario.families.cache_gb is not None:
+        raise UsageError(
+            "horizon: its programme knows caches of one emulator only, and families.cache_gb lets a UE cache several; "
+            "use lookahead, or leave families.cache_gb out"
+        )
     return plan_horizon(scenario, build_world(scenario), _later_prices(scenario))
 
 
@@ -71,28 +85,41 @@ def _later_prices(scenario: Scenario) -> LaterPrices:
 
 
 def _planner(scenario: Scenario) -> Callable[..., Lookahead]:
-    return jax.jit(lambda world, *prices: plan_lookahead(scenario, world, *prices))
+    return jax.jit(lambda world, *prices: plan_lookahead(scenario, world, LaterPrices(*prices)))
 
 
 def _search_prices(scenario: Scenario, worlds: Iterable[World], episodes: int) -> list[LaterPrices]:
-    def score(world: World, drawn: Episode, *prices: Array) -> Array:
-        return run_episodes(world, plan_lookahead(scenario, world, *prices), drawn)[0].mean()
+    begins, grids = _price_grids(scenario)
 
-    grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
-    start: Point = (0.5, 0.5)
-    grids: tuple[Point, ...] = (grid[2:], grid)
-    backgrounds = _patience_s(scenario)
-    if backgrounds:
-        coarse = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
-        start, grids = (
-            (*start, backgrounds[len(backgrounds) // 2]),
-            (coarse, coarse, (0.0, *backgrounds[:-1])),
-        )
+    def prices_of(point: Sequence[Any]) -> LaterPrices:
+        return LaterPrices(**dict(zip(grids, point, strict=True)))
+
+    def score(world: World, drawn: Episode, *point: Array) -> Array:
+        return run_episodes(world, plan_lookahead(scenario, world, prices_of(point)), drawn)[0].mean()
+
     found = []
     for world in worlds:
-        best = _descend(_scorer(scenario, score, episodes, world), start, grids)
-        found.append(LaterPrices(*(jnp.float32(price) for price in best)))
+        scorer = _scorer(scenario, score, episodes, world)
+        ends = [_descend(scorer, begin, grids.values()) for begin in begins]
+        best = max(ends, key=lambda point: scorer(*point)) if len(ends) > 1 else ends[0]
+        found.append(prices_of([jnp.float32(price) for price in best]))
     return found
+
+
+def _price_grids(scenario: Scenario) -> tuple[list[Point], dict[str, Point]]:
+    """Where searches of prices begin, and the values of each of ``LaterPrices`` that they try."""
+    grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+    coarse = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
+    start: Point = (0.5, 0.5)
+    grids: dict[str, Point] = {"upload": grid[2:], "download": grid}
+    backgrounds = _patience_s(scenario)
+    if backgrounds:
+        start = (*start, backgrounds[len(backgrounds) // 2])
+        grids = {"upload": coarse, "download": coarse, "background_s": (0.0, *backgrounds[:-1])}
+    if scenario.families is None or scenario.families.cache_gb is None:
+        return [start], grids
+    # Rents and the price of downloads make up for each other: from one beginning the search stays near it.
+    return [(*start, rent) for rent in _RENTS[2:7:2]], {**grids, "rent": _RENTS}
 
 
 def search_count_table(scenario: Scenario) -> CountTable:
