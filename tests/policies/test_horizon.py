@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emutune.errors import UsageError
 from emutune.policies import LaterPrices, horizon, plan_horizon, plan_lookahead
 from emutune.policies.expected import Expectation, link_shares
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
+from emutune.study.search import search_horizon
 from emutune.world import build_world, observe, reset
 
 PRICES = LaterPrices(jnp.float32(0.5), jnp.float32(0.4))
@@ -136,3 +138,8 @@ with ThreadPoolExecutor(2) as both:
     assert ended.returncode == 0, ended.stderr
     first, second = ended.stdout.split()
     assert first == second
+
+
+def test_caches_of_several_emulators_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"families\.cache_gb.*use lookahead"):
+        search_horizon(load_scenario("families", ["families.cache_gb=16.0"]))

@@ -23,6 +23,25 @@ def test_training_by_hand(monkeypatch):
     assert second["server_alone_s"] == pytest.approx(tflop / 50 * 0.49 / 1.24)
 
 
+@pytest.mark.parametrize(
+    ("cache_gb", "remark"),
+    [
+        (3.9, "holds no two emulators"),
+        (4.1, None),
+        (26.3, None),
+        (26.4, "holds the largest emulator of every family"),
+    ],
+)
+def test_a_cache_with_nothing_to_decide_is_remarked_on(monkeypatch, cache_gb, remark):
+    # The smallest emulators have 3 of 16 layers of 10.8 GB, the largest 13.
+    monkeypatch.setattr("emutune.study.link_budget.reward_shares", lambda scenario: {})
+    scenario = load_scenario(
+        "families", [f"families.cache_gb={cache_gb}", "fleet.tasks=2", "retention.min=0.1875"]
+    )
+    said = [text for text in link_budget(scenario)["remarks"] if "a cache of" in text]
+    assert [remark in text for text in said] == ([True] if remark else [])
+
+
 def test_shares_are_parts_of_the_return():
     scenario = load_scenario("edge-compute", ["fleet.tasks=20", "fleet.ues=3", "energy.budget_j=2e3"])
     shares = reward_shares(scenario)

@@ -213,7 +213,22 @@ def _remarks(scenario: Scenario) -> list[str]:
         )
     if scenario.reward.perplexity_weight == 0 or scenario.reward.delay_weight_per_min == 0:
         remarks.append("one of the two reward weights is zero: there is no trade-off to learn")
-    return remarks
+    return [*remarks, *_cache_remarks(scenario)]
+
+
+def _cache_remarks(scenario: Scenario) -> list[str]:
+    cache_gb = scenario.families.cache_gb if scenario.families else None
+    if cache_gb is None:
+        return []
+    largest_gb = sum(model.emulator_gb(model.most) for model in scenario.models)
+    smallest_gb = sorted(model.emulator_gb(model.fewest) for model in scenario.models)
+    if largest_gb <= cache_gb:
+        return [
+            f"a cache of {cache_gb:g} GB holds the largest emulator of every family: none ever makes room"
+        ]
+    if sum(smallest_gb[:2]) > cache_gb:
+        return [f"a cache of {cache_gb:g} GB holds no two emulators of different families"]
+    return []
 
 
 def _radio_remarks(scenario: Scenario, budget: dict[str, Any]) -> list[str]:
