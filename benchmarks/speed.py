@@ -142,6 +142,36 @@ def large_bound(ues=256):
     }
 
 
+def large_decisions(ues=256):
+    """Milliseconds of one decision for a large fleet: planned, planned with a learned worth, by a network."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from emutune.learning.agents import LearnedPolicy, create_actors
+    from emutune.learning.guided import begin_guided
+    from emutune.policies import plan_lookahead
+    from emutune.scenario import load_scenario
+    from emutune.study.compare import SIZED
+    from emutune.study.evaluate import decision_time_ms
+    from emutune.world import build_world
+
+    figures = {}
+    for name in ("families", "city"):
+        scenario = load_scenario(name, [f"fleet.ues={ues}"])
+        world = build_world(scenario)
+        planned = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5))
+        # Weights do not change how long it takes.
+        actors = create_actors(np.random.default_rng(0), SIZED, world)
+        policies = {
+            "lookahead": planned,
+            "guided": begin_guided(planned, world, 32, 0),
+            "hmppo_sized": LearnedPolicy("sized", actors),
+        }
+        for policy, decides in policies.items():
+            figures[f"{name}_n{ues}_{policy}_ms"] = decision_time_ms(scenario, decides)
+    return figures
+
+
 def command():
     """From shell to result: the help, and a ``train`` whose program the cache already holds."""
 
@@ -187,6 +217,7 @@ MEASURES = (
     world,
     fleet_sizes,
     large_bound,
+    large_decisions,
     command,
     peer,
 )
