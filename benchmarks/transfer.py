@@ -1,4 +1,4 @@
-"""One policy trained at N = 8 in fleets of 6 to 256 UEs, beside rules and policies trained at that size.
+"""Policies trained at N = 8 in fleets of 6 to 256 UEs, beside rules and policies trained at that size.
 
 python benchmarks/transfer.py --json transfer.json
 """
@@ -44,10 +44,10 @@ def main() -> None:
         )
 
     home = load_scenario(arguments.scenario, ["fleet.ues=8"])
-    travellers = learn("hmppo_sized", home)
+    travellers, guided = learn("hmppo_sized", home), learn("guided", home)
     results = []
-    print("| N | " + " | ".join((*RULES, "trained at 8 (worst seed)", "trained at N")) + " |")
-    print("|---|---|---|---|---|")
+    columns = (*RULES, "guided from 8 (worst seed)", "hmppo_sized from 8 (worst seed)", "hmppo_taught at N")
+    print("| N | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for ues in map(int, arguments.sizes.split(",")):
         scenario = load_scenario(arguments.scenario, [f"fleet.ues={ues}"])
         drawn = held_out_episodes(scenario, EPISODES[ues])
@@ -56,11 +56,13 @@ def main() -> None:
             return float(evaluate_policy(scenario, policy, drawn).episode_return.mean())
 
         rules = {name: score(baseline_policy(name, scenario)) for name in RULES}
-        away = [score(transferred(one, home, scenario)) for one in travellers]
+        corrected, away = (
+            [score(transferred(one, home, scenario)) for one in each] for each in (guided, travellers)
+        )
         own = [score(one) for one in learn("hmppo_taught", scenario, STEPS[ues])] if arguments.own else []
-        results.append({"ues": ues, **rules, "trained_at_8": away, "trained_at_n": own})
+        results.append({"ues": ues, **rules, "guided": corrected, "sized": away, "trained_at_n": own})
         shown = [f"{rules[name]:.2f}" for name in RULES]
-        shown.append(f"{np.mean(away):.2f} ({min(away):.2f})")
+        shown += [f"{np.mean(each):.2f} ({min(each):.2f})" for each in (corrected, away)]
         shown.append(f"{np.mean(own):.2f}" if own else "")
         print(f"| {ues} | " + " | ".join(shown) + " |", flush=True)
         if arguments.json:

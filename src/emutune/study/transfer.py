@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from emutune.errors import UsageError
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.guided import Guided
-from emutune.policies import Policy
+from emutune.policies import Lookahead, Policy
 from emutune.scenario import Scenario
 from emutune.study.search import search_lookahead
 from emutune.world import build_world
@@ -17,7 +20,8 @@ from emutune.world.observation import feature_bounds
 def transferred(policy: Policy, trained_in: Scenario, scenario: Scenario) -> Policy:
     """The policy as it decides elsewhere, without being trained there.
 
-    Networks are taken as they are; the lookahead that a guided one corrects is planned anew.
+    Networks are taken as they are; the lookahead that a guided one corrects is planned anew, and its corrections
+    are as large beside what caches are worth as they were.
 
     Args:
         policy: what training yielded.
@@ -40,5 +44,12 @@ def transferred(policy: Policy, trained_in: Scenario, scenario: Scenario) -> Pol
             "switch on what was on there and nothing else, or train anew"
         )
     if isinstance(policy, Guided):
-        return replace(policy, base=search_lookahead(scenario))
+        base = search_lookahead(scenario)
+        return replace(policy, base=base, scale=policy.scale * _spread(base) / _spread(policy.base))
     return policy
+
+
+def _spread(base: Lookahead) -> Array:
+    """How much it matters what a UE holds: a UE of a large fleet pays a small share of its costs."""
+    # What no UE can be in costs infinitely much.
+    return jnp.nanmean(jnp.nanstd(jnp.where(jnp.isfinite(base.worth), base.worth, jnp.nan), axis=-1))
