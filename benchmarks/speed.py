@@ -149,7 +149,7 @@ def large_decisions(ues=256):
 
     from emutune.learning.agents import LearnedPolicy, create_actors
     from emutune.learning.guided import begin_guided
-    from emutune.policies import plan_lookahead
+    from emutune.policies import LaterPrices, plan_lookahead
     from emutune.scenario import load_scenario
     from emutune.study.compare import SIZED
     from emutune.study.evaluate import decision_time_ms
@@ -159,7 +159,7 @@ def large_decisions(ues=256):
     for name in ("families", "city"):
         scenario = load_scenario(name, [f"fleet.ues={ues}"])
         world = build_world(scenario)
-        planned = plan_lookahead(scenario, world, jnp.float32(0.5), jnp.float32(0.5))
+        planned = plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
         # Weights do not change how long it takes.
         actors = create_actors(np.random.default_rng(0), SIZED, world)
         policies = {
