@@ -99,8 +99,11 @@ def test_without_a_solution_lookaheads_prices_serve(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "name",
     [
-        "edge-compute",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("private", "delta", "urban", "trace")),
+        "delta",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("edge-compute", "private", "urban", "trace")
+        ),
     ],
 )
 def test_it_decides_in_every_world_as_well_as_lookahead(name: str) -> None:
