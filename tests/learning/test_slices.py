@@ -83,6 +83,7 @@ def test_one_slice_of_the_whole_is_the_fleet_itself() -> None:
     assert np.all(-rewards[1] >= perplexity * (1 - 1e-5))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits_and_decides_in_larger_fleets(tmp_path) -> None:
     scenario = load_scenario("families", SMALL)
     config = CONFIG.model_copy(update={"steps": 60 * 48})
