@@ -20,6 +20,7 @@ precision. What they prove is then computed anew, in double precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +37,8 @@ _ROUNDS = 400
 _STEP = 0.15
 # Softness of minima, in mean costs of a task at the server: falls from the one to the other.
 _SOFTNESS = (0.03, 0.0005)
+# What the impossible costs there, in the same unit.
+_NEVER = 1e6
 # Of each limit of a cache at first, in the same unit.
 _RENT = 0.02
 
@@ -108,6 +111,7 @@ def bound_at_prices(costs: Costs, prices: Prices) -> float:
     tasks, ues, slots = costs.local_cost.shape
     joule = np.zeros(ues) if prices.joule is None else np.clip(np.asarray(prices.joule, np.float64), 0.0, 1.0)
     priced = _priced(costs)
+    shares = np.concatenate([downlink[:, None], uplink[:, None], alone], axis=1) / total[:, None]
     families = list_families(costs)
     if families is not None:
         rent = (
@@ -115,23 +119,14 @@ def bound_at_prices(costs: Costs, prices: Prices) -> float:
             if prices.rent is None
             else np.maximum(prices.rent, 0.0)
         )
-        shares = np.concatenate([downlink[:, None], uplink[:, None], alone], axis=1) / total[:, None]
         return _proved_of_several(costs, families, priced, shares, joule, np.asarray(rent, np.float64))
     after = np.zeros((ues, slots + 1))
-    same = costs.family[:, None] == costs.family
+    same = _same_family(costs)
     for t in range(tasks)[::-1]:
         task = _Tasks(*(part[t] for part in priced))
-        shares = np.concatenate([[downlink[t], uplink[t]], alone[t]]) / total[t]
-        upload, use, fetch = _charges(task, shares, joule)
-        renewed = np.where(task.usable, use + after[:, 1:], np.inf)
-        fetched = (renewed + fetch).min(1)
-        held = renewed
-        if costs.delta:
-            missing = np.where(same, np.maximum(fetch[:, None] - fetch[..., None], 0.0), np.inf)
-            held = (renewed[:, None] + missing).min(2)
-        local = np.minimum(np.concatenate([np.full((ues, 1), np.inf), held], axis=1), fetched[:, None])
-        there = np.where(task.may_upload, upload, np.inf)
-        after = np.where(task.active[:, None], np.minimum(local, there[:, None] + after), after)
+        after = _before_task(
+            np, np.min, np.inf, costs.delta, same, task, _charges(task, shares[t], joule), after
+        )
     return _less_rounding(after[:, 0].sum() - (joule * _budget_worth(costs)).sum())
 
 
@@ -165,10 +160,9 @@ def _less_rounding(bound: float) -> float:
 
 def find_prices(costs: Costs, rounds: int = _ROUNDS) -> Prices:
     """Prices at which the bound is high."""
-    tasks, ues, slots = costs.local_cost.shape
+    tasks, ues, _ = costs.local_cost.shape
     unit = float(np.abs(costs.server_cost).mean()) or 1.0
-    same = np.zeros((slots + 1, slots), bool)
-    same[1:] = costs.family[:, None] == costs.family
+    same = _same_family(costs)
     priced = _Tasks(
         *(
             jnp.asarray(part, bool) if part.dtype == bool else jnp.asarray(part / unit, jnp.float32)
@@ -237,21 +231,12 @@ def _soft_bound(
     softness: Float[Array, ""],
 ) -> Float[Array, ""]:
     """The bound with soft minima, which are never above the hard ones."""
-    soft_min = partial(_soft_min, softness)
+    least = partial(_soft_min, softness)
 
     def before(after: Array, now: tuple[_Tasks, Array]) -> tuple[Array, None]:
         task, share = now
-        upload, use, fetch = _charges(task, share, joule)
-        renewed = jnp.where(task.usable, use + after[:, 1:], 1e6)
-        fetched = soft_min(renewed + fetch, 1)[:, None]
-        held = jnp.pad(renewed, [(0, 0), (1, 0)], constant_values=1e6)
-        if delta:
-            have = jnp.pad(fetch, [(0, 0), (1, 0)])
-            missing = jnp.where(same, jnp.maximum(fetch[:, None] - have[..., None], 0.0), 1e6)
-            held = soft_min(renewed[:, None] + missing, 2)
-        there = jnp.where(task.may_upload, upload, 1e6)[:, None] + after
-        options = (held, jnp.broadcast_to(fetched, held.shape), there)
-        return jnp.where(task.active[:, None], soft_min(jnp.stack(options), 0), after), None
+        charges = _charges(task, share, joule)
+        return _before_task(jnp, least, _NEVER, delta, same, task, charges, after), None
 
     ues, slots = priced.local.shape[1:]
     last = jnp.zeros((ues, slots + 1))
@@ -277,13 +262,43 @@ def _soft_of_several(
         due = due & task.active[:, None]
         least = partial(_soft_min, softness)
         return before_task(
-            jnp, least, 1e6, delta, families, charges, task.usable, task.may_upload, due, after
+            jnp, least, _NEVER, delta, families, charges, task.usable, task.may_upload, due, after
         ), None
 
     ues, slots = priced.local.shape[1:]
     last = jnp.zeros((ues, families.number + slots))
     first, _ = jax.lax.scan(before, last, (priced, shares, families.due, rent), reverse=True)
     return first[:, : families.number].sum() - (joule * worth).sum() - rent.sum()
+
+
+def _before_task(
+    xp: Any,
+    least: Callable[[_Values, int], _Values],
+    never: float,
+    delta: bool,
+    same: _Values,
+    task: _Tasks,
+    charges: tuple[_Values, _Values, _Values],
+    after: _Values,
+) -> _Values:
+    """What every state of a cache of one emulator costs from a task on; arguments as ``several.before_task``."""
+    upload, use, fetch = charges
+    renewed = xp.where(task.usable, use + after[:, 1:], never)
+    fetched = least(renewed + fetch, 1)[:, None]
+    held = xp.pad(renewed, [(0, 0), (1, 0)], constant_values=never)
+    if delta:
+        have = xp.pad(fetch, [(0, 0), (1, 0)])
+        missing = xp.where(same, xp.maximum(fetch[:, None] - have[..., None], 0.0), never)
+        held = least(renewed[:, None] + missing, 2)
+    there = xp.where(task.may_upload, upload, never)[:, None] + after
+    options = xp.stack([held, xp.broadcast_to(fetched, held.shape), there])
+    return xp.where(task.active[:, None], least(options, 0), after)
+
+
+def _same_family(costs: Costs) -> Bool[np.ndarray, "held slots"]:
+    """Whether a state holds an emulator of a slot's family; the first state holds none."""
+    same = costs.family[:, None] == costs.family
+    return np.concatenate([np.zeros((1, len(same)), bool), same])
 
 
 def _soft_min(softness: Float[Array, ""], values: Array, axis: int) -> Array:
