@@ -48,7 +48,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 # Where tests compile much and compute little.
-HASTY = {"bounds", "policies", "study", "world"}
+HASTY = {"bounds", "learning", "policies", "study", "world"}
 
 
 @pytest.fixture(scope="module", autouse=True)

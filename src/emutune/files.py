@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from emutune.errors import UsageError
 
 
 @contextmanager
@@ -22,3 +25,46 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             aside.unlink()
         raise
+
+
+def make_writable(option: str, directory: Path) -> None:
+    """Make a directory, and write there and forget it: before long work, not after it.
+
+    Args:
+        option: that named the directory.
+        directory: of what the work will write.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{option} {directory}: cannot be written: {error.strerror}; choose another"
+        ) from error
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is computed for it.
+
+    Args:
+        option: that named the file.
+        path: of the file, or None where it was not asked for.
+
+    Raises:
+        UsageError: it is a directory, or nothing can be written beside it.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: is a directory; name a file in it")
+    if not path.parent.exists():
+        raise UsageError(f"{option} {path}: there is no directory {path.parent}; make it first")
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}") from error

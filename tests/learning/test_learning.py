@@ -71,7 +71,7 @@ def test_nothing_has_moved_at_the_first_step():
     assert float(rows.diagnostics.approximate_kl[0]) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", ["hmppo", "ippo"])
+@pytest.mark.parametrize("algorithm", ["hmppo", pytest.param("ippo", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch, algorithm):
     scenario = load_scenario("paper", SMALL)
     config = SHORT.model_copy(update={"algorithm": algorithm})

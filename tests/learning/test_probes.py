@@ -26,7 +26,7 @@ def learned(tmp_path, *overrides, algorithm="hmppo", steps=15_000):
     return evaluate_policy(scenario, policy, held_out_episodes(scenario, 32))
 
 
-@pytest.mark.parametrize("algorithm", ["hmppo", "ippo"])
+@pytest.mark.parametrize("algorithm", ["hmppo", pytest.param("ippo", marks=pytest.mark.slow)])
 def test_a_bandit_whose_uploads_are_free_trains_at_the_server(tmp_path, algorithm):
     # Emulators of a huge model take days, uploads no time: z = 1 is best for every UE.
     figures = learned(

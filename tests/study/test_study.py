@@ -8,7 +8,7 @@ import pytest
 
 from emutune.policies import AllServer, Random
 from emutune.scenario import load_scenario
-from emutune.study.compare import compare
+from emutune.study.compare import compare, expand_policy_names
 from emutune.study.evaluate import evaluate_policy, held_out_episodes, search_best_fixed
 from emutune.study.figures import draw_fig2, read_curves
 from emutune.study.paper_table import paper_ratio
@@ -30,6 +30,14 @@ def test_bootstrap_interval_matches_the_normal_one():
 def test_seeds_that_agree_on_common_episodes_say_no_more_than_one():
     one = np.random.default_rng(2).normal(0.0, 1.0, (1, 64))
     assert bootstrap_interval(np.repeat(one, 10, axis=0)) == pytest.approx(bootstrap_interval(one), rel=0.1)
+
+
+def test_all_policies_are_those_that_the_scenario_is_a_matter_for(paper):
+    simple = ["random", "all_server", "fixed", "best_fixed", "ippo", "hmppo"]
+    assert expand_policy_names("all", paper) == simple
+    assert expand_policy_names("random, all,random", paper) == simple
+    several = set(expand_policy_names("all", load_scenario("families")))
+    assert several - set(simple) == {"hold", "count_table", "lookahead", "hmppo_ranked", "guided"}
 
 
 def test_every_policy_meets_the_same_episodes(paper):

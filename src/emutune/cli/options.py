@@ -9,6 +9,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from emutune.errors import UsageError
+from emutune.files import check_writable
 
 Configuration = TypeVar("Configuration", bound=BaseModel)
 
@@ -16,7 +17,16 @@ ScenarioArgument = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="A file, or a shipped name: paper.")
 ]
 Overrides = Annotated[list[str], typer.Option("--set", help="Override a field: fleet.ues=9. Repeatable.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    check_writable("--json", path)
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", callback=_writable, help="Write the figures to this file.")
+]
 Episodes = Annotated[int, typer.Option(min=1, help="Held-out episodes.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Training seeds: 0, 1, ...")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Environment steps of training.")]

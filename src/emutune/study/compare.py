@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from emutune.bounds import certified_bounds
 from emutune.errors import UsageError
+from emutune.files import make_writable
 from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig, total_steps
 from emutune.learning.training import train_seeds
 from emutune.policies import Policy, Random
@@ -109,8 +110,14 @@ def compare(
         steps: environment steps of training, instead of the default.
         retention: of the ``fixed`` policy.
         progress: called with a line on what is being done.
+
+    Raises:
+        UsageError: nothing can be written to the directory.
+        CheckpointError: a run cannot be written, or is damaged.
     """
     say = progress or (lambda line: None)
+    if any(training_config(name) for name in names):
+        make_writable("--out", Path(directory))
     drawn = held_out_episodes(scenario, episodes)
     say(f"bound on {episodes} episodes")
     bounds = certified_bounds(scenario, drawn)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from emutune.errors import UsageError
-from emutune.files import replacing
+from emutune.files import check_writable, replacing
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 # Colours that the colour-blind tell apart; the markers differ as well, for print.
@@ -23,14 +23,13 @@ def check_figure_path(path: Path | None) -> None:
     """Refuse a figure that could not be written, before anything is computed for it.
 
     Raises:
-        UsageError: the suffix names no format, or there is no such directory.
+        UsageError: the suffix names no format, or nothing can be written there.
     """
     if path is None:
         return
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"--figure {path}: its suffix must be one of {', '.join(_SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--figure {path}: there is no directory {path.parent}; make it first")
+    check_writable("--figure", path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from emutune.errors import UsageError
-from emutune.files import replacing
+from emutune.files import make_writable, replacing
 from emutune.scenario import load_scenario
 from emutune.study.compare import LEARNED, Progress, compare
 from emutune.study.figures import draw_fig2, read_curves
@@ -46,6 +46,7 @@ def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress 
         UsageError: the results cannot be written.
     """
     directory, say = Path(directory), progress or (lambda line: None)
+    make_writable("--out", directory)
     sizes, seeds, episodes = ((6, 9), 2, 16) if quick else ((6, 7, 8, 9), 10, 64)
     comparisons = []
     for ues in sizes:
