@@ -268,3 +268,7 @@ def _play(world: World, policy: Guided, key: Key[Array, ""]) -> tuple[Samples, F
     _, (observation, usable, other, worth, added, rewards) = jax.lax.scan(act, empty_cache(world), steps)
     to_go = jnp.flip(jnp.cumsum(jnp.flip(added, 0), axis=0), 0) - added
     return Samples(observation, usable, other, to_go - worth), rewards
+
+
+# What is compiled anew for every scenario and configuration.
+PROGRAMS = (validate, learn_round)

@@ -197,3 +197,7 @@ def _descend(loss: Callable[..., Array], start: Any, samples: Any, key: Key[Arra
     batches = jax.random.randint(key, (_FITS, min(_BATCH, count)), 0, count)
     (networks, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), batches)
     return networks
+
+
+# What is compiled anew for every scenario and configuration.
+PROGRAMS = (_attend, _fit_actors, _fit_critics)

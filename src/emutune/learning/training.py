@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Int
 
 from emutune.errors import CheckpointError, UsageError
 from emutune.files import replacing
+from emutune.learning import guided, imitation
 from emutune.learning.agents import LearnedPolicy, create_actors, create_critic, input_count
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig, total_steps
@@ -130,6 +131,7 @@ def train_seed(
     Raises:
         CheckpointError: the directory holds a checkpoint of something else, or cannot be written.
     """
+    _make_room(scenario, config)
     with jax.default_device(device):
         where, told = Path(directory), progress or (lambda steps: None)
         if isinstance(config, GuidedConfig):
@@ -209,6 +211,18 @@ def load_policy(checkpoint: str | Path) -> tuple[Policy, CheckpointHeader]:
     template = initial_state(header.config, build_world(header.scenario), header.seed)
     state = load_checkpoint(checkpoint, header, template)
     return LearnedPolicy(header.config.network, state.parameters.actors), header
+
+
+@lru_cache(maxsize=1)
+def _make_room(scenario: Scenario, config: Settings) -> None:
+    """Let go of the programs of the training before, if this is another one.
+
+    Each training's are thousands of memory maps, of which a process on Linux has 65,530; a sweep that kept all of
+    them would end after some twenty configurations in ``LLVM compilation error``.
+    """
+    programs: tuple[Any, ...] = (run_updates, *imitation.PROGRAMS, *guided.PROGRAMS)
+    for program in programs:
+        program.clear_cache()
 
 
 def _train(
