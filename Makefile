@@ -9,7 +9,7 @@ demo: .venv/.ready  ## learn on the paper's world, compare, write a report; lear
 	$(BIN)/emutune fleet demo --devices 3 --policy runs/policy --fresh
 
 test: .venv/.ready  ## all tests but the slow ones, a process for each of two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.ready  ## style, types and import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

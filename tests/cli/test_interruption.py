@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from checkpoints import assert_same_bits
 
-SMALL = ["--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--steps", "200000"]
+SMALL = ["--set", "fleet.ues=2", "--set", "fleet.tasks=5", "--steps", "60000"]
 
 
 def command(out, *more):
