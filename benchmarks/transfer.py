@@ -1,6 +1,7 @@
 """Policies trained at N = 8 in fleets of 6 to 256 UEs, beside rules and policies trained at that size.
 
 python benchmarks/transfer.py --json transfer.json
+python benchmarks/transfer.py --scenario city --sizes 64,256 --episodes 32 --no-own --json city.json
 """
 
 import argparse
@@ -14,7 +15,7 @@ from emutune.cli.jax_setup import prepare_jax
 # Fewer episodes and, for what is trained there, fewer steps in larger fleets: a step takes as much longer.
 EPISODES = {6: 64, 8: 64, 24: 32, 64: 16, 256: 8}
 STEPS = {6: 200_000, 8: 200_000, 24: 200_000, 64: 50_000, 256: 12_800}
-RULES = ("count_table", "lookahead")
+RULES = ("hold", "count_table", "lookahead")
 
 
 def main() -> None:
@@ -23,6 +24,9 @@ def main() -> None:
     parser.add_argument("--scenario", default="families")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", default="6,8,24,64,256")
+    parser.add_argument(
+        "--episodes", type=int, help="held-out ones at every size, instead of fewer in larger fleets"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument(
         "--own", action=argparse.BooleanOptionalAction, default=True, help="train at each size too"
@@ -34,7 +38,13 @@ def main() -> None:
     from emutune.study.baselines import baseline_policy, teacher_of
     from emutune.study.compare import run_directory, training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
+    from emutune.study.statistics import bootstrap_interval
     from emutune.study.transfer import transferred
+
+    def shown(row) -> str:
+        """The mean, and of several seeds the worst."""
+        returns = row["return_of_seeds"]
+        return f"{np.mean(returns):.2f}" + (f" ({min(returns):.2f})" if len(returns) > 1 else "")
 
     def learn(name, scenario, steps=None):
         config = training_config(name, steps)
@@ -46,25 +56,29 @@ def main() -> None:
     home = load_scenario(arguments.scenario, ["fleet.ues=8"])
     travellers, guided = learn("hmppo_sized", home), learn("guided", home)
     results = []
-    columns = (*RULES, "guided from 8 (worst seed)", "hmppo_sized from 8 (worst seed)", "hmppo_taught at N")
+    columns = [*RULES, "guided from 8 (worst seed)", "hmppo_sized from 8 (worst seed)"]
+    columns += ["hmppo_taught at N"] * arguments.own
     print("| N | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for ues in map(int, arguments.sizes.split(",")):
         scenario = load_scenario(arguments.scenario, [f"fleet.ues={ues}"])
-        drawn = held_out_episodes(scenario, EPISODES[ues])
-
-        def score(policy, scenario=scenario, drawn=drawn) -> float:
-            return float(evaluate_policy(scenario, policy, drawn).episode_return.mean())
-
-        rules = {name: score(baseline_policy(name, scenario)) for name in RULES}
-        corrected, away = (
-            [score(transferred(one, home, scenario)) for one in each] for each in (guided, travellers)
+        drawn = held_out_episodes(scenario, arguments.episodes or EPISODES[ues])
+        policies = {name: [baseline_policy(name, scenario)] for name in RULES}
+        policies["guided"] = [transferred(one, home, scenario) for one in guided]
+        policies["sized"] = [transferred(one, home, scenario) for one in travellers]
+        policies["trained_at_n"] = learn("hmppo_taught", scenario, STEPS[ues]) if arguments.own else []
+        measured = {}
+        for name, seeds in policies.items():
+            returns = [evaluate_policy(scenario, policy, drawn).episode_return for policy in seeds]
+            if returns:
+                mean, interval = np.mean(returns, axis=1).tolist(), bootstrap_interval(np.stack(returns))
+                measured[name] = {"return_of_seeds": mean, "return_ci": interval}
+        results.append({"ues": ues, "episodes": len(drawn.complexity), **measured})
+        print(f"| {ues} | " + " | ".join(map(shown, measured.values())) + " |")
+        print(
+            "| | "
+            + " | ".join("{:.2f} to {:.2f}".format(*row["return_ci"]) for row in measured.values())
+            + " |"
         )
-        own = [score(one) for one in learn("hmppo_taught", scenario, STEPS[ues])] if arguments.own else []
-        results.append({"ues": ues, **rules, "guided": corrected, "sized": away, "trained_at_n": own})
-        shown = [f"{rules[name]:.2f}" for name in RULES]
-        shown += [f"{np.mean(each):.2f} ({min(each):.2f})" for each in (corrected, away)]
-        shown.append(f"{np.mean(own):.2f}" if own else "")
-        print(f"| {ues} | " + " | ".join(shown) + " |", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
