@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -49,19 +49,21 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # Where tests compile much and compute little.
 HASTY = {"bounds", "learning", "policies", "study", "world"}
+_IN_HASTE = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_in_haste(request: pytest.FixtureRequest) -> Iterator[None]:
+def _compile_in_haste(request: pytest.FixtureRequest) -> None:
     """Programs that are compiled in haste serve most tests as well."""
-    if HASTY.isdisjoint(request.path.parts):
-        yield
+    hasty, stash = not HASTY.isdisjoint(request.path.parts), request.session.stash
+    if hasty == stash.get(_IN_HASTE, False):
         return
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    # What was compiled in another way rounds in another way.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", hasty)
+    stash[_IN_HASTE] = hasty
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_format_version_is_refused(tmp_path, monkeypatch
 
 def test_a_sweep_keeps_the_programs_of_one_training(tmp_path):
     scenario = load_scenario("paper", SMALL)
-    for number, rate in enumerate((1e-3, 2e-3, 2e-3)):
+    for number, rate in enumerate((1e-3, 2e-3)):
         config = SHORT.model_copy(update={"learning_rate": rate, "steps": 10})
         training.train_seed(scenario, config, 0, tmp_path / str(number))
     assert training.run_updates._cache_size() == 1
