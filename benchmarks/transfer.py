@@ -18,6 +18,16 @@ STEPS = {6: 200_000, 8: 200_000, 24: 200_000, 64: 50_000, 256: 12_800}
 RULES = ("hold", "count_table", "lookahead")
 
 
+def print_row(cells) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def shown(row) -> str:
+    """The mean, and of several seeds the worst."""
+    returns = row["return_of_seeds"]
+    return f"{np.mean(returns):.2f}" + (f" ({min(returns):.2f})" if len(returns) > 1 else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -41,11 +51,6 @@ def main() -> None:
     from emutune.study.statistics import bootstrap_interval
     from emutune.study.transfer import transferred
 
-    def shown(row) -> str:
-        """The mean, and of several seeds the worst."""
-        returns = row["return_of_seeds"]
-        return f"{np.mean(returns):.2f}" + (f" ({min(returns):.2f})" if len(returns) > 1 else "")
-
     def learn(name, scenario, steps=None):
         config = training_config(name, steps)
         run = run_directory(arguments.out, name, scenario, config)
@@ -58,27 +63,26 @@ def main() -> None:
     results = []
     columns = [*RULES, "guided from 8 (worst seed)", "hmppo_sized from 8 (worst seed)"]
     columns += ["hmppo_taught at N"] * arguments.own
-    print("| N | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    print_row(["N", *columns])
+    print("|---" * (1 + len(columns)) + "|")
     for ues in map(int, arguments.sizes.split(",")):
         scenario = load_scenario(arguments.scenario, [f"fleet.ues={ues}"])
         drawn = held_out_episodes(scenario, arguments.episodes or EPISODES[ues])
         policies = {name: [baseline_policy(name, scenario)] for name in RULES}
         policies["guided"] = [transferred(one, home, scenario) for one in guided]
         policies["sized"] = [transferred(one, home, scenario) for one in travellers]
-        policies["trained_at_n"] = learn("hmppo_taught", scenario, STEPS[ues]) if arguments.own else []
+        if arguments.own:
+            policies["trained_at_n"] = learn("hmppo_taught", scenario, STEPS[ues])
         measured = {}
         for name, seeds in policies.items():
-            returns = [evaluate_policy(scenario, policy, drawn).episode_return for policy in seeds]
-            if returns:
-                mean, interval = np.mean(returns, axis=1).tolist(), bootstrap_interval(np.stack(returns))
-                measured[name] = {"return_of_seeds": mean, "return_ci": interval}
+            returns = np.stack([evaluate_policy(scenario, one, drawn).episode_return for one in seeds])
+            measured[name] = {
+                "return_of_seeds": returns.mean(axis=1).tolist(),
+                "return_ci": bootstrap_interval(returns),
+            }
         results.append({"ues": ues, "episodes": len(drawn.complexity), **measured})
-        print(f"| {ues} | " + " | ".join(map(shown, measured.values())) + " |")
-        print(
-            "| | "
-            + " | ".join("{:.2f} to {:.2f}".format(*row["return_ci"]) for row in measured.values())
-            + " |"
-        )
+        print_row([str(ues), *map(shown, measured.values())])
+        print_row(["", *("{:.2f} to {:.2f}".format(*row["return_ci"]) for row in measured.values())])
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -27,6 +27,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def saving(option: str, path: Path) -> Iterator[None]:
+    """Say which option named what cannot be written, and what to do.
+
+    Raises:
+        UsageError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}; choose another") from error
+
+
 def make_writable(option: str, directory: Path) -> None:
     """Make a directory, and write there and forget it: before long work, not after it.
 
@@ -37,14 +50,10 @@ def make_writable(option: str, directory: Path) -> None:
     Raises:
         UsageError: nothing can be written there.
     """
-    try:
+    with saving(option, directory):
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=directory):
             pass
-    except OSError as error:
-        raise UsageError(
-            f"{option} {directory}: cannot be written: {error.strerror}; choose another"
-        ) from error
 
 
 def check_writable(option: str, path: Path | None) -> None:
@@ -63,8 +72,5 @@ def check_writable(option: str, path: Path | None) -> None:
         raise UsageError(f"{option} {path}: is a directory; name a file in it")
     if not path.parent.exists():
         raise UsageError(f"{option} {path}: there is no directory {path.parent}; make it first")
-    try:
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}") from error
+    with saving(option, path), TemporaryFile(dir=path.parent):
+        pass

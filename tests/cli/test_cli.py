@@ -56,16 +56,8 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, message):
 
 def test_compare_writes_its_documented_keys(tmp_path):
     ended = emutune(
-        *(
-            "compare",
-            "paper",
-            "--set",
-            "fleet.ues=2",
-            "--set",
-            "fleet.tasks=5",
-            "--policies",
-            "random,fixed,hmppo",
-        ),
+        *("compare", "paper", "--set", "fleet.ues=2", "--set", "fleet.tasks=5"),
+        *("--policies", "random,fixed,hmppo"),
         *("--seeds", "2", "--steps", "500", "--episodes", "4", "--json", "figures.json"),
         cwd=tmp_path,
     )

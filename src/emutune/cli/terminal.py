@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from emutune.errors import UsageError
-from emutune.files import replacing
+from emutune.files import replacing, saving
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "return": lambda row: f"{row['return_mean']:.2f}",
@@ -133,11 +132,8 @@ def write_json(path: Path | None, figures: Any) -> None:
     """
     if path is None:
         return
-    try:
-        with replacing(path) as aside:
-            aside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path}: cannot be written: {error.strerror}") from error
+    with saving("--json", path), replacing(path) as aside:
+        aside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
 
 
 def print_links(links: Sequence[Mapping[str, Any]]) -> None:

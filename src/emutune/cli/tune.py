@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from emutune.cli.options import JsonFile, validated
 from emutune.cli.terminal import interruptible, print_table, stage_bar, write_json
 from emutune.errors import UsageError
+from emutune.files import saving
 
 if TYPE_CHECKING:
     from emutune.tuning.curve import Fit, Point
@@ -197,7 +198,7 @@ def calibrate(
         print(
             f"complexity of {name}: {value:.2f} (iota 10; perplexity {measured[name]:.2f} against {measured['']:.2f})"
         )
-    with saving(out), replacing(out) as aside:
+    with saving("--out", out), replacing(out) as aside:
         aside.write_text(
             curve_file(
                 opened,
@@ -209,7 +210,7 @@ def calibrate(
             "utf-8",
         )
     plot = out.with_suffix(".png")
-    with saving(plot):
+    with saving("--out", plot):
         draw_curve(plot, points, fits)
     print(f'curve: {out}, plot: {plot}; in a scenario\'s section quality: curve = "{out.name}"')
     write_json(
@@ -373,7 +374,7 @@ def write_tasks(
     from emutune.tuning.documentation import TASKS, task_text
 
     sizes = {}
-    with saving(out):
+    with saving("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         for name in TASKS:
             path, text = out / f"{name}.txt", task_text(name)
@@ -482,15 +483,6 @@ def expect_libraries() -> None:
 def going_on(out: Path) -> AbstractContextManager[None]:
     """On Ctrl-C, say that the work can go on."""
     return interruptible(f"what was done is kept beside {out}; the same command goes on")
-
-
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Say which file cannot be written, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--out {path}: cannot be written: {error.strerror}; choose another") from error
 
 
 def usable(device: str) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from emutune.errors import UsageError
-from emutune.files import check_writable, replacing
+from emutune.files import check_writable, replacing, saving
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 # Colours that the colour-blind tell apart; the markers differ as well, for print.
@@ -38,11 +38,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    try:
-        with replacing(path) as aside:
-            figure.savefig(aside, format=path.suffix[1:], dpi=150)
-    except OSError as error:
-        raise UsageError(f"--figure {path}: cannot be written: {error.strerror}") from error
+    with saving("--figure", path), replacing(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:], dpi=150)
 
 
 def draw_comparison(figures: Mapping[str, Any]) -> Figure:

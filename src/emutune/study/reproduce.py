@@ -15,8 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from emutune.errors import UsageError
-from emutune.files import make_writable, replacing
+from emutune.files import make_writable, replacing, saving
 from emutune.scenario import load_scenario
 from emutune.study.compare import LEARNED, Progress, compare
 from emutune.study.figures import draw_fig2, read_curves
@@ -65,10 +64,8 @@ def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress 
     figure = draw_fig2(curves, comparisons)
     command = "emutune reproduce" + (" --quick" if quick else "")
     page = render_report(figure, comparisons, steps=LEARNED["hmppo"].steps, command=command)
-    try:
+    with saving("--out", directory):
         _write_results(directory, figure, comparisons, page)
-    except OSError as error:
-        raise UsageError(f"--out {directory}: cannot be written: {error.strerror}") from error
     return directory / "report.html"
 
 
