@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from emutune.forking import refuse_fork
 from emutune.scenario import Range, Scenario
 from emutune.world.channel import fading_quantiles
 from emutune.world.devices import DeviceTables, build_devices
@@ -62,7 +63,21 @@ class World:
 
 
 def build_world(scenario: Scenario) -> World:
-    """The arrays of a scenario."""
+    """The arrays of a scenario.
+
+    Raises:
+        UsageError: JAX cannot compute in this process, since it was forked from one that used it.
+    """
+    refuse_fork()
+    return _arrays(scenario)
+
+
+def world_outline(scenario: Scenario) -> World:
+    """Shapes and kinds of a scenario's arrays instead of the arrays; JAX computes nothing, nor does it start."""
+    return jax.eval_shape(lambda: _arrays(scenario))
+
+
+def _arrays(scenario: Scenario) -> World:
     fleet, radio, quality, reward = scenario.fleet, scenario.radio, scenario.quality, scenario.reward
     curve = quality.curve
     return World(

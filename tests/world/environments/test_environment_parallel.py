@@ -69,6 +69,16 @@ def test_it_is_named_as_pettingzoo_names_environments(env):
     assert env.possible_agents == ["case", "emulator"]
 
 
+def test_seeds_and_render_modes_are_those_of_the_single_environment(env):
+    expected, _ = env.reset(seed=9)
+    observations, _ = env.reset(seed=np.int64(9))
+    np.testing.assert_array_equal(observations["case"], expected["case"])
+    assert observations["case"].dtype == observations["emulator"].dtype == np.float32
+    assert parallel_env(overrides=SMALL, render_mode=None).render_mode is None
+    with pytest.raises(UsageError, match=r"^render_mode: "):
+        parallel_env(overrides=SMALL, render_mode="human")
+
+
 def test_wrong_calls_are_refused_by_name(env):
     with pytest.raises(UsageError, match=r"^state: .*reset"):
         env.state()

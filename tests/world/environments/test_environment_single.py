@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -83,13 +84,18 @@ def test_it_passes_gymnasiums_checker():
     check_env(gymnasium.make(ID, overrides=SMALL).unwrapped)
 
 
-def test_importing_emutune_registers_without_jax():
+def test_importing_emutune_registers_without_jax_and_making_starts_none():
     program = (
         "import sys, emutune\n"
         "assert 'jax' not in sys.modules\n"
         "import gymnasium\n"
         f"env = gymnasium.make('{ID}', overrides=('fleet.ues=2',))\n"
+        f"gymnasium.make_vec('{ID}', num_envs=2, scenario='city')\n"
+        # Processes may still be forked.
+        "from jax._src.xla_bridge import backends_are_initialized\n"
+        "assert not backends_are_initialized()\n"
         "assert env.reset(seed=0)[0].shape == (9,)\n"
+        "assert backends_are_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -176,6 +182,37 @@ def test_seeds_and_episodes_differ(env):
 
 def test_without_a_seed_two_environments_differ(env):
     assert not np.array_equal(env.reset()[0], OrchestrationEnv(overrides=SMALL).reset()[0])
+
+
+@pytest.mark.parametrize("seed", [np.int64(11), np.int32(11), np.uint8(11)])
+def test_numpy_integers_are_seeds(env, seed):
+    expected, _ = env.reset(seed=11)
+    observation, _ = env.reset(seed=seed)
+    np.testing.assert_array_equal(observation, expected)
+    assert env.np_random_seed == 11
+
+
+# City has all that is drawn, UEs that move included.
+@pytest.mark.parametrize("scenario", ["paper", "city"])
+def test_an_episode_is_the_same_where_64_bits_are_the_default(scenario):
+    env = OrchestrationEnv(scenario, ("fleet.tasks=3",))
+    expected = play(env, seed=4)
+    with jax.enable_x64(True):
+        steps = play(OrchestrationEnv(scenario, ("fleet.tasks=3",)), seed=4)
+    assert data_equivalence(steps, expected, exact=True)
+    assert {step[0].dtype for step in steps} == {np.dtype(np.float32)}
+
+
+def test_nothing_is_drawn():
+    assert gymnasium.make(ID, overrides=SMALL, render_mode=None).render_mode is None
+    with pytest.raises(UsageError, match=r"^render_mode: nothing is drawn, got 'rgb_array'"):
+        OrchestrationEnv(overrides=SMALL, render_mode="rgb_array")
+
+
+def test_max_episode_steps_truncates():
+    env = gymnasium.make(ID, overrides=SMALL, max_episode_steps=2)
+    env.reset(seed=0)
+    assert [env.step(env.action_space.sample())[2:4] for _ in range(2)] == [(False, False), (False, True)]
 
 
 def test_a_scenario_a_name_and_a_path_make_the_same_world(paper, tmp_path):

@@ -35,22 +35,29 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
     Args:
         scenario: a scenario, the name of a shipped one, or the path of a TOML file.
         overrides: assignments such as ``"fleet.ues=9"``.
+        render_mode: none but None; there is nothing to look at.
 
     Raises:
         ScenarioError: the scenario cannot be read, or a value is invalid.
+        UsageError: there is no such render mode.
     """
 
     metadata: dict[str, Any] = {"name": "orchestration_v0", "render_modes": []}  # noqa: RUF012 - as PettingZoo
 
-    def __init__(self, scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = ()) -> None:
-        self._env = OrchestrationEnv(scenario, overrides)
+    def __init__(
+        self,
+        scenario: Scenario | str | Path = "paper",
+        overrides: Iterable[str] = (),
+        render_mode: str | None = None,
+    ) -> None:
+        self._env = OrchestrationEnv(scenario, overrides, render_mode)
         self._emulator_sees = _emulator_sees(
             self._env.scenario.fleet.ues, self._env.observation_space.shape[0]
         )
         self._last_seen: Float[np.ndarray, "features"] | None = None
         self.possible_agents = list(_AGENTS)
         self.agents: list[str] = []
-        self.render_mode = None
+        self.render_mode = render_mode
         actions, state = self._env.action_space, self._env.observation_space
         self.state_space = state
         self.action_spaces: dict[str, gymnasium.Space[Any]] = {
@@ -71,7 +78,7 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
         return self.observation_spaces[agent]
 
     def reset(
-        self, seed: int | None = None, options: dict[str, Any] | None = None
+        self, seed: int | np.integer | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, dict[str, Any]]]:
         """Start an episode: one that ``seed`` determines, or the next of the stream; no options exist."""
         seen, info = self._env.reset(seed=seed)
@@ -116,10 +123,12 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
 
 
 def parallel_env(
-    scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = ()
+    scenario: Scenario | str | Path = "paper",
+    overrides: Iterable[str] = (),
+    render_mode: str | None = None,
 ) -> OrchestrationParallelEnv:
     """The parallel environment of a scenario, under the name that PettingZoo's users look for."""
-    return OrchestrationParallelEnv(scenario, overrides)
+    return OrchestrationParallelEnv(scenario, overrides, render_mode)
 
 
 def _emulator_sees(ues: int, features: int) -> np.ndarray:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
+from emutune.errors import UsageError
+from emutune.forking import refuse_fork
 from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario
 from emutune.world.cache import Cache, usable_layers
 from emutune.world.dynamics import Action, Outcome, State, current_task, reset, step
 from emutune.world.observation import observe, progress_feature, ue_features
 from emutune.world.parameters import World, layers_of
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _PER_UE = (
     "gain",
@@ -71,6 +77,21 @@ def read_scenario(scenario: Scenario | str | Path, overrides: Iterable[str]) -> 
     if isinstance(scenario, Scenario):
         return parse_scenario(dump_scenario(scenario), overrides=overrides, source=scenario.name)
     return load_scenario(scenario, overrides)
+
+
+def check_render_mode(render_mode: str | None) -> None:
+    """Take what the metadata declare, which is nothing.
+
+    Raises:
+        UsageError: a render mode is asked for.
+    """
+    if render_mode is not None:
+        raise UsageError(f"render_mode: nothing is drawn, got {render_mode!r}; leave it out")
+
+
+def plain_seed(seed: int | np.integer | None) -> int | None:
+    """A seed as Gymnasium's generators take it, which refuse NumPy's integers."""
+    return int(seed) if isinstance(seed, np.integer) else seed
 
 
 def draw_seed(generator: np.random.Generator) -> UInt32[np.ndarray, "2"]:
@@ -142,7 +163,29 @@ def _more(state: State, outcome: Outcome) -> dict[str, Shaped[Array, "ues"]]:
     return {name: value for name, value in entries.items() if value is not None}
 
 
-begin = jax.jit(_begin)
-begin_many = jax.jit(jax.vmap(_begin, in_axes=(0, None)))
-advance = jax.jit(_advance)
-advance_many = jax.jit(jax.vmap(_advance, in_axes=(None, 0, 0, 0)))
+def _merge(begins: Bool[Array, ""], fresh: State, state: State) -> State:
+    """A state that begins anew or goes on."""
+    return jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, state)
+
+
+def _compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Compile for 32 bits, whatever the default of the learner beside it, and stop where JAX would hang.
+
+    Spaces promise float32, and a seed's episode must not depend on that default.
+    """
+    program = jax.jit(function)
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        refuse_fork()
+        with jax.enable_x64(False):
+            return program(*args, **kwargs)
+
+    return call
+
+
+begin = _compiled(_begin)
+begin_many = _compiled(jax.vmap(_begin, in_axes=(0, None)))
+advance = _compiled(_advance)
+advance_many = _compiled(jax.vmap(_advance, in_axes=(None, 0, 0, 0)))
+merge_many = _compiled(jax.vmap(_merge))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ from jaxtyping import Float, Shaped
 from emutune.errors import UsageError
 from emutune.scenario import Scenario
 from emutune.world.dynamics import State
-from emutune.world.environments.simulation import advance, begin, draw_seed, fetch, read_scenario
+from emutune.world.environments.simulation import (
+    advance,
+    begin,
+    check_render_mode,
+    draw_seed,
+    fetch,
+    plain_seed,
+    read_scenario,
+)
 from emutune.world.environments.spaces import action_space, observation_space, read_action
-from emutune.world.parameters import build_world
+from emutune.world.parameters import World, build_world
 
 
 class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, Any]]):
@@ -42,30 +51,49 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
     is neither delay nor perplexity); for the fleet,
     ``step_delay_s`` and ``reward``. It is empty after a reset, since nothing has happened yet.
 
+    JAX starts with the first ``reset``, so environments may be made before processes are forked.
+
     Args:
         scenario: a scenario, the name of a shipped one, or the path of a TOML file.
         overrides: assignments such as ``"fleet.ues=9"``.
+        render_mode: none but None; there is nothing to look at.
 
     Raises:
         ScenarioError: the scenario cannot be read, or a value is invalid.
+        UsageError: there is no such render mode.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - declared so by gymnasium.Env
     action_space: gymnasium.spaces.Dict
     observation_space: gymnasium.spaces.Box
 
-    def __init__(self, scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        scenario: Scenario | str | Path = "paper",
+        overrides: Iterable[str] = (),
+        render_mode: str | None = None,
+    ) -> None:
+        check_render_mode(render_mode)
         self.scenario = read_scenario(scenario, overrides)
         self.action_space = action_space(self.scenario)
-        self._world = build_world(self.scenario)
-        self.observation_space = observation_space(self.scenario, self._world)
+        self.observation_space = observation_space(self.scenario)
         self._state: State | None = None
 
+    @cached_property
+    def _world(self) -> World:
+        # Not with the environment: Gymnasium makes one to look at before it forks a process for each, and JAX
+        # must not be in use by then.
+        return build_world(self.scenario)
+
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | np.integer | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float[np.ndarray, "features"], dict[str, Any]]:
-        """Start an episode: one that ``seed`` determines, or the next of the stream; no options exist."""
-        super().reset(seed=seed)
+        """Start an episode: one that ``seed`` determines, or the next of the stream; no options exist.
+
+        Raises:
+            UsageError: JAX cannot compute in this process, since it was forked from one that used it.
+        """
+        super().reset(seed=plain_seed(seed))
         self._state, observation = begin(draw_seed(self.np_random), self._world)
         return np.array(observation), {}
 
@@ -75,11 +103,12 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
         """Serve the current task of every UE.
 
         Raises:
-            UsageError: no episode is under way, or the action has another shape or holds NaN.
+            UsageError: no episode is under way, the action has another shape or holds NaN, or JAX cannot
+                compute in this process.
         """
         if self._state is None:
             raise UsageError("step: no episode is under way; call reset() first")
-        at_server, retention = read_action(action, (self._world.ues,))
+        at_server, retention = read_action(action, (self.scenario.fleet.ues,))
         progress, report = advance(self._world, self._state, at_server, retention)
         observation, terminated, values = fetch(report)
         self._state = None if terminated else self._state._replace(**progress._asdict())

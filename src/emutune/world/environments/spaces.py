@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from emutune.errors import UsageError
 from emutune.scenario import Scenario
 from emutune.world.observation import feature_bounds
-from emutune.world.parameters import World
+from emutune.world.parameters import world_outline
 
 # Features run from -1 to 1, but where a range is a millionth wide, float32 rounding moves them by up to 0.18.
 _FEATURE_BOUND = 1.25
@@ -27,14 +27,14 @@ def action_space(scenario: Scenario) -> spaces.Dict:
     )
 
 
-def observation_space(scenario: Scenario, world: World) -> spaces.Box:
+def observation_space(scenario: Scenario) -> spaces.Box:
     """The features of every UE, feature by feature, then the progress.
 
     4N features of s1 (gains, complexities, data sizes, cached retentions), and more where the world has
     more; see ``emutune.world.ue_features``. A gain has no bounds, since fading has none.
     """
     ues, slack = scenario.fleet.ues, _FEATURE_BOUND
-    bounds = np.array([*np.repeat(feature_bounds(world), ues, axis=0), (-1.0, 1.0)])
+    bounds = np.array([*np.repeat(feature_bounds(world_outline(scenario)), ues, axis=0), (-1.0, 1.0)])
     low, high = (slack * bounds).astype(np.float32).T
     return spaces.Box(low, high, dtype=np.float32)
 
