@@ -85,8 +85,10 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="cannot be read: No such file"):
         read_trace(tmp_path / "none.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TraceError, match="not UTF-8 text"):
+    with pytest.raises(TraceError, match="line 1: not UTF-8 text"):
         read_trace(tmp_path / "binary.csv")
+    with pytest.raises(TraceError, match="line 2: has more than 10000 characters"):
+        read_trace(written(tmp_path / "long.csv", HEADER + "1" * 10_001))
     with pytest.raises(TraceError, match="cannot be written"):
         write_trace(tmp_path / "no" / "t.csv", Rates(1.0, (1.0, 1.0), (1.0, 1.0)))
 
@@ -139,6 +141,14 @@ def test_means_over_intervals_that_cut_rows() -> None:
     assert means([0.0, 10.0, 20.0], [4.0, 1.0], 7.5, 2) == pytest.approx((4.0, (2.5 * 4 + 5 * 1) / 7.5))
 
 
+@pytest.mark.parametrize("interval_s", [1 / 3, 0.1, 0.7])
+def test_a_written_trace_fills_the_intervals_it_was_made_for(tmp_path: Path, interval_s: float) -> None:
+    # Decimals round its times, and late ones more than early ones.
+    write_trace(tmp_path / "t.csv", Rates(interval_s, (5.0,) * 20_000, (1.0,) * 20_000))
+    found = mean_rates(read_trace(tmp_path / "t.csv"), 100 * interval_s)
+    assert found.downlink_mbps == pytest.approx((5.0,) * 200)
+
+
 @pytest.mark.parametrize(
     ("interval_s", "message"),
     [
@@ -159,22 +169,24 @@ def test_intervals_that_do_not_fit_are_refused(interval_s: float, message: str) 
 
 
 def test_csv_is_cleaned_and_accounted_for(tmp_path: Path) -> None:
-    rows = ["5,10,1", "6,12,1", "6,99,9", "4,99,9", "7,-,1", "8,14,1", "9,0,1", "39,20,2", "40,22,2", "41,1"]
+    rows = ["5,10,1", "6,12,1", "6,20,3", "4,99,9", "7,-,1", "8,14,1", "9,0,1", "39,20,2", "40,22,2", "41,1"]
     found, account = import_trace("csv", written(tmp_path / "t.csv", HEADER + "\n".join(rows)))
-    # The row at 6 s holds until 8 s, and after the gap the row at 39 s follows the one at 9 s at once.
-    assert found == Rates(1.0, (10.0, 12.0, 12.0, 14.0, 0.0, 20.0, 22.0), (1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0))
+    # The two rows at 6 s hold until 8 s, and after the gap the row at 39 s follows the one at 9 s at once.
+    assert found == Rates(1.0, (10.0, 16.0, 16.0, 14.0, 0.0, 20.0, 22.0), (1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0))
     assert account.rows == 10
-    assert account.kept == 6
+    assert account.kept == 7
     assert account.dropped == {
         "no time or rate": [6],
         "fewer columns than the first line": [11],
-        "the same time as the row before": [4],
         "time goes back": [5],
     }
     assert account.gaps == [(9, 29.0)]
     told = "\n".join(account.lines())
     for part in (
-        "kept 6 of 10 rows", "dropped 1: time goes back (line 5)", "closed 1 gaps, 29 s in all (before line 9)",
+        "kept 7 of 10 rows", "dropped 1: time goes back (line 5)",
+        "what was dropped moved the mean of rows from 24.62 Mbit/s down and 2.5 up to 14 Mbit/s down and 1.571 up",
+        "7 rows have 6 times; the mean of those with one time stands for them",
+        "closed 1 gaps, 29 s in all (before line 9)",
         "kept 1 intervals without any downlink, as outages; --drop-zeros drops such rows",
     ):  # fmt: skip
         assert part in told
@@ -198,6 +210,107 @@ def test_the_dataset_of_raca_is_read_by_its_columns(tmp_path: Path) -> None:
     found, account = import_trace("raca", written(tmp_path / "t.csv", "\ufeff" + RACA_HEADER + "".join(rows)))
     assert found == Rates(1.0, (30.0, 25.0, 20.0), (0.4, 0.3, 0.05))
     assert account.dropped == {"no time or rate": [3]}
+
+
+def test_rows_of_one_second_count_by_their_mean(tmp_path: Path) -> None:
+    # A second of four rows weighs no more than one of a single row.
+    logged = [(0, 8_000), (1, 10_000), (1, 20_000), (1, 30_000), (1, 40_000), (2, 5_000), (2, 7_000)]
+    text = RACA_HEADER + "".join(raca_row(second, rate, rate / 10) for second, rate in logged)
+    found, account = import_trace("raca", written(tmp_path / "t.csv", text))
+    assert found.downlink_mbps == pytest.approx((8.0, 25.0, 6.0))
+    assert found.uplink_mbps == pytest.approx((0.8, 2.5, 0.6))
+    assert (account.kept, account.dropped) == (7, {})
+    assert account.notes == ["7 rows have 3 times; the mean of those with one time stands for them"]
+
+
+# --- quotes, line ends and characters -----------------------------------------------------------------------
+
+FORMS = {
+    "csv": ("time_s,downlink_mbps,uplink_mbps,note\n", lambda second: f"{second},5,1"),
+    "raca": (
+        "Timestamp,DL_bitrate,UL_bitrate,note\n",
+        lambda second: raca_row(second, 0, 0).split(",")[0] + ",5000,1000",
+    ),
+}
+FIVE = Rates(1.0, (5.0,) * 30, (1.0,) * 30)
+
+
+def noted(form: str, notes: dict[int, str], line_end: str = "\n") -> str:
+    """Thirty rows of 5 and 1 Mbit/s, with notes in the last column; row 0 is line 2."""
+    header, row = FORMS[form]
+    text = header + "".join(f"{row(second)},{notes.get(second, 'a')}\n" for second in range(30))
+    return text.replace("\n", line_end)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("notes", "line"),
+    [
+        ({20: '"5 inch'}, 22),
+        ({29: '"5 inch'}, 31),
+        # Two that together look like a quoted cell of several lines.
+        ({10: '"5 inch', 13: '6 inch"'}, 12),
+        ({10: '"5 inch', 11: '""'}, 12),
+        ({5: '"two\nlines, said"', 20: '"5 inch'}, 23),
+    ],
+)
+def test_an_open_quote_is_refused_by_its_line(
+    tmp_path: Path, form: str, notes: dict[int, str], line: int
+) -> None:
+    with pytest.raises(TraceError) as caught:
+        import_trace(form, written(tmp_path / "t.csv", noted(form, notes)))
+    assert str(caught.value) == (
+        f"{tmp_path / 't.csv'}: line {line}: a quote is opened and not closed; close it or take it out"
+    )
+
+
+@pytest.mark.parametrize(
+    "begin", ['"time_s,', 'time_s,downlink_mbps,uplink_mbps\n0,1,2\n"1,1,2\n', '0,"1\n2,1']
+)
+def test_an_open_quote_before_what_is_wanted_is_refused(tmp_path: Path, begin: str) -> None:
+    path = written(tmp_path / "t.csv", begin + "2,1,2\n" * 3)
+    for read in (read_trace, lambda one: import_trace("csv", one)):
+        with pytest.raises(TraceError, match=rf"line {3 if begin[0] == 't' else 1}: "):
+            read(path)
+
+
+def test_a_quote_that_swallows_more_than_the_library_takes_is_refused(tmp_path: Path) -> None:
+    rows = [f"{second},5,1,{'a' * 28}" for second in range(6000)]
+    rows[20] = '20,5,1,"x'
+    path = written(tmp_path / "t.csv", "time_s,downlink_mbps,uplink_mbps,note\n" + "\n".join(rows))
+    with pytest.raises(TraceError, match="line 22: a quote is opened"):
+        import_trace("csv", path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    "note",
+    ['"two\nlines"', '"say ""so"", then"', '5" wide', '"5" wide', "", "\x00", "\x0b\x1c\x85\u2028", ","],
+)
+def test_notes_change_no_rate(tmp_path: Path, form: str, line_end: str, note: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(noted(form, {7: note, 29: note}, line_end).encode("utf-8-sig"))
+    found, account = import_trace(form, path)
+    assert found == FIVE
+    assert (account.kept, account.rows) == (30, 30)
+
+
+def test_other_encodings_are_refused_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(noted("csv", {7: "Zürich"}).encode("latin-1"))
+    with pytest.raises(TraceError, match=r"line 9: not UTF-8 text; save it as such"):
+        import_trace("csv", path)
+    path.write_bytes(noted("csv", {}).encode("utf-16"))
+    with pytest.raises(TraceError, match=r"line 1: not UTF-8 text"):
+        read_trace(path)
+
+
+def test_commas_for_decimal_points_are_not_read_as_other_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", HEADER + "0,5,5,1,2\n1,5,1\n2,5,1,\n3,5,1\n")
+    found, account = import_trace("csv", path)
+    assert account.dropped == {"more columns than the first line": [2]}
+    assert found == Rates(1.0, (5.0,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -240,16 +353,44 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_mahimahi_by_hand(tmp_path: Path) -> None:
-    # Three packets of 12 kbit in the first second, one of them on its border; an outage; one in the third.
+    # Three packets of 12 kbit in the first second, one of them on its border; an outage; part of a third second.
     down = written(tmp_path / "lte.down", "0\n500\n1000\nx\n900\n2400\n")
     written(tmp_path / "lte.up", "100\n1500\n2500\n3600\n")
     found, account = import_trace("mahimahi", down)
-    assert found == Rates(1.0, (0.036, 0.0, 0.012), (0.012, 0.012, 0.012))
+    assert found == Rates(1.0, (0.036, 0.0), (0.012, 0.012))
     told = "\n".join(account.lines())
     assert "kept 8 of 10 rows" in told
     assert "no whole milliseconds" in told
-    assert "one link's file is 1 s longer" in told
+    assert "one link's file is 1.2 s longer" in told
+    assert "dropped the last 0.4 s, less than an interval of 1 s" in told
     assert "kept 1 intervals without any downlink" in told
+
+
+@pytest.mark.parametrize(("seconds", "interval_s"), [(2.5, 1.0), (10.4, 1.0), (10.4, 2.5), (3.0, 1.0)])
+def test_a_part_of_an_interval_at_the_end_has_no_mean(
+    tmp_path: Path, seconds: float, interval_s: float
+) -> None:
+    count = round(seconds / 0.1)
+    made = Rates(0.1, (12.0,) * count, (6.0,) * count)
+    for suffix, column in (("down", made.downlink_mbps), ("up", made.uplink_mbps)):
+        written(tmp_path / f"t.{suffix}", "\n".join(map(str, opportunities_ms(column, 0.1))) + "\n")
+    # As a clock that counts from 1970 writes them.
+    times = [f"{1_600_000_000 + index / 10:.1f},12,6\n" for index in range(count)]
+    written(tmp_path / "t.csv", HEADER + "".join(times))
+    whole, left_s = int(seconds // interval_s), seconds % interval_s
+    for form, name in (("mahimahi", "t.down"), ("csv", "t.csv")):
+        found, account = import_trace(form, tmp_path / name, interval_s=interval_s)
+        assert found.downlink_mbps == pytest.approx((12.0,) * whole, rel=1e-5)
+        assert found.uplink_mbps == pytest.approx((6.0,) * whole, rel=1e-5)
+        told = f"dropped the last {left_s:.3g} s, less than an interval of {interval_s:g} s"
+        assert account.notes == ([told] if left_s > 1e-6 else [])
+
+
+def test_a_part_of_an_interval_is_dropped_from_the_dataset_of_raca(tmp_path: Path) -> None:
+    rows = "".join(raca_row(second, 12_000, 6_000) for second in range(5))
+    found, account = import_trace("raca", written(tmp_path / "t.csv", RACA_HEADER + rows), interval_s=2.0)
+    assert found == Rates(2.0, (12.0, 12.0), (6.0, 6.0))
+    assert account.notes == ["dropped the last 1 s, less than an interval of 2 s"]
 
 
 @given(columns, st.sampled_from([0.25, 1.0, 2.0]))

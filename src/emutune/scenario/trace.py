@@ -74,6 +74,8 @@ def read_trace(path: str | Path) -> Rates:
                 f"{path}: line {later.line}: a gap of {step:g} s where rows are {spacing:g} s apart; "
                 + _REPAIR.format(path=path)
             )
+    # Of all rows together, since each time is rounded.
+    spacing = (rows[-1].time_s - rows[0].time_s) / (len(rows) - 1)
     return Rates(spacing, tuple(row.downlink_mbps for row in rows), tuple(row.uplink_mbps for row in rows))
 
 
@@ -83,29 +85,57 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     Raises:
         TraceError: the file cannot be read, has another header, or a row holds no numbers.
     """
-    lines = csv.reader(open_text(path))
-    header = tuple(part.strip() for part in next(lines, ()))
+    rows = read_table(path)
+    _, names = next(rows, (1, []))
+    header = tuple(name.strip() for name in names)
     if header != HEADER:
         raise TraceError(
             f"{path}: its first line must be {','.join(HEADER)}, got {','.join(header)[:80]!r}; rename the columns, "
             "and give seconds and Mbit/s"
         )
-    for parts in lines:
+    for line, parts in rows:
         if not parts:
             continue
         try:
             time_s, downlink, uplink = (float(part) for part in parts)
         except ValueError as error:
             raise TraceError(
-                f"{path}: line {lines.line_num}: must be three numbers, got {','.join(parts)[:80]!r}"
+                f"{path}: line {line}: must be three numbers, got {','.join(parts)[:80]!r}"
             ) from error
-        row = Row(lines.line_num, time_s, downlink, uplink)
+        row = Row(line, time_s, downlink, uplink)
         if not all(map(math.isfinite, row)) or min(downlink, uplink) < 0:
             raise TraceError(
                 f"{path}: line {row.line}: times and rates must be finite and rates not negative, "
                 f"got {','.join(parts)[:80]!r}"
             )
         yield row
+
+
+def read_table(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file, that of its names first, each with the number of the line where it begins.
+
+    A quoted cell may run over lines, but not over what looks like rows: its quote was forgotten then.
+
+    Raises:
+        TraceError: the file cannot be read, or a quote is opened and not closed.
+    """
+    lines = open_text(path)
+    # A quote that nothing closes runs into the line that is added.
+    reader, columns = csv.reader([*lines, ""]), 0
+    while (begin := reader.line_num + 1) <= len(lines):
+        try:
+            parts = next(reader)
+            unclosed = reader.line_num > len(lines)
+        except csv.Error:
+            # The lines are short, so it is what a quote has swallowed that is too much for the library.
+            unclosed = True
+        swallowed = lines[begin : reader.line_num]
+        if unclosed or any(line.count(",") >= columns - 1 for line in swallowed):
+            raise TraceError(
+                f"{path}: line {begin}: a quote is opened and not closed; close it or take it out"
+            )
+        columns = columns or len(parts)
+        yield begin, parts
 
 
 def open_text(path: str | Path) -> list[str]:
@@ -115,14 +145,19 @@ def open_text(path: str | Path) -> list[str]:
         TraceError: it cannot be read.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        # Not splitlines, for which many a character in a note ends a line.
+        lines = Path(path).read_text("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise TraceError(f"{path}: not UTF-8 text; traces are text files") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise TraceError(f"{path}: line {line}: not UTF-8 text; save it as such") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no such path"
         raise TraceError(f"{path}: cannot be read: {reason}") from error
-    if any(len(line) > _LONGEST_LINE for line in lines):
-        raise TraceError(f"{path}: has lines of more than {_LONGEST_LINE} characters; that is no trace")
+    for number, text in enumerate(lines, 1):
+        if len(text) > _LONGEST_LINE:
+            raise TraceError(
+                f"{path}: line {number}: has more than {_LONGEST_LINE} characters; that is no trace"
+            )
     return lines
 
 
@@ -163,7 +198,7 @@ def mean_rates(rates: Rates, interval_s: float) -> Rates:
             f"intervals of {interval_s:g} s are shorter than its rows of {rates.interval_s:g} s; take longer ones"
         )
     seconds = len(rates.downlink_mbps) * rates.interval_s
-    count = math.floor(seconds / interval_s * (1 + 1e-12))
+    count = whole_intervals(seconds, interval_s)
     if count < 2:
         raise TraceError(
             f"too short: {seconds:g} s are less than two intervals of {interval_s:g} s; take a longer trace or "
@@ -182,6 +217,11 @@ def mean_rates(rates: Rates, interval_s: float) -> Rates:
                 "intervals, or import the trace with --drop-zeros"
             )
     return Rates(interval_s, *columns)
+
+
+def whole_intervals(seconds: float, interval_s: float) -> int:
+    """How many intervals a trace fills; times that were written as decimals are not exact."""
+    return math.floor(seconds / interval_s + 1e-6)
 
 
 def means(

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from emutune.errors import TraceError, UsageError
-from emutune.scenario.trace import HEADER, MOST_INTERVALS, PACKET_BITS, Rates, Row, means, open_text
+from emutune.scenario.trace import (
+    HEADER,
+    MOST_INTERVALS,
+    PACKET_BITS,
+    Rates,
+    Row,
+    means,
+    open_text,
+    read_table,
+    whole_intervals,
+)
 
-_RACA = ("Timestamp", "DL_bitrate", "UL_bitrate")
 _RACA_TIME = "%Y.%m.%d_%H.%M.%S"
 # A pause of more than so many usual spacings is a gap.
 _GAP_SPACINGS = 5.0
@@ -91,9 +100,11 @@ def import_trace(
     elif uplink is not None:
         raise UsageError("--uplink: only mahimahi keeps the uplink in a file of its own; leave it out")
     else:
-        rows = list(_TABLES[form](path, account))
-    rows = _drop_zeros(rows, account) if drop_zeros else rows
-    rows = _in_order(rows, account)
+        rows = list(_read_table(path, _TABLES[form], account))
+    used = _in_order(_drop_zeros(rows, account) if drop_zeros else rows, account)
+    if 0 < len(used) < len(rows):
+        account.notes.append(f"what was dropped moved the mean of rows from {_means(rows)} to {_means(used)}")
+    rows = _one_a_time(used, account)
     if len(rows) < 2:
         raise TraceError(f"{path}: too short: {'; '.join(account.lines())}; a trace needs two rows or more")
     rates = _regular(rows, interval_s, max_gap_s, account)
@@ -110,19 +121,40 @@ def import_trace(
     return rates, account
 
 
-def _read_csv(path: str | Path, account: Account) -> Iterable[Row]:
-    lines = csv.reader(open_text(path))
-    places = _columns(path, next(lines, []), HEADER)
-    for parts in lines:
-        yield from _numbers(lines.line_num, parts, places, float, 1.0, account)
+class _Table(NamedTuple):
+    """A CSV form: its columns of time, downlink and uplink, how times are written, and its unit of rates."""
+
+    columns: tuple[str, str, str]
+    seconds: Callable[[str], float]
+    mbps: float
 
 
-def _read_raca(path: str | Path, account: Account) -> Iterable[Row]:
-    """Rates in kbit/s; a dash stands for what was not measured."""
-    lines = csv.reader(open_text(path))
-    places = _columns(path, next(lines, []), _RACA)
-    for parts in lines:
-        yield from _numbers(lines.line_num, parts, places, _seconds, 1e-3, account)
+def _read_table(path: str | Path, table: _Table, account: Account) -> Iterable[Row]:
+    """What has numbers; a dash stands for what was not measured."""
+    rows = read_table(path)
+    _, header = next(rows, (1, []))
+    places = _columns(path, header, table.columns)
+    for line, parts in rows:
+        if not parts:
+            continue
+        account.rows += 1
+        if len(parts) <= max(places):
+            account.drop("fewer columns than the first line", line)
+            continue
+        # Commas for decimal points would shift every number that follows.
+        if any(part.strip() for part in parts[len(header) :]):
+            account.drop("more columns than the first line", line)
+            continue
+        time, down, up = (parts[place].strip() for place in places)
+        try:
+            row = Row(line, table.seconds(time), table.mbps * float(down), table.mbps * float(up))
+        except ValueError:
+            account.drop("no time or rate", line)
+            continue
+        if not all(map(math.isfinite, row)) or min(row.downlink_mbps, row.uplink_mbps) < 0:
+            account.drop("a rate that is negative or not finite", line)
+            continue
+        yield row
 
 
 def _seconds(text: str) -> float:
@@ -143,53 +175,29 @@ def _columns(path: str | Path, header: Sequence[str], wanted: Sequence[str]) -> 
     return [names.index(name) for name in wanted]
 
 
-def _numbers(
-    line: int,
-    parts: Sequence[str],
-    places: Sequence[int],
-    time_of: Callable[[str], float],
-    scale: float,
-    account: Account,
-) -> Iterable[Row]:
-    """A row's numbers, if it has any."""
-    if not parts:
-        return
-    account.rows += 1
-    if len(parts) <= max(places):
-        account.drop("fewer columns than the first line", line)
-        return
-    time, down, up = (parts[place].strip() for place in places)
-    try:
-        row = Row(line, time_of(time), scale * float(down), scale * float(up))
-    except ValueError:
-        account.drop("no time or rate", line)
-        return
-    if not all(map(math.isfinite, row)) or min(row.downlink_mbps, row.uplink_mbps) < 0:
-        account.drop("a rate that is negative or not finite", line)
-        return
-    yield row
-
-
 def _read_mahimahi(
     path: str | Path, uplink: str | Path | None, interval_s: float, account: Account
 ) -> list[Row]:
-    """Both links, counted in intervals; what the longer file has more is dropped."""
+    """Both links, counted in the intervals that both files fill."""
     down_path = Path(path)
     up_path = down_path.with_suffix(".up") if uplink is None and down_path.suffix == ".down" else uplink
     if up_path is None:
         raise UsageError("--uplink: name the uplink's file; mahimahi keeps the two links apart")
-    columns = [_packets(one, interval_s, account) for one in (down_path, up_path)]
-    count = min(map(len, columns))
-    if longer := max(map(len, columns)) - count:
-        account.notes.append(f"one link's file is {longer * interval_s:g} s longer; dropped what it has more")
+    columns, ends_s = zip(*(_packets(one, interval_s, account) for one in (down_path, up_path)), strict=True)
+    if longer_s := max(ends_s) - min(ends_s):
+        account.notes.append(f"one link's file is {longer_s:g} s longer; dropped what it has more")
+    count = _drop_part(min(ends_s), interval_s, account)
     return [
         Row(index + 1, index * interval_s, down, up)
         for index, (down, up) in enumerate(zip(*(column[:count] for column in columns), strict=True))
     ]
 
 
-def _packets(path: str | Path, interval_s: float, account: Account) -> list[float]:
-    """Rates in Mbit/s; an opportunity on the border of two intervals ends the first."""
+def _packets(path: str | Path, interval_s: float, account: Account) -> tuple[list[float], float]:
+    """Rates in Mbit/s, and the end in s: the last opportunity, where mahimahi begins anew.
+
+    An opportunity on the border of two intervals ends the first.
+    """
     counts: list[int] = []
     last = 0
     for line, text in enumerate(open_text(path), 1):
@@ -217,7 +225,7 @@ def _packets(path: str | Path, interval_s: float, account: Account) -> list[floa
         raise TraceError(
             f"{path}: holds no delivery opportunity; a mahimahi file has a time in ms on every line"
         )
-    return [count * PACKET_BITS / interval_s / 1e6 for count in counts]
+    return [count * PACKET_BITS / interval_s / 1e6 for count in counts], last / 1000
 
 
 def _drop_zeros(rows: Sequence[Row], account: Account) -> list[Row]:
@@ -233,14 +241,25 @@ def _drop_zeros(rows: Sequence[Row], account: Account) -> list[Row]:
 def _in_order(rows: Sequence[Row], account: Account) -> list[Row]:
     kept: list[Row] = []
     for row in rows:
-        if kept and row.time_s == kept[-1].time_s:
-            account.drop("the same time as the row before", row.line)
-        elif kept and row.time_s < kept[-1].time_s:
+        if kept and row.time_s < kept[-1].time_s:
             account.drop("time goes back", row.line)
         else:
             kept.append(row)
     account.kept = account.kept or len(kept)
     return kept
+
+
+def _one_a_time(rows: Sequence[Row], account: Account) -> list[Row]:
+    """The plain mean of rows with one time: nothing says how long each of them held."""
+    merged = []
+    for time_s, group in groupby(rows, lambda row: row.time_s):
+        same = list(group)
+        merged.append(Row(same[0].line, time_s, *_means(same)))
+    if len(merged) < len(rows):
+        account.notes.append(
+            f"{len(rows)} rows have {len(merged)} times; the mean of those with one time stands for them"
+        )
+    return merged
 
 
 def _regular(rows: Sequence[Row], interval_s: float, max_gap_s: float | None, account: Account) -> Rates:
@@ -256,9 +275,33 @@ def _regular(rows: Sequence[Row], interval_s: float, max_gap_s: float | None, ac
     starts.append(starts[-1] + spacing)
     if starts[-1] / interval_s > MOST_INTERVALS:
         raise TraceError(f"{starts[-1]:g} s are more than {MOST_INTERVALS} intervals; {_LONGER}")
-    count = math.floor(starts[-1] / interval_s * (1 + 1e-12))
+    count = _drop_part(starts[-1], interval_s, account)
     columns = [[row.downlink_mbps for row in rows], [row.uplink_mbps for row in rows]]
     return Rates(interval_s, *(means(starts, column, interval_s, count) for column in columns))
+
+
+def _drop_part(seconds: float, interval_s: float, account: Account) -> int:
+    """How many intervals a trace fills; the part of one that is left has no mean of one, and is dropped."""
+    count = whole_intervals(seconds, interval_s)
+    left_s = seconds - count * interval_s
+    if left_s > 1e-6 * interval_s:
+        account.notes.append(f"dropped the last {left_s:.3g} s, less than an interval of {interval_s:g} s")
+    return count
+
+
+class _Mean(NamedTuple):
+    downlink_mbps: float
+    uplink_mbps: float
+
+    def __str__(self) -> str:
+        return f"{self.downlink_mbps:.4g} Mbit/s down and {self.uplink_mbps:.4g} up"
+
+
+def _means(rows: Sequence[Row]) -> _Mean:
+    """Divided before they are added, since sums of finite rates may not be finite."""
+    return _Mean(
+        sum(row.downlink_mbps / len(rows) for row in rows), sum(row.uplink_mbps / len(rows) for row in rows)
+    )
 
 
 def _some(lines: Sequence[int], most: int = 3) -> str:
@@ -266,5 +309,8 @@ def _some(lines: Sequence[int], most: int = 3) -> str:
     return shown if len(lines) <= most else f"{shown}, ..."
 
 
-_TABLES: dict[str, Callable[[str | Path, Account], Iterable[Row]]] = {"csv": _read_csv, "raca": _read_raca}
+_TABLES = {
+    "csv": _Table(HEADER, float, 1.0),
+    "raca": _Table(("Timestamp", "DL_bitrate", "UL_bitrate"), _seconds, 1e-3),
+}
 _FORMS = (*_TABLES, "mahimahi")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from emutune.world.dynamics import Action, Outcome, State, current_task, reset, 
 from emutune.world.observation import observe, progress_feature, ue_features
 from emutune.world.parameters import World, layers_of
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _PER_UE = (
@@ -168,7 +167,7 @@ def _merge(begins: Bool[Array, ""], fresh: State, state: State) -> State:
     return jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, state)
 
 
-def _compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def _compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     """Compile for 32 bits, whatever the default of the learner beside it, and stop where JAX would hang.
 
     Spaces promise float32, and a seed's episode must not depend on that default.
@@ -176,10 +175,10 @@ def _compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
     program = jax.jit(function)
 
     @wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def call(*args: Any) -> Result:
         refuse_fork()
         with jax.enable_x64(False):
-            return program(*args, **kwargs)
+            return program(*args)
 
     return call
 

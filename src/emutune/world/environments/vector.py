@@ -161,7 +161,9 @@ class OrchestrationVectorEnv(VectorEnv[Observations, dict[str, Any], np.ndarray]
         for index in np.flatnonzero(chosen):
             seeds[index] = draw_seed(self._generators[index])
         state, observations = begin_many(seeds, self._world)
-        self._state = state if chosen.all() else merge_many(chosen, state, self._state)
+        if not chosen.all():
+            state = merge_many(chosen, state, self._state)
+        self._state = state
         self._observations = np.where(chosen[:, None], observations, self._observations)
         self._elapsed = np.where(chosen, 0, self._elapsed)
         self._ended = self._ended & ~chosen
@@ -176,9 +178,8 @@ class OrchestrationVectorEnv(VectorEnv[Observations, dict[str, Any], np.ndarray]
         if mask is None:
             return np.ones(self.num_envs, bool)
         if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
-            raise UsageError(
-                f"options.reset_mask: must be a NumPy array of {self.num_envs} bools, got {mask!r:.80}"
-            )
+            got = f"{type(mask).__name__} {getattr(mask, 'dtype', '')} {getattr(mask, 'shape', '')}".strip()
+            raise UsageError(f"options.reset_mask: must be a NumPy array of {self.num_envs} bools, got {got}")
         if not mask.any():
             raise UsageError("options.reset_mask: names no sub-environment; set one or more to True")
         if self._state is None and not mask.all():
@@ -191,7 +192,9 @@ class OrchestrationVectorEnv(VectorEnv[Observations, dict[str, Any], np.ndarray]
         if isinstance(seed, Sequence | np.ndarray):
             wanted = [plain_seed(each) for each in seed]
         else:
-            wanted = [plain_seed(seed) + index for index in range(self.num_envs)]
+            first = plain_seed(seed)
+            assert first is not None
+            wanted = [first + index for index in range(self.num_envs)]
         if len(wanted) != self.num_envs:
             raise UsageError(f"seed: {len(wanted)} seeds for {self.num_envs} sub-environments; give one each")
         fresh, used = _generators(wanted)
