@@ -325,7 +325,12 @@ def test_commas_for_decimal_points_are_not_read_as_other_numbers(tmp_path: Path)
             HEADER + "0,x,1\n1,y,1\n",
             "too short: kept 0 of 2 rows; dropped 2: no time or rate (line 2, 3)",
         ),
-        ("csv", HEADER + "0,1,1\n0.1,1,1\n", "too short: less than two intervals of 1 s; lower --interval-s"),
+        (
+            "csv",
+            HEADER + "0,1,1\n0.1,1,1\n",
+            "less than two intervals of 1 s (kept 2 of 2 rows; dropped the last 0.2 s",
+        ),
+        ("csv", HEADER + "0,1,1\n0.1,1,1\n0.2,1,1\n9,1,1\n", "closed 1 gaps, 8.7 s in all (before line 5)"),
         ("csv", HEADER + "0,1,1\n1e300,1,1\n", "more than 10000000 intervals; raise --interval-s"),
         ("mahimahi", "x\n", "holds no delivery opportunity"),
         ("mahimahi", "1\n100000000000000\n", "line 2: 100000000000000 ms are more than"),

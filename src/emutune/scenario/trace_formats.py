@@ -110,7 +110,8 @@ def import_trace(
     rates = _regular(rows, interval_s, max_gap_s, account)
     if len(rates.downlink_mbps) < 2:
         raise TraceError(
-            f"{path}: too short: less than two intervals of {interval_s:g} s; lower --interval-s or take a longer trace"
+            f"{path}: too short: less than two intervals of {interval_s:g} s ({'; '.join(account.lines())}); "
+            "lower --interval-s or take a longer trace"
         )
     for name, column in (("downlink", rates.downlink_mbps), ("uplink", rates.uplink_mbps)):
         silent = sum(rate == 0 for rate in column)
