@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ from emutune.tuning.perplexity import perplexity
 from emutune.tuning.streaming import streamed
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks
 from emutune.tuning.trainer import Progress, TrainerConfig, forget
+
+log = logging.getLogger(__name__)
 
 _INFLUENCE_ROWS = 8
 _PERPLEXITY_ROWS = 32
@@ -100,7 +103,8 @@ def build_catalogue(
 ) -> Catalogue:
     """Make the emulators of a model, or those of them that the catalogue lacks.
 
-    Unless layers are pruned, distilled or quantised, one layer at a time is in memory.
+    The model is compared with the one that ``transformers`` loads, if that fits into the memory. Apart from that,
+    unless layers are pruned, distilled or quantised, one layer at a time is in memory.
 
     Args:
         source: a model directory, or ``"reference"``.
@@ -125,6 +129,8 @@ def build_catalogue(
         if fits_in_memory(foundation.config):
             report("comparing with transformers", None)
             check_agreement(foundation, catalogue.config, splits["validation"].rows([0]))
+        else:
+            log.warning("%s: too large for the free memory to be compared with transformers' own", source)
         save_base(foundation, catalogue, recipe.seed)
     catalogue.save_tokenizer(tokenizer)
     maker = _Maker(catalogue, recipe, splits["train"], splits["validation"], tokenizer.mask_token_id, report)

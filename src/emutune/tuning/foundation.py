@@ -288,12 +288,17 @@ def read_tensors(where: Mapping[str, Stored]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted({stored.path for stored in where.values()}):
+        names: dict[str, list[str]] = {}
+        for name, stored in where.items():
+            if stored.path == path:
+                names.setdefault(stored.key, []).append(name)
         try:
             # Opened anew for every unit: a file kept open keeps all of its pages.
             with safe_open(path, "pt") as file:
-                tensors |= {
-                    n: file.get_tensor(stored.key) for n, stored in where.items() if stored.path == path
-                }
+                for key, (first, *others) in names.items():
+                    tensors[first] = file.get_tensor(key)
+                    # Two names of one memory would be one tensor to whoever saves them.
+                    tensors |= {name: tensors[first].clone() for name in others}
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: missing or damaged ({error}); copy it again") from error
     return tensors
