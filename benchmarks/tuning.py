@@ -127,12 +127,13 @@ def medium_model():
 
 def medium_directory(work):
     """A random model of GPT-2 medium's size in several shards, with the reference model's tokenizer."""
-    from emutune.tuning.foundation import load_tokenizer
+    from emutune.tuning.foundation import load_tokenizer, open_foundation
 
     directory = work / "medium"
     if not directory.exists():
         medium_model().save_pretrained(directory, max_shard_size="250MB")
-        load_tokenizer("reference").save_pretrained(directory)
+        reference = open_foundation("reference")
+        load_tokenizer(reference.directory, reference.config).save_pretrained(directory)
     return directory
 
 

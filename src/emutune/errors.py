@@ -14,6 +14,11 @@ EmutuneError            something the user can put right; the command line print
 └── UsageError          a call or command asks for something that does not exist
 """
 
+import textwrap
+
+# Characters of a library's message that still read as one line.
+_LONGEST = 400
+
 
 class EmutuneError(Exception):
     """Base of every error whose message tells the user what to change."""
@@ -65,3 +70,9 @@ class UsageError(EmutuneError):
 
 class TrainingInterruptedError(KeyboardInterrupt):
     """Ctrl-C during training, after a checkpoint was written; the same call resumes."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, without its line breaks; its name if it says nothing."""
+    words = " ".join(str(error).split())
+    return textwrap.shorten(words, _LONGEST, placeholder=" ...") or type(error).__name__

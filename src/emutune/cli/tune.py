@@ -178,7 +178,7 @@ def calibrate(
     opened = open_catalogue(directory)
     text = read_text(data)
     tasks = {path.stem: read_text(path) for path in task}
-    how: dict[str, Any] = {"training": CALIBRATION} if fleet is None else _as_fleet(fleet)
+    how: dict[str, Any] = {"training": CALIBRATION} if fleet is None else _as_fleet(fleet, opened)
     steps = steps or how["training"].steps
     how["training"] = how["training"].model_copy(update={"steps": steps, "seed": seed})
     with going_on(directory), stage_bar() as stage:
@@ -223,17 +223,18 @@ def calibrate(
     )
 
 
-def _as_fleet(source: str) -> dict[str, Any]:
-    """How a fleet trains, as arguments of a calibration."""
+def _as_fleet(source: str, opened: Any) -> dict[str, Any]:
+    """How a fleet trains the model of a catalogue, as arguments of a calibration."""
     from emutune.fleet.config import load_fleet
     from emutune.fleet.training import trainer_config
+    from emutune.tuning.text import fitting_block
 
     training = load_fleet(source).training
     return {
         "training": trainer_config(training),
         "adapter": training.adapter,
         "width": training.width,
-        "block": training.block,
+        "block": fitting_block(opened.config, training.block),
     }
 
 

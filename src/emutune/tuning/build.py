@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emutune.errors import CatalogueError, ModelError
-from emutune.tuning.catalogue import Catalogue, open_catalogue
+from emutune.errors import ModelError
+from emutune.tuning.agreement import check_agreement, fits_in_memory
+from emutune.tuning.base import catalogue_for, save_base
+from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.compression.distill import DISTILLATION, distill
 from emutune.tuning.compression.layer_drop import (
     block_influence,
@@ -27,19 +30,19 @@ from emutune.tuning.compression.quantize import quantize_layer
 from emutune.tuning.documentation import reference_text
 from emutune.tuning.foundation import (
     Foundation,
-    combine_digests,
     load_tokenizer,
     open_foundation,
     skeleton,
-    unit_digest,
 )
-from emutune.tuning.inventory import BASE, CatalogueInfo
+from emutune.tuning.inventory import BASE
 from emutune.tuning.layers import layer_stack, shorten_config
 from emutune.tuning.manifest import METHODS, Emulator, LayerEntry, Method, Order, Widths
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.streaming import streamed
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks
 from emutune.tuning.trainer import Progress, TrainerConfig, forget
+
+log = logging.getLogger(__name__)
 
 _INFLUENCE_ROWS = 8
 _PERPLEXITY_ROWS = 32
@@ -100,7 +103,8 @@ def build_catalogue(
 ) -> Catalogue:
     """Make the emulators of a model, or those of them that the catalogue lacks.
 
-    Unless layers are pruned, distilled or quantised, one layer at a time is in memory.
+    The model is compared with the one that ``transformers`` loads, if that fits into the memory. Apart from that,
+    unless layers are pruned, distilled or quantised, one layer at a time is in memory.
 
     Args:
         source: a model directory, or ``"reference"``.
@@ -111,16 +115,24 @@ def build_catalogue(
         report: told the stage, and while training its progress.
 
     Raises:
-        ModelError: the model cannot be cut this way.
+        ModelError: the model cannot be cut this way, or is not the one that ``transformers`` loads.
         CatalogueError: the directory holds the catalogue of another model, or cannot be written.
     """
-    foundation, tokenizer = open_foundation(source), load_tokenizer(source)
+    foundation = open_foundation(source)
+    tokenizer = load_tokenizer(foundation.directory, foundation.config)
     _check_layers(foundation, recipe)
     text = reference_text() if text is None else text
     report("hashing the model", None)
-    catalogue = _with_base(foundation, out, recipe, text)
-    catalogue.save_tokenizer(tokenizer)
+    catalogue = catalogue_for(foundation, out, recipe.bottom, recipe.top, text)
     splits = split_blocks(pack(text, tokenizer, out / "work" / "tokens"), block_length(foundation.config))
+    if catalogue.emulator(BASE) is None:
+        if fits_in_memory(foundation.config):
+            report("comparing with transformers", None)
+            check_agreement(foundation, catalogue.config, splits["validation"].rows([0]))
+        else:
+            log.warning("%s: too large for the free memory to be compared with transformers' own", source)
+        save_base(foundation, catalogue, recipe.seed)
+    catalogue.save_tokenizer(tokenizer)
     maker = _Maker(catalogue, recipe, splits["train"], splits["validation"], tokenizer.mask_token_id, report)
     maker.make()
     if catalogue.info.recipe != recipe.label:
@@ -318,7 +330,7 @@ class _Maker:
         parameters = {name for name, _ in layer.named_parameters()}
         tensors = {
             # What is not quantised is stored as the model stores it.
-            name: tensor.to(next(iter(stored.values())).dtype) if name in parameters else tensor
+            name: tensor.to(stored[name].dtype) if name in parameters else tensor
             for name, tensor in layer.state_dict().items()
         }
         return LayerEntry(index=index, shard=self.catalogue.save_shard(tensors), widths=widths, bits=bits)
@@ -341,48 +353,6 @@ class _Maker:
             outer=self.base.outer,
             layers=tuple(self._around(middle)),
         )
-
-
-def _with_base(foundation: Foundation, out: Path, recipe: Recipe, text: str) -> Catalogue:
-    """The catalogue with the whole model in it, one layer in memory at a time."""
-    described = hashlib.sha256(text.encode()).hexdigest()
-    digests = [unit_digest(unit) for unit in foundation.units()]
-    info = CatalogueInfo(
-        base=combine_digests(foundation.config, digests),
-        # Where the model was is no part of it.
-        config={key: value for key, value in foundation.config.to_dict().items() if key != "_name_or_path"},
-        layers=len(foundation.layers),
-        bottom=recipe.bottom,
-        top=recipe.top,
-        text=described,
-    )
-    if (out / "catalogue.json").exists():
-        catalogue = open_catalogue(out)
-        for field in ("base", "bottom", "top", "text"):
-            if (found := getattr(catalogue.info, field)) != (wanted := getattr(info, field)):
-                raise CatalogueError(
-                    f"{out}: belongs to another build: {field} is {found} there and {wanted} here; choose another --out"
-                )
-    else:
-        catalogue = Catalogue(out, info)
-        catalogue.save_info()
-    if catalogue.emulator(BASE) is None:
-        outer, *layers = [catalogue.save_shard(unit) for unit in foundation.units()]
-        catalogue.save_emulator(
-            Emulator(
-                base=info.base,
-                name=BASE,
-                recipe=BASE,
-                method=(),
-                order=None,
-                retention=1.0,
-                kept=tuple(info.middle),
-                seed=recipe.seed,
-                outer=outer,
-                layers=tuple(LayerEntry(index=index, shard=shard) for index, shard in enumerate(layers)),
-            )
-        )
-    return catalogue
 
 
 def _check_layers(foundation: Foundation, recipe: Recipe) -> None:

@@ -78,7 +78,7 @@ class Catalogue(Inventory):
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return load_tokenizer(self.directory / "tokenizer")
+        return load_tokenizer(self.directory / "tokenizer", self.config)
 
     def save_shard(self, tensors: Mapping[str, Tensor]) -> Shard:
         """Write tensors as a shard, unless the catalogue has it.

@@ -103,6 +103,8 @@ def calibrate(
     Raises:
         CatalogueError: there are fewer than three emulators; a quadratic needs them.
         DataError: the text is too short.
+        ModelError: the tokenizer does not fit the model.
+        UsageError: a block has more tokens than the model positions.
     """
     emulators = catalogue.emulators(recipe)
     if len(emulators) < 3:
@@ -120,10 +122,8 @@ def calibrate(
         # Left by a run that was stopped right after it had written the point.
         shutil.rmtree(work / name, ignore_errors=True)
     if todo:
-        tokenizer = catalogue.tokenizer()
-        splits = split_blocks(
-            pack(text, tokenizer, work.parent / "tokens"), block or block_length(catalogue.config)
-        )
+        tokenizer, length = catalogue.tokenizer(), block_length(catalogue.config, block)
+        splits = split_blocks(pack(text, tokenizer, work.parent / "tokens"), length)
         full = catalogue.assemble(catalogue.base(), device)
         parameters = attach(adapter_layers(catalogue, full), adapter, width, training.seed)
         start = {name: parameter.detach().clone() for name, parameter in parameters.items()}

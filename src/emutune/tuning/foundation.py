@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -22,16 +20,21 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
-from emutune.errors import ModelError
+from emutune.errors import ModelError, one_line
+from emutune.tuning.checkpoint import (
+    Stored,
+    placed,
+    refuse_special,
+    stored_tensors,
+    weight_entry,
+    weight_files,
+)
 from emutune.tuning.layers import layer_stack, shorten_config, stack_name
 
 REFERENCE = "reference"
 _SHIPPED = Path(__file__).parent / "reference_model"
 _MASKED = ("ForMaskedLM", "ForPreTraining")
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,17 @@ class Foundation:
         directory: where it is.
         config: its transformers configuration.
         stack: dotted name of its layer stack, e.g. ``transformer.h``.
-        outer: parameters outside the stack: name -> (file, name in that file).
+        outer: where each parameter outside the stack is stored, by name.
         layers: the same of each layer, with names inside the layer.
+        entry: the file of all weights, or the index of several.
     """
 
     directory: Path
     config: PreTrainedConfig
     stack: str
-    outer: Mapping[str, tuple[Path, str]]
-    layers: Sequence[Mapping[str, tuple[Path, str]]]
+    outer: Mapping[str, Stored]
+    layers: Sequence[Mapping[str, Stored]]
+    entry: Path
 
     def units(self) -> Iterator[dict[str, Tensor]]:
         """The tensors outside the stack, then those of each layer, one unit in memory at a time."""
@@ -60,51 +65,114 @@ class Foundation:
 
 
 def open_foundation(source: str | Path) -> Foundation:
-    """Find every weight of a model directory, without reading one.
+    """Find every weight of a model directory as ``transformers`` would, without reading one.
 
     Args:
         source: a directory in the Hugging Face format with safetensors weights, sharded or not, or
             ``"reference"`` for the small model that emutune ships.
 
     Raises:
-        ModelError: the directory, its configuration or a weight is missing or damaged, or the
+        ModelError: the directory, its configuration or a weight is missing, damaged or quantised, or the
             architecture is not a stack of layers.
     """
     directory = _SHIPPED if str(source) == REFERENCE else Path(source)
     config = _read_config(directory)
     model = skeleton(config)
     stack = stack_name(model)
-    stored = _renamed(_stored_names(directory), model)
-    tied = set(model.all_tied_weights_keys)
-    outer: dict[str, tuple[Path, str]] = {}
-    layers: list[dict[str, tuple[Path, str]]] = [{} for _ in layer_stack(model)]
+    entry = weight_entry(directory, config)
+    found = placed(stored_tensors(weight_files(directory, entry)), model)
+    if apart := _settle_ties(found, model.all_tied_weights_keys):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        model = skeleton(config)
+        if still := sorted(apart & model.all_tied_weights_keys.keys()):
+            raise ModelError(
+                f"{directory}: the weights hold another {still[0]} than the one that the architecture ties; remove it"
+            )
+    outer: dict[str, Stored] = {}
+    layers: list[dict[str, Stored]] = [{} for _ in layer_stack(model)]
     for name in model.state_dict():
-        if name in tied:
+        if name in model.all_tied_weights_keys:
             continue
-        where = _find(name, stored, model.base_model_prefix)
-        if where is None:
+        if name not in found:
             raise ModelError(
                 f"{directory}: the weights lack {name}; copy the directory again, or load and save it once with "
                 "the transformers version that wrote it"
             )
         if name.startswith(stack + "."):
             index, _, inner = name.removeprefix(stack + ".").partition(".")
-            layers[int(index)][inner] = where
+            layers[int(index)][inner] = found[name]
         else:
-            outer[name] = where
-    return Foundation(directory, config, stack, outer, layers)
+            outer[name] = found[name]
+    return Foundation(directory, config, stack, outer, layers, entry)
+
+
+def _settle_ties(found: dict[str, Stored], tied: Mapping[str, str]) -> set[str]:
+    """Find for tied tensors the one that the files have, and return those that the files have apart.
+
+    Like ``transformers``, which ties what has one value, under whichever name, and leaves alone what has two.
+    """
+    for target, source in tied.items():
+        if target in found:
+            found.setdefault(source, found[target])
+    apart = {t for t, source in tied.items() if t in found and not _same_values(found[t], found[source])}
+    if apart:
+        for target, source in tied.items():
+            if source in found:
+                found.setdefault(target, found[source])
+    return apart
+
+
+def _same_values(one: Stored, other: Stored) -> bool:
+    if one == other:
+        return True
+    tensors = read_tensors({"one": one, "other": other})
+    if one.dtype != other.dtype:
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    return torch.equal(tensors["one"], tensors["other"])
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration in single precision, its parameters without memory, its buffers real."""
-    names = config.architectures or [""]
-    factory: Any = AutoModelForMaskedLM if names[0].endswith(_MASKED) else AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = factory.from_config(config, dtype=torch.float32)
-    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"config.json: no language model of that configuration: {error}") from error
+            model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    except Exception as error:  # an architecture raises whatever it met, a library that it lacks among it
+        raise ModelError(
+            f"config.json: no language model of that configuration: {one_line(error)}"
+        ) from error
     return model.eval()
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The ``AutoModel...`` that loads the model of a configuration."""
+    return AutoModelForMaskedLM if fills_masks(config) else AutoModelForCausalLM
+
+
+def fills_masks(config: PreTrainedConfig) -> bool:
+    """Whether the model of a configuration fills masked tokens instead of predicting the next one."""
+    return (config.architectures or [""])[0].endswith(_MASKED)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model takes at once, or None if its configuration sets no limit.
+
+    A table of positions with a row for padding, as RoBERTa's, counts from the row after that one.
+    """
+    names = ("max_position_embeddings", "max_seq_len", "n_positions")
+    text = config.get_text_config()
+    count = next((count for name in names if (count := getattr(text, name, None) or 0) > 0), None)
+    if count is None:
+        return None
+    model = skeleton(config)
+    reserved = [
+        table.padding_idx + 1
+        for table in model.modules()
+        if isinstance(table, nn.Embedding)
+        and (table.num_embeddings, table is model.get_input_embeddings()) == (count, False)
+        and table.padding_idx is not None
+    ]
+    return int(count) - max(reserved, default=0)
 
 
 def load_model(foundation: Foundation, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -159,24 +227,35 @@ def compute_dtype(device: str | torch.device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a model directory.
+def load_tokenizer(directory: Path, config: PreTrainedConfig) -> Any:
+    """The tokenizer of a directory, for the model of a configuration.
 
     Raises:
-        ModelError: there is none, or it has no vocabulary.
+        ModelError: there is none, it has no vocabulary, tokens that the model has no embedding for, or no mask
+            token for a model that fills masked ones.
     """
-    directory = _SHIPPED if str(directory) == REFERENCE else Path(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokens = tokenizer("the", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the many loaders behind AutoTokenizer raise whatever they meet
         raise ModelError(
-            f"{directory}: no tokenizer can be loaded ({_first_line(error)}); save one there with "
+            f"{directory}: no tokenizer can be loaded ({one_line(error)}); save one there with "
             "tokenizer.save_pretrained"
         ) from error
     if not tokens or len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(
             f"{directory}: the tokenizer has no vocabulary; save the one that the model was trained with"
+        )
+    last, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if last >= rows:
+        raise ModelError(
+            f"{directory}: the tokenizer has tokens up to {last}, the model's embedding {rows} rows; "
+            "resize_token_embeddings and save"
+        )
+    if fills_masks(config) and tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"{directory}: the model fills masked tokens, its tokenizer has no mask token; set "
+            "tokenizer.mask_token and save"
         )
     return tokenizer
 
@@ -201,18 +280,25 @@ def unit_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(where: Mapping[str, tuple[Path, str]]) -> dict[str, Tensor]:
+def read_tensors(where: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Tensors from safetensors files; they are mapped, not read, and let go of with the last reference.
 
     Raises:
         ModelError: a file is missing or truncated.
     """
     tensors: dict[str, Tensor] = {}
-    for path in sorted({path for path, _ in where.values()}):
+    for path in sorted({stored.path for stored in where.values()}):
+        names: dict[str, list[str]] = {}
+        for name, stored in where.items():
+            if stored.path == path:
+                names.setdefault(stored.key, []).append(name)
         try:
             # Opened anew for every unit: a file kept open keeps all of its pages.
             with safe_open(path, "pt") as file:
-                tensors |= {name: file.get_tensor(key) for name, (at, key) in where.items() if at == path}
+                for key, (first, *others) in names.items():
+                    tensors[first] = file.get_tensor(key)
+                    # Two names of one memory would be one tensor to whoever saves them.
+                    tensors |= {name: tensors[first].clone() for name in others}
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: missing or damaged ({error}); copy it again") from error
     return tensors
@@ -233,7 +319,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.
     try:
         module.load_state_dict(cast, strict=False, assign=True)
     except RuntimeError as error:
-        raise ModelError(f"{what}: do not fit the configuration: {_first_line(error)}") from error
+        raise ModelError(f"{what}: do not fit the configuration: {one_line(error)}") from error
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
@@ -241,58 +327,11 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise ModelError(
             f"{directory}: no config.json; give a model directory as transformers' save_pretrained writes it"
         )
+    refuse_special(directory)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
-        raise ModelError(
-            f"{directory / 'config.json'}: cannot be understood: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"{directory / 'config.json'}: cannot be understood: {one_line(error)}") from error
     return config
-
-
-def _stored_names(directory: Path) -> dict[str, Path]:
-    index = directory / _INDEX
-    if index.is_file():
-        try:
-            files = json.loads(index.read_text("utf-8"))["weight_map"]
-            paths = {directory / Path(name).name for name in files.values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: damaged ({error}); copy it again") from error
-    else:
-        paths = {directory / "model.safetensors"}
-    stored: dict[str, Path] = {}
-    for path in sorted(paths):
-        if not path.is_file():
-            raise ModelError(
-                f"{path}: missing; weights are read from safetensors only: copy the file, or write it with "
-                "transformers' save_pretrained"
-            )
-        try:
-            with safe_open(path, "pt") as file:
-                stored |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: truncated or damaged ({error}); copy it again") from error
-    return stored
-
-
-def _renamed(stored: Mapping[str, Path], model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
-    """Where each tensor is, by the name in its file and by the one that transformers gives it when it loads."""
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    renamed: dict[str, tuple[Path, str]] = {}
-    for key, path in stored.items():
-        name = key
-        for rule in renamings:
-            name, _ = rule.rename_source_key(name)
-        renamed[name] = (path, key)
-    return renamed | {key: (path, key) for key, path in stored.items()}
-
-
-def _find(name: str, stored: Mapping[str, tuple[Path, str]], prefix: str) -> tuple[Path, str] | None:
-    """Where a parameter is: checkpoints name it with or without the base model's prefix."""
-    candidates = (name, name.removeprefix(prefix + "."), f"{prefix}.{name}")
-    return next((stored[candidate] for candidate in candidates if candidate in stored), None)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

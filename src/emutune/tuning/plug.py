@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emutune.errors import AdapterError, UsageError
@@ -20,10 +25,12 @@ from emutune.tuning.adapters import (
     merge_lora,
     plug_in,
 )
+from emutune.tuning.checkpoint import Stored
 from emutune.tuning.documentation import reference_text
-from emutune.tuning.foundation import base_hash, load_model, load_tokenizer, open_foundation
+from emutune.tuning.foundation import base_hash, load_model, load_tokenizer, open_foundation, read_tensors
 from emutune.tuning.layers import layer_stack, stack_name
 from emutune.tuning.perplexity import is_masked, perplexity
+from emutune.tuning.plugged_files import write_directory
 from emutune.tuning.text import block_length, pack, split_blocks
 
 _CODE = '''"""{architecture} with bottleneck adapters, for AutoModel...from_pretrained(..., trust_remote_code=True)."""
@@ -57,7 +64,7 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
     Args:
         source: the model directory that the adapter's catalogue was built from, or ``"reference"``.
         adapter: the adapter's file.
-        out: a new directory in the Hugging Face format, in the number type of the model.
+        out: a new directory: the model's own files, with the tensors that the adapter changes in their number types.
         text: what to evaluate on; a model that is worse on it than before is not written. Python's
             documentation, which only has to give a finite perplexity, if not given.
 
@@ -69,11 +76,13 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already and not empty; choose another directory")
     manifest, values = load_adapter(adapter)
-    foundation, tokenizer = open_foundation(source), load_tokenizer(source)
-    check_belongs(manifest, base=base_hash(foundation), layers=len(foundation.layers))
-    blocks = split_blocks(
-        pack(reference_text() if text is None else text, tokenizer), block_length(foundation.config)
+    foundation = open_foundation(source)
+    tokenizer, length = (
+        load_tokenizer(foundation.directory, foundation.config),
+        block_length(foundation.config),
     )
+    check_belongs(manifest, base=base_hash(foundation), layers=len(foundation.layers))
+    blocks = split_blocks(pack(reference_text() if text is None else text, tokenizer), length)
     model = load_model(foundation)
     before = perplexity(model, blocks["test"], mask_token=tokenizer.mask_token_id)
     layers = {index: layer_stack(model)[index] for index in manifest.layer_map}
@@ -81,38 +90,66 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
     plug_in(layers, manifest, values)
     for layer in layers.values():
         merge_lora(layer)
-    stored = next(iter(next(foundation.units()).values())).dtype
-    # What is evaluated is what is written: rounded to the model's number type.
-    model.to(stored).float()  # type: ignore[arg-type]
+    # What is evaluated is what is written: rounded to the number type of each tensor.
+    replaced = {
+        where: tensors
+        for index, layer in layers.items()
+        for where, tensors in _rounded(layer, foundation.layers[index]).items()
+    }
     after = perplexity(model, blocks["test"], mask_token=tokenizer.mask_token_id)
     if not math.isfinite(after) or (text is not None and after > before):
         raise AdapterError(
             f"{adapter}: plugged in, perplexity is {after:.4g}, it was {before:.4g} without; nothing was written: tune "
             "it longer or at a higher retention"
         )
-    model.to(stored)  # type: ignore[arg-type]
-    _write(model, tokenizer, manifest, places, out)
+    with _writing(out) as aside:
+        write_directory(foundation, replaced, aside)
+        if manifest.kind == "bottleneck":
+            _add_code(model, manifest, places, aside)
     return Plugged(before, after)
 
 
-def _write(
-    model: PreTrainedModel,
-    tokenizer: object,
-    manifest: AdapterManifest,
-    places: dict[int, dict[str, int]],
-    out: Path,
-) -> None:
+@torch.no_grad()
+def _rounded(layer: nn.Module, stored: Mapping[str, Stored]) -> dict[tuple[Path, str], dict[str, Tensor]]:
+    """Round a layer with an adapter to the number types of its files, in place.
+
+    Returns:
+        By file and name of each stored tensor that changed, what comes there instead, by name: the bottleneck
+        behind a projection comes with the projection's weight, and takes its number type.
+    """
+    before = read_tensors(stored)
+    wrapped = {name for name, module in layer.named_modules() if isinstance(module, bottleneck.Bottleneck)}
+    state = layer.state_dict()
+    replaced: dict[tuple[Path, str], dict[str, Tensor]] = {}
+    for name, where in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        names = {where.key: name}
+        if owner in wrapped:
+            prefix, _, stored_leaf = where.key.rpartition(".")
+            names = {f"{prefix}.base.{stored_leaf}": f"{owner}.base.{leaf}"}
+            if leaf == "weight":
+                added = (inner for inner in state if inner.startswith((f"{owner}.down.", f"{owner}.up.")))
+                names |= {prefix + inner.removeprefix(owner): inner for inner in added}
+        dtype = before[name].dtype
+        for inner in names.values():
+            state[inner].copy_(state[inner].to(dtype))
+        if owner in wrapped or not torch.equal(state[name], before[name].to(state[name].dtype)):
+            values = {to: state[inner].to(dtype).contiguous() for to, inner in names.items()}
+            replaced[where.path, where.key] = values
+    return replaced
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[Path]:
+    """A path beside a directory, that takes its place once the block ends without an error."""
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)  # type: ignore[attr-defined]
-        if manifest.kind == "bottleneck":
-            _add_code(model, manifest, places, aside)
+        yield aside
         if out.exists():
             out.rmdir()
         aside.replace(out)
-    except Exception as error:  # the tokenizers library has no exception of its own
+    except (OSError, SafetensorError) as error:
         raise UsageError(
             f"--out {out}: cannot be written ({error}); free some space or choose another"
         ) from error

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from emutune.errors import DataError
+from emutune.errors import DataError, UsageError
 from emutune.files import replacing
+from emutune.tuning.foundation import positions
 
 Split = Literal["train", "validation", "test"]
 # Every tenth block is held back for choosing and accepting, the next one for reporting.
@@ -148,14 +149,25 @@ class Blocks:
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
 
-def block_length(config: Any) -> int:
-    """Tokens in a block for a model of some configuration: 256, or as many as it has positions."""
-    return fitting_block(config, _BLOCK)
+def block_length(config: Any, wanted: int | None = None) -> int:
+    """Tokens in a block for a model of some configuration.
+
+    Args:
+        config: of the model.
+        wanted: the length; 256, or as many as the model has positions, if not given.
+
+    Raises:
+        UsageError: the model has fewer positions than that.
+    """
+    fitting = fitting_block(config, wanted or _BLOCK)
+    if wanted is not None and fitting < wanted:
+        raise UsageError(f"the model has {fitting} positions; give --block {fitting} or less")
+    return fitting
 
 
 def fitting_block(config: Any, wanted: int) -> int:
     """Tokens in a block: as many as wanted, or as the model has positions."""
-    return min(wanted, getattr(config.get_text_config(), "max_position_embeddings", None) or wanted)
+    return min(wanted, positions(config) or wanted)
 
 
 def split_blocks(tokens: np.ndarray[Any, Any], length: int) -> dict[Split, Blocks]:

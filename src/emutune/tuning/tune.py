@@ -109,13 +109,13 @@ def tune(
         AdapterError: the adapter at ``out`` belongs to another model or is of another kind.
         CatalogueError: there is no such emulator, or a shard is damaged.
         DataError: the text is too short.
+        ModelError: the tokenizer does not fit the model.
+        UsageError: a block has more tokens than the model positions.
     """
-    tokenizer = catalogue.tokenizer()
+    tokenizer, length = catalogue.tokenizer(), block_length(catalogue.config, config.block)
     emulator = chosen_emulator(catalogue, config)
     work = out.with_name(out.name + ".training")
-    splits = split_blocks(
-        pack(text, tokenizer, work / "tokens"), config.block or block_length(catalogue.config)
-    )
+    splits = split_blocks(pack(text, tokenizer, work / "tokens"), length)
     full = catalogue.assemble(catalogue.base(), device)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
     manifest = adapter_manifest(catalogue, emulator, config.adapter, config.width)
