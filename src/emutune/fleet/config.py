@@ -127,10 +127,20 @@ class ServerTraining(_Section):
 
 
 class Limits(_Section):
-    """The most that is taken from outside, in MB of 1e6 bytes."""
+    """The most that is taken from outside, in MB of 1e6 bytes.
+
+    Attributes:
+        request_s: from a connection, its TLS handshake included, to the end of its first request's head, and as long
+            for every later one.
+        connections_per_address: that bring no device's key, from an IPv4 address or a 64 bit network of IPv6.
+        open_tasks: that one device may report before anything is decided about them.
+    """
 
     data_mb: Positive = 1000.0
     adapter_mb: Positive = 500.0
+    request_s: Positive = 15.0
+    connections_per_address: int = Field(default=64, ge=1, le=1_000_000)
+    open_tasks: int = Field(default=8, ge=1, le=1_000_000)
 
 
 class FleetConfig(_Section):
