@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from emutune.errors import FleetError
 from emutune.fleet.protocol import Training
 
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
 Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 
 
@@ -47,7 +48,7 @@ class Server(_Section):
         """
         if self.names:
             return self.names
-        if self.host in ("0.0.0.0", "::", ""):
+        if self.host in EVERY_ADDRESS:
             raise FleetError(
                 f"server.host: {self.host!r} is every address of this machine; say in server.names how devices reach it"
             )

@@ -172,7 +172,8 @@ class Ledger(Database):
         if self._one("SELECT 1 FROM reports WHERE device = ? AND task = ?", device, task) is not None:
             return True
         row = self._one(
-            "SELECT count(*) AS open FROM (SELECT task FROM reports WHERE device = ?1 ORDER BY id DESC LIMIT ?2) AS last"
+            "SELECT count(*) AS open FROM"
+            " (SELECT task FROM reports WHERE device = ?1 ORDER BY id DESC LIMIT ?2) AS last"
             " WHERE NOT EXISTS (SELECT 1 FROM leases WHERE kind <> 'stop' AND device = ?1 AND task = last.task)",
             device,
             most,
