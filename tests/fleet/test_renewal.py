@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import datetime
 import os
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from email.utils import format_datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
 from fake_server import credentials
 from served import KEYS, served
+from whole_fleet import DecidingHere, ThreadPool, catalogue_at, scenario_of
 
 from emutune.errors import FleetError
 from emutune.fleet import authority, security
@@ -26,6 +29,7 @@ from emutune.fleet.security import Certificate, trusting
 from emutune.fleet.server import renewal
 from emutune.fleet.server.app import serve
 from emutune.fleet.server.renewal import Renewal, certificate_of
+from emutune.fleet.server.run import run_server
 
 DAY = datetime.timedelta(days=1)
 NOW = datetime.datetime(2026, 6, 1, 12, tzinfo=datetime.UTC)
@@ -314,6 +318,32 @@ def test_a_running_server_looks_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
             assert remarks == []
 
     asyncio.run(run())
+
+
+def test_a_whole_server_looks_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewal, "LOOK_AGAIN_S", 0.05)
+    catalogue = catalogue_at(tmp_path)
+    fleet = FleetConfig(name="fleet", server=Server(directory=tmp_path / "lab", port=0))
+    file = tmp_path / "lab" / "tls" / "server.pem"
+
+    async def run() -> None:
+        url = asyncio.get_running_loop().create_future()
+        decider = DecidingHere("fixed", scenario_of(catalogue))
+        running = asyncio.create_task(
+            run_server(fleet, catalogue, decider, started=url.set_result, judge=ThreadPool())
+        )
+        await asyncio.wait({running, url}, return_when=asyncio.FIRST_COMPLETED)
+        port = urlsplit(url.result()).port
+        before = file.read_text()
+        file.unlink()
+        while not file.exists() or (text := file.read_text()) == before:
+            await asyncio.sleep(0.02)
+        while await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port)) != text:
+            await asyncio.sleep(0.02)
+        running.cancel()
+        await asyncio.wait({running})
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_users_certificate_that_has_expired_at_the_start(tmp_path: Path) -> None:
