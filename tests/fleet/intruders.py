@@ -5,9 +5,12 @@ Every attack is a request to an application as ``served.Served`` makes it, and m
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -349,6 +352,48 @@ ATTACKS = [
     *ADAPTERS,
     *TRAVERSAL,
 ]
+
+
+# Connections that stay: what each sends at once, and then again and again; none even shakes hands if that is None.
+CROWDS: dict[str, tuple[bytes | None, bytes]] = {
+    "no handshake": (None, b""),
+    "no request": (b"", b""),
+    "slow head": (b"GET /v1/fleet HTTP/1.1\r\nHost: fleet\r\n", b"X-More: 1\r\n"),
+    "slow second head": (
+        b"GET /v1/fleet HTTP/1.1\r\nHost: fleet\r\n\r\nGET /v1/fleet HTTP/1.1\r\n",
+        b"X-More: 1\r\n",
+    ),
+    "slow message": (b"POST /v1/enrolment HTTP/1.1\r\nHost: fleet\r\nContent-Length: 5000\r\n\r\n{", b" "),
+}
+
+
+@asynccontextmanager
+async def crowd(
+    kind: str, port: int, context: ssl.SSLContext, count: int, pause_s: float, source: str = "127.0.0.1"
+) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """So many connections at once; yields them, each done once the server has closed it."""
+    first, again = CROWDS[kind]
+
+    async def stay() -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            tls = None if first is None else context
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls, local_addr=(source, 0))
+            try:
+                writer.write(first or b"")
+                gone = asyncio.create_task(reader.read(-1))
+                while not (await asyncio.wait({gone}, timeout=pause_s))[0]:
+                    writer.write(again)
+                gone.result()
+            finally:
+                writer.transport.abort()
+
+    staying = [asyncio.create_task(stay()) for _ in range(count)]
+    try:
+        yield staying
+    finally:
+        for task in staying:
+            task.cancel()
+        await asyncio.gather(*staying, return_exceptions=True)
 
 
 async def attempt(fleet: Served, attack: Attack) -> Outcome:

@@ -35,6 +35,20 @@ def test_what_fails_for_a_while_is_repeated() -> None:
     asyncio.run(go())
 
 
+def test_a_device_with_too_many_tasks_waits() -> None:
+    async def go() -> None:
+        remarks: list[str] = []
+        server = FakeServer(fleet_info())
+        client = client_of(server, remarks)
+        await client.enrol("k", sha256(b"k"))
+        server.failing = [("POST", "/v1/reports", 429)] * 3
+        await client.report(REPORT)
+        assert server.calls["POST /v1/reports"] == 4
+        assert ["429" in remark for remark in remarks] == [True, False]
+
+    asyncio.run(go())
+
+
 def test_an_answer_that_is_lost_is_asked_for_again() -> None:
     async def go() -> None:
         server = FakeServer(fleet_info())

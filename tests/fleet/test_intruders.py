@@ -10,6 +10,7 @@ from intruders import (
     ADAPTERS,
     ATTACKS,
     AUTHENTICATION,
+    CROWDS,
     DASHBOARD,
     ENROLMENT,
     MALFORMED,
@@ -19,11 +20,14 @@ from intruders import (
     Attack,
     attempt,
     count,
+    crowd,
     send,
 )
-from served import DASHBOARD_KEY, KEYS, TOKENS, served
+from served import DASHBOARD_KEY, KEYS, SHA, SHARD, TOKENS, report, served
 
+from emutune.fleet.config import Limits
 from emutune.fleet.security import self_made_certificate, trusting
+from emutune.fleet.server import bodies, connections
 from emutune.fleet.server.app import serve
 
 GROUPS = {
@@ -92,3 +96,70 @@ def test_nobody_is_let_in_over_tls(tmp_path: Path) -> None:
             return wrong
 
     assert asyncio.run(run()) == []
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+def test_a_crowd_that_stays_locks_nobody_out(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More connections than there is room for, from a device's own address, while it does its work."""
+    monkeypatch.setattr(bodies, "SILENCE_S", 1.0)
+    monkeypatch.setattr(connections, "room_for_connections", lambda: 40)
+    monkeypatch.setattr("emutune.fleet.server.listen.room_for_connections", lambda: 40)
+    tls = self_made_certificate(tmp_path / "tls", [])
+    limits = Limits(data_mb=1, adapter_mb=0.1, request_s=1.0)
+
+    async def work(port: int) -> None:
+        headers = {"Authorization": f"Bearer {KEYS['ue1']}"}
+        for _ in range(5):
+            # A connection each time: one that is open could not be locked out.
+            async with httpx2.AsyncClient(verify=trusting(tls.authority), headers=headers) as client:
+                answer = await client.get(f"https://127.0.0.1:{port}/v1/shards/{SHA}")
+                assert answer.content == SHARD
+
+    async def run() -> None:
+        with served(tmp_path, limits) as fleet:
+            before = fleet.state()
+            server = await serve(fleet.app, "127.0.0.1", 0, tls.certificate, tls.key)
+            async with (
+                asyncio.timeout(20),
+                crowd(kind, server.port, trusting(tls.authority), 80, 0.2) as staying,
+            ):
+                await asyncio.sleep(0.3)
+                await work(server.port)
+                assert len(fleet.app.state.connections) <= 40
+                await asyncio.gather(*staying)
+            assert fleet.state() == before
+            rows = [row for row in fleet.ledger.audit_rows() if row.event == "refused"]
+            await server.stop()
+            assert any("127.0.0.1 (" in row.detail for row in rows), "no row in the ledger"
+        warnings = [record for record in caplog.records if "connections closed" in record.getMessage()]
+        assert 1 <= len(warnings) <= 3, "a word in the log, not one a connection"
+
+    asyncio.run(run())
+
+
+def test_a_device_without_end_of_tasks_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """New tasks without pause: some are taken, no more until something is decided; other devices go on."""
+    tls = self_made_certificate(tmp_path / "tls", [])
+
+    async def run() -> None:
+        with served(tmp_path) as fleet:
+            server = await serve(fleet.app, "127.0.0.1", 0, tls.certificate, tls.key)
+            base = f"https://127.0.0.1:{server.port}"
+            async with httpx2.AsyncClient(verify=trusting(tls.authority), base_url=base) as client:
+
+                async def told(device: str, task: str) -> int:
+                    headers = {"Authorization": f"Bearer {KEYS[device]}"}
+                    return (await client.post("/v1/reports", json=report(task), headers=headers)).status_code
+
+                statuses = [await told("ue1", f"x-{number}") for number in range(100)]
+                assert statuses == [204] * 8 + [429] * 92
+                assert await told("ue1", "x-7") == 204, "a task that is known may be reported again"
+                assert await told("ue2", "t2") == 204
+            await server.stop()
+            assert [report.task for _, report in fleet.ledger.open_reports()] == ["x-7", "t2"]
+            assert [row.device for row in fleet.ledger.audit_rows() if "429" in row.detail] == ["ue1"]
+
+    asyncio.run(run())
+    assert "429 POST /v1/reports" in caplog.text

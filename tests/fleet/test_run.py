@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from pydantic import ValidationError
+from served import KEYS, served
 
 from emutune.errors import FleetError
 from emutune.fleet import authority
 from emutune.fleet.config import FleetConfig, Server, load_fleet
-from emutune.fleet.security import read_credentials
+from emutune.fleet.device.client import FleetClient
+from emutune.fleet.device.network import tls_transport
+from emutune.fleet.local import free_port, wait_for_server
+from emutune.fleet.security import read_credentials, trusting
+from emutune.fleet.server.app import serve
 from emutune.fleet.server.run import certificate_of, enrol_device
 
 
@@ -56,6 +64,39 @@ def test_urls_that_devices_would_not_trust(tmp_path: Path, url: str, message: st
 def test_every_address_needs_a_name(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match=r"say in server\.names"):
         enrol_device(config(tmp_path, host="0.0.0.0"), "ue1", tmp_path / "ue1.json")
+
+
+def test_an_address_may_be_spelt_otherwise(tmp_path: Path) -> None:
+    url = "https://[0:0:0:0:0:0:0:1]:9000"
+    assert enrol_device(config(tmp_path, host="::1"), "ue1", tmp_path / "ue1.json", url) == url
+    lab = config(tmp_path, names=("2001:DB8::A",))
+    assert (
+        enrol_device(lab, "ue1", tmp_path / "ue1.json", "https://[2001:db8::a]:1")
+        == "https://[2001:db8::a]:1"
+    )
+    assert "2001:db8::a" in named_in(certificate_of(lab).certificate)
+
+
+def test_a_device_reaches_an_address_of_six(tmp_path: Path) -> None:
+    """Bound, found by those who wait for it, certified and asked, all by its address."""
+    six = config(tmp_path, host="::1", port=free_port("::1"))
+    url = enrol_device(six, "ue1", tmp_path / "ue1.json")
+    shown = certificate_of(six)
+
+    async def run() -> str:
+        with served(tmp_path) as fleet:
+            server = await serve(fleet.app, six.server.host, six.server.port, shown.certificate, shown.key)
+            running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True)
+            await asyncio.to_thread(wait_for_server, running, tmp_path / "log", url)
+            running.communicate("\n")
+            loaded = read_credentials(tmp_path / "ue1.json")
+            async with FleetClient(loaded, tls_transport(trusting(loaded.ca)), url=url) as client:
+                client._http.headers["Authorization"] = f"Bearer {KEYS['ue1']}"
+                name = (await client.info()).name
+            await server.stop()
+            return name
+
+    assert asyncio.run(run()) == "test"
 
 
 def test_addresses_of_six_stand_in_brackets(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from emutune.errors import FleetError
 from emutune.fleet.protocol import Training
 
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
 Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 
 
@@ -47,7 +48,7 @@ class Server(_Section):
         """
         if self.names:
             return self.names
-        if self.host in ("0.0.0.0", "::", ""):
+        if self.host in EVERY_ADDRESS:
             raise FleetError(
                 f"server.host: {self.host!r} is every address of this machine; say in server.names how devices reach it"
             )
@@ -127,10 +128,20 @@ class ServerTraining(_Section):
 
 
 class Limits(_Section):
-    """The most that is taken from outside, in MB of 1e6 bytes."""
+    """The most that is taken from outside, in MB of 1e6 bytes.
+
+    Attributes:
+        request_s: from a connection, its TLS handshake included, to the end of its first request's head, and as long
+            for every later one.
+        connections_per_address: that bring no device's key, from an IPv4 address or a 64 bit network of IPv6.
+        open_tasks: that one device may report before anything is decided about them.
+    """
 
     data_mb: Positive = 1000.0
     adapter_mb: Positive = 500.0
+    request_s: Positive = 15.0
+    connections_per_address: int = Field(default=64, ge=1, le=1_000_000)
+    open_tasks: int = Field(default=8, ge=1, le=1_000_000)
 
 
 class FleetConfig(_Section):

@@ -113,6 +113,14 @@ class Ledger(Database):
         )
         return None if row is None else str(row["device"])
 
+    def valid_keys(self) -> set[str]:
+        """SHA-256 of every key that ``device_of_key`` knows a device of."""
+        rows = self._all(
+            "SELECT key_sha256 FROM credentials WHERE key_sha256 IS NOT NULL AND revoked = 0"
+            " AND id IN (SELECT max(id) FROM credentials GROUP BY device)"
+        )
+        return {row["key_sha256"] for row in rows}
+
     def revoke(self, name: str) -> None:
         """End the validity of a device's token and key."""
         with self._transaction() as database:
@@ -158,6 +166,19 @@ class Ledger(Database):
             if cursor.rowcount:
                 database.execute("UPDATE devices SET has_left = 0 WHERE name = ?", (device,))
             return cursor.rowcount > 0
+
+    def may_report(self, device: str, task: str, most: int) -> bool:
+        """Whether a task is known, or something was decided about one of the device's last ``most``."""
+        if self._one("SELECT 1 FROM reports WHERE device = ? AND task = ?", device, task) is not None:
+            return True
+        row = self._one(
+            "SELECT count(*) AS open FROM"
+            " (SELECT task FROM reports WHERE device = ?1 ORDER BY id DESC LIMIT ?2) AS last"
+            " WHERE NOT EXISTS (SELECT 1 FROM leases WHERE kind <> 'stop' AND device = ?1 AND task = last.task)",
+            device,
+            most,
+        )
+        return row is not None and row["open"] < most
 
     def open_reports(self) -> list[tuple[str, Report]]:
         """Each device's last report, if nothing was decided about its task and the device takes part.

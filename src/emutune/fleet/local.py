@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from emutune.errors import FleetError
 from emutune.files import replacing
-from emutune.fleet.config import FleetConfig
+from emutune.fleet.addresses import url_of
+from emutune.fleet.config import EVERY_ADDRESS, FleetConfig
 from emutune.fleet.server.run import enrol_device, opened_ledger
 
 COMMAND = (sys.executable, "-c", "from emutune.cli.main import run; run()")
@@ -85,8 +87,9 @@ def enrol_missing(config: FleetConfig, devices: Sequence[LocalDevice], url: str)
 
 def free_port(host: str) -> int:
     """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind((host, 0))
+    family, kind, protocol, _, address = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as found:
+        found.bind(address)
         return int(found.getsockname()[1])
 
 
@@ -130,15 +133,14 @@ def wait_for_server(process: subprocess.Popen[str], log: Path, url: str) -> None
     Raises:
         FleetError: it ended instead; the message is its own.
     """
-    host, _, port = url.removeprefix("https://").partition(":")
+    parts = urlsplit(url)
+    address = str(parts.hostname), parts.port or 443
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
         if process.poll() is not None:
             raise FleetError(f"the server ended: {_last_line(log)}")
-        with socket.socket() as probe:
-            probe.settimeout(0.2)
-            if probe.connect_ex((host, int(port))) == 0:
-                return
+        with suppress(OSError), socket.create_connection(address, timeout=0.2):
+            return
         time.sleep(0.05)
     raise FleetError(f"the server did not start within {_START_S:g} s; see {log}")
 
@@ -166,7 +168,8 @@ def run_local_fleet(
     """
     host = config.server.host
     port = config.server.port or free_port(host)
-    url = f"https://{host}:{port}"
+    # Where it listens at every address, the one that every certificate of its own names.
+    url = url_of("localhost" if host in EVERY_ADDRESS else host, port)
     logs = config.server.directory / "logs"
     write_documentation_tasks(config, devices)
     enrol_missing(config, devices, url)

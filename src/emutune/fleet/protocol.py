@@ -8,7 +8,7 @@ their task, everything else by its lease, and what was counted is not counted ag
 |---|---|---|
 | ``POST /v1/enrolment`` | ``Enrolment`` | 204; 403 for a token that is unknown or was used with another key |
 | ``GET /v1/fleet`` | | ``FleetInfo`` |
-| ``POST /v1/reports`` | ``Report`` | 204 |
+| ``POST /v1/reports`` | ``Report`` | 204; 429 while nothing is decided about too many tasks before it |
 | ``GET /v1/lease?wait=SECONDS`` | | ``Lease``, or 204 if there is none yet |
 | ``GET /v1/shards/{sha256}`` | | a shard of the catalogue; answers ``Range: bytes=N-`` |
 | ``GET /v1/tokenizer/{name}`` | | a file of the catalogue's tokenizer; the names are in ``FleetInfo`` |

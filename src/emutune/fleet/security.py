@@ -223,8 +223,24 @@ def own_certificate(certificate: Path, key: Path, host: str, authority: Path | N
     """
     context = serving(certificate, key)
     trusted = _last_certificate(certificate) if authority is None else _read(authority)
+    check_trusted(context, certificate, trusted, host)
+    return Certificate(certificate, key, trusted)
+
+
+def check_trusted(context: ssl.SSLContext, certificate: Path, authority: str, host: str) -> None:
+    """Refuse a certificate that devices would not take.
+
+    Args:
+        context: of ``serving``.
+        certificate: the file that it was read from.
+        authority: PEM of what devices trust.
+        host: name or address in the devices' URL.
+
+    Raises:
+        FleetError: it has expired, is for another host or from another authority.
+    """
     try:
-        _shake_hands(context, trusting(trusted), host)
+        _shake_hands(context, trusting(authority), host)
     except ssl.SSLCertVerificationError as error:
         raise FleetError(
             f"server.certificate: devices that reach {host} would refuse {certificate} ({error.verify_message}); get "
@@ -234,7 +250,6 @@ def own_certificate(certificate: Path, key: Path, host: str, authority: Path | N
         raise FleetError(
             f"server.certificate: {certificate} cannot be used ({_reason(error)}); get another"
         ) from error
-    return Certificate(certificate, key, trusted)
 
 
 def self_made_certificate(directory: Path, hosts: Sequence[str]) -> Certificate:
@@ -282,8 +297,13 @@ def _still_good(made: Certificate, names: Sequence[x509.GeneralName]) -> bool:
         _shake_hands(serving(made.certificate, made.key), trusting(made.authority), "localhost")
     except (OSError, ValueError, x509.ExtensionNotFound, FleetError):  # ssl.SSLError is an OSError
         return False
-    lasts = certificate.not_valid_after_utc > now() + datetime.timedelta(days=RENEW_DAYS)
-    return lasts and set(names) <= set(covered)
+    return lasts(certificate) and set(names) <= set(covered)
+
+
+def lasts(certificate: x509.Certificate) -> bool:
+    """Whether a certificate is valid now and need not be renewed yet."""
+    renewed_at = certificate.not_valid_after_utc - datetime.timedelta(days=RENEW_DAYS)
+    return certificate.not_valid_before_utc <= now() < renewed_at
 
 
 def _shake_hands(server: ssl.SSLContext, device: ssl.SSLContext, host: str) -> None:

@@ -17,6 +17,7 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from emutune.errors import FleetError
+from emutune.fleet.device import clock
 from emutune.fleet.protocol import Enrolment, FleetInfo, Lease, Received, Report, Result, Transferred
 from emutune.fleet.security import Credentials
 from emutune.fleet.shaping import TokenBucket
@@ -123,6 +124,7 @@ class FleetClient:
         self._backoff = backoff or Backoff()
         self._remark = remark
         self._silent_since: float | None = None
+        self._complaint: str | None = None
         self._http = httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=_timeout(0))
 
     async def __aenter__(self) -> Self:
@@ -179,7 +181,7 @@ class FleetClient:
                 await self._wait(error, failures)
             except httpx2.InvalidURL as error:
                 raise FleetError(f"{self.url}: no address of a server ({error})") from error
-        self._again(failures)
+        self._again()
 
     async def adapter(self, lease: str, sink: Sink, wait_s: float) -> bool:
         """Fetch the adapter that belongs to a lease; False if there is none within some time."""
@@ -301,7 +303,7 @@ class FleetClient:
             except httpx2.InvalidURL as error:
                 raise FleetError(f"{self.url}: no address of a server ({error})") from error
             else:
-                self._again(failures)
+                self._again()
                 return answer
 
     async def _stream(self, path: str, size: int | None, sink: Sink, wait_s: float = 0.0) -> int:
@@ -337,7 +339,9 @@ class FleetClient:
         if status < 300:
             return response
         if status >= 500 or status in _PASSING:
-            raise _PassingError(f"the server answers {status}", _retry_after_s(response))
+            raise _PassingError(
+                f"the server answers {status} {_detail(response)}".rstrip(), _retry_after_s(response)
+            )
         remedy = _REMEDIES.get(status)
         if remedy is not None:
             raise RefusedError(status, f"{self.url}: {remedy}")
@@ -349,19 +353,26 @@ class FleetClient:
         Raises:
             FleetError: the server is not of this device's fleet, or there were enough attempts.
         """
-        if (problem := _certificate_problem(error)) is not None:
-            raise FleetError(
-                f"{self.url}: its certificate is not of the fleet {self.credentials.fleet!r} ({problem}); "
-                "give that fleet's address, or credentials of this one"
-            ) from error
         text = str(error) or type(error).__name__
+        problem = _certificate_problem(error)
+        if problem is not None and getattr(problem, "verify_code", 0) not in clock.OUT_OF_DATE:
+            raise FleetError(
+                f"{self.url}: its certificate is not of the fleet {self.credentials.fleet!r} "
+                f"({problem.verify_message}); give that fleet's address, or credentials of this one"
+            ) from error
+        if problem is not None:
+            # A clock is set, and a certificate renewed, while a device waits.
+            text = problem.verify_message
+            if self._complaint != text:
+                wrong = await clock.what_is_wrong(self.url, self.credentials.ca)
+                self._complain(text, f"{wrong or text}; trying again")
         if self._backoff.attempts is not None and failures >= self._backoff.attempts:
             raise FleetError(f"{self.url}: {text}, {failures} times; is the server running?") from error
         self._check_patience(error)
         wait_s = max(self._backoff.wait_s(failures), getattr(error, "wait_s", 0.0))
         # A single failure is everyday life on a radio link.
-        if failures == 2:
-            self._remark(f"{self.url}: {text}; trying again until it answers")
+        if failures == 2 and problem is None:
+            self._complain(text, f"{text}; trying again until it answers")
         await asyncio.sleep(wait_s)
 
     def _check_patience(self, error: Exception) -> None:
@@ -377,8 +388,13 @@ class FleetClient:
                 "runs, the same command goes on"
             ) from error
 
-    def _again(self, failures: int) -> None:
-        if failures >= 2:
+    def _complain(self, reason: str, remark: str) -> None:
+        self._complaint = reason
+        self._remark(f"{self.url}: {remark}")
+
+    def _again(self) -> None:
+        if self._complaint is not None:
+            self._complaint = None
             self._remark(f"{self.url}: answers again")
 
 
@@ -417,10 +433,10 @@ def _retry_after_s(response: httpx2.Response) -> float:
         return 0.0
 
 
-def _certificate_problem(error: BaseException | None) -> str | None:
+def _certificate_problem(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
+            return error
         error = error.__cause__ or error.__context__
     return None
 

@@ -20,6 +20,7 @@ from emutune.fleet.protocol import (
     Transferred,
 )
 from emutune.fleet.server import refusals, routes
+from emutune.fleet.server.connections import Connections
 from emutune.fleet.server.dashboard import routes as dashboard
 from emutune.fleet.server.dashboard.board import Board
 from emutune.fleet.server.hub import Hub
@@ -65,6 +66,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.fleet = routes.Shared(hub, ledger, catalogue_directory, work, limits, bucket_of)
+    app.state.connections = Connections(limits, ledger)
     refusals.install(app, ledger)
     _add_routes(app)
     if board is not None:
@@ -82,6 +84,7 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
         413: "The body is too long.",
         416: "The range lies outside of the file.",
         422: "The request cannot be understood.",
+        429: "There are too many already; later there may be fewer.",
         503: "The server cannot do this now.",
         507: "The server's disk is full; nothing is lost.",
     }
@@ -122,7 +125,7 @@ def _add_routes(app: FastAPI) -> None:
         methods=["POST"],
         status_code=204,
         openapi_extra=_body(Report),
-        responses={**_NOTHING, **_problems(401, 408, 413, 422, 503, 507)},
+        responses={**_NOTHING, **_problems(401, 408, 413, 422, 429, 503, 507)},
     )
     app.add_api_route(
         "/v1/lease",

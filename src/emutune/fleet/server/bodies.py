@@ -68,11 +68,15 @@ async def message(request: Request, kind: type[Content]) -> Content:
     """A message of the protocol.
 
     Raises:
-        Refused: 413 if it is too long, 422 if it is none.
+        Refused: 408 if it takes longer than a link may be silent, 413 if it is too long, 422 if it is none.
     """
     body = bytearray()
-    async for piece in pieces(request, MESSAGE_BYTES):
-        body += piece
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            async for piece in pieces(request, MESSAGE_BYTES):
+                body += piece
+    except TimeoutError as error:
+        raise Refused(408, f"the message was not complete within {SILENCE_S:g} s; send it again") from error
     try:
         return kind.model_validate_json(bytes(body), strict=True)
     except ValidationError as error:

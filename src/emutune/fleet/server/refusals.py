@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from emutune.errors import AdapterError, EmutuneError
+from emutune.fleet.addresses import bracketed
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _ORDINARY = {408, 409, 416}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LINGER_S = 1.0
 _ROWS_PER_MINUTE = 600
+# What comes again as soon as it is refused, from whoever does not wait.
+_TOO_MANY = 429
 
 
 class Problem(BaseModel):
@@ -82,14 +85,25 @@ class _Audit:
     def __init__(self, ledger: Auditor, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger, self._clock = ledger, clock
         self._minute, self._rows, self._more = clock(), 0, 0
+        self._once: set[tuple[str | None, str]] = set()
 
-    def write(self, device: str | None, detail: str) -> None:
-        """Write a row of its own: what is filed under a lease is noted once, however often it is tried."""
+    def write(self, device: str | None, detail: str, *, once: bool = False) -> None:
+        """Write a row of its own: what is filed under a lease is noted once, however often it is tried.
+
+        Args:
+            device: that was refused.
+            detail: what and why.
+            once: whether one row a minute is enough.
+        """
         if self._clock() - self._minute >= 60:
             if self._more:
                 self._ledger.audit("refused", None, None, f"{self._more} more requests within a minute")
             self._minute, self._rows, self._more = self._clock(), 0, 0
-        if self._rows >= _ROWS_PER_MINUTE:
+            self._once.clear()
+        repeated = once and (device, detail) in self._once
+        if once:
+            self._once.add((device, detail))
+        if repeated or self._rows >= _ROWS_PER_MINUTE:
             self._more += 1
             return
         self._rows += 1
@@ -120,7 +134,7 @@ def install(app: FastAPI, ledger: Auditor) -> None:
         else:
             log.warning("refused %s of %s: %s", _peer(request), device or "nobody known", line)
             try:
-                audit.write(device, line)
+                audit.write(device, line, once=status == _TOO_MANY)
             except EmutuneError as unwritten:
                 log.error("the ledger does not take it: %s", unwritten)
         return _ProblemResponse(status, detail, headers, unread=_unread(request))
@@ -173,7 +187,8 @@ def _where(request: Request) -> str:
 
 
 def _peer(request: Request) -> str:
-    return "a client" if request.client is None else f"{request.client.host}:{request.client.port}"
+    client = request.client
+    return "a client" if client is None else f"{bracketed(client.host)}:{client.port}"
 
 
 def _unread(request: Request) -> bool:

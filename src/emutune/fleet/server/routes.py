@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -28,10 +28,12 @@ from emutune.fleet.protocol import (
     Transferred,
 )
 from emutune.fleet.rows import LeaseRow
-from emutune.fleet.server import bodies, refusals
+from emutune.fleet.server import bodies
 from emutune.fleet.server.blobs import SentFile
+from emutune.fleet.server.connections import Connection, Keys
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
+from emutune.fleet.server.places import Places
 from emutune.fleet.server.refusals import Refused
 from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.manifest import Emulator
@@ -48,7 +50,7 @@ _bearer = HTTPBearer(
 )
 
 
-class Doorkeeper(refusals.Auditor, Protocol):
+class Doorkeeper(Keys, Protocol):
     """What the routes need of the ledger."""
 
     def enrol(self, name: str, token_sha256: str, key_sha256: str) -> bool:
@@ -57,6 +59,10 @@ class Doorkeeper(refusals.Auditor, Protocol):
 
     def device_of_key(self, key_sha256: str) -> str | None:
         """Whose key it is; None if nobody's or of a revoked device."""
+        ...
+
+    def may_report(self, device: str, task: str, most: int) -> bool:
+        """Whether a task is known, or something was decided about one of the device's last ``most``."""
         ...
 
     def open_lease(self, device: str) -> Lease | None:
@@ -88,6 +94,8 @@ class Shared:
         self._granted: dict[str, tuple[str, frozenset[str]]] = {}
         self.adapters = work / "adapters"
         self.data_bytes, self.adapter_bytes = int(limits.data_mb * 1e6), int(limits.adapter_mb * 1e6)
+        self.open_tasks = limits.open_tasks
+        self.places = Places(ledger)
         uploads = work / "uploads"
         for folder in (self.adapters, uploads):
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,14 +160,21 @@ async def _device(
     request: Request,
     fleet: Fleet,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> str:
+) -> AsyncIterator[str]:
     """Who asks. Every request costs one hash and one look-up, whatever key it brings."""
     key = "" if credentials is None else credentials.credentials
-    name = fleet.ledger.device_of_key(hashlib.sha256(key.encode()).hexdigest())
+    key_sha256 = hashlib.sha256(key.encode()).hexdigest()
+    name = fleet.ledger.device_of_key(key_sha256)
     if name is None or not key:
         raise Refused(401, "the key is missing, unknown or revoked", {"WWW-Authenticate": "Bearer"})
     request.state.device = name
-    return name
+    connection: Connection | None = getattr(request.state, "connection", None)
+    if connection is not None and not connection.identified(name, key_sha256):
+        raise Refused(
+            503, "the server has no room for more devices", {"Retry-After": "10", "Connection": "close"}
+        )
+    with fleet.places.used(name, "" if request.client is None else request.client.host):
+        yield name
 
 
 Device = Annotated[str, Depends(_device)]
@@ -204,7 +219,14 @@ async def fleet_info(fleet: Fleet, device: Device) -> FleetInfo:
 
 async def reports(request: Request, fleet: Fleet, device: Device) -> None:
     """A device has a task."""
-    await fleet.hub.reported(device, await bodies.message(request, Report))
+    report = await bodies.message(request, Report)
+    if not fleet.ledger.may_report(device, report.task, fleet.open_tasks):
+        raise Refused(
+            429,
+            f"nothing was decided yet about the last {fleet.open_tasks} tasks of this device; wait until that is done",
+            {"Retry-After": "10"},
+        )
+    await fleet.hub.reported(device, report)
 
 
 async def lease(fleet: Fleet, device: Device, wait: Wait = 0.0) -> Any:

@@ -11,17 +11,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from emutune.errors import FleetError
+from emutune.fleet.addresses import same_host, url_of
 from emutune.fleet.config import FleetConfig, Server
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Lease
 from emutune.fleet.security import (
     LOOPBACK,
-    Certificate,
     Credentials,
     new_secret,
-    own_certificate,
     secret_sha256,
-    self_made_certificate,
     write_credentials,
 )
 from emutune.fleet.server.app import create_app, serve
@@ -30,25 +28,12 @@ from emutune.fleet.server.dashboard.opening import open_board
 from emutune.fleet.server.deciding import warm_up
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
+from emutune.fleet.server.renewal import Renewal, certificate_of
 from emutune.fleet.server.routes import Shared
 from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.inventory import Inventory
 
 LEDGER = "ledger.sqlite"
-
-
-def certificate_of(config: FleetConfig) -> Certificate:
-    """The user's certificate, or one of the fleet's own authority, which is made when there is none.
-
-    Raises:
-        FleetError: it cannot be read, its key is another's, or it is not for a name that devices use.
-    """
-    server = config.server
-    if server.certificate is None or server.key is None:
-        return self_made_certificate(server.directory / "tls", server.reached_as)
-    for name in server.reached_as:
-        found = own_certificate(server.certificate, server.key, name, server.authority)
-    return found
 
 
 def enrol_device(config: FleetConfig, device: str, out: Path, url: str | None = None) -> str:
@@ -67,7 +52,7 @@ def enrol_device(config: FleetConfig, device: str, out: Path, url: str | None = 
     server = config.server
     if url is None and server.port == 0:
         raise FleetError("server.port: is 0, so the server's URL is not known yet; set a port, or give --url")
-    url = url or f"https://{_bracketed(server.reached_as[0])}:{server.port}"
+    url = url or url_of(server.reached_as[0], server.port)
     _certified(url, server)
     token, certificate = new_secret(), certificate_of(config)
     with opened_ledger(config) as ledger:
@@ -90,18 +75,14 @@ def _certified(url: str, server: Server) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" or not parts.hostname:
         raise FleetError(f"--url: {url!r} is no URL of a fleet's server; give https://HOST:PORT")
-    named = {name.lower() for name in server.reached_as}
+    named = {same_host(name) for name in server.reached_as}
     if server.certificate is None:
         named.update(LOOPBACK)
-    if parts.hostname not in named:
+    if same_host(parts.hostname) not in named:
         raise FleetError(
             f"--url: devices would not trust a server at {parts.hostname}, which its certificate does not name; add "
             "it to server.names in the fleet's file"
         )
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 @contextmanager
@@ -161,12 +142,13 @@ async def run_server(
             )
             server = config.server
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
-            started(f"https://{_bracketed(server.reached_as[0])}:{listening.port}")
+            started(url_of(server.reached_as[0], listening.port))
+            renewing = asyncio.create_task(Renewal(config, certificate, listening.show).run())
             try:
                 await _until_told(asyncio.create_task(hub.run()))
                 await _forget_uploads(app.state.fleet)
             finally:
-                for job in hub.jobs:
+                for job in (renewing, *hub.jobs):
                     job.cancel()
                 await board.say_farewell()
                 await listening.stop()

@@ -441,7 +441,7 @@ at("find").addEventListener("input", () => find(at("find").value));
 function showNotes({ audit, faults, totals }) {
   const more = (shown, all) => (shown < all ? ` The last ${shown} are shown.` : "");
   setText(at("refusals-note"), `${count(audit.strangers)} requests of strangers, ${count(audit.of_devices)} of devices, ${count(audit.damaged)} damaged uploads.${more(audit.refusals.length, audit.strangers + audit.of_devices + audit.damaged)}`);
-  fillTable(at("refusals"), pages.refusals.of(audit.refusals, 8).map((row) => [when(row.at), row.device ?? "a stranger", row.event === "refused" ? row.detail : `${row.event} of lease ${row.lease}: ${row.detail}`]), "Nothing was refused.");
+  fillTable(at("refusals"), pages.refusals.of(audit.refusals, 8).map((row) => [when(row.at), row.device ?? "a stranger", row.event === "refused" ? row.detail : `${row.event}${row.lease === null ? "" : ` of lease ${row.lease}`}: ${row.detail}`]), "Nothing was refused.");
   const failed = Object.entries(totals).filter(([name]) => /^leases\..*\.(failed|expired|late)$/.test(name));
   const sum = failed.reduce((total, [, many]) => total + many, 0);
   setText(at("faults-note"), `${count(sum)} leases failed or were not done in time.${more(faults.length, sum)}`);
