@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from emutune.cli.ledger import ledger
+from emutune.cli.libraries import quiet_libraries
 from emutune.cli.options import JsonFile
 from emutune.cli.serve import FleetArgument, announce_dashboard
 from emutune.cli.terminal import interruptible, stage_bar
-from emutune.cli.tune import advance, quiet_libraries
+from emutune.cli.tune import advance
 from emutune.errors import UsageError
 
 
@@ -29,7 +30,7 @@ def fleet(
     json_file: JsonFile = None,
 ) -> None:
     """Run a fleet on this machine: real processes, real TLS, links shaped as the fleet's file says."""
-    quiet_libraries()
+    quiet_libraries("fleet", "fleet")
     from emutune.fleet.config import load_fleet
     from emutune.fleet.local import local_devices, run_local_fleet
     from emutune.fleet.server.run import LEDGER

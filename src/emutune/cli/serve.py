@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from emutune.cli.jax_setup import prepare_jax
+from emutune.cli.libraries import expect_libraries
 from emutune.cli.terminal import interruptible
-from emutune.cli.tune import expect_libraries
 
 FleetArgument = Annotated[
     str, typer.Argument(metavar="FLEET.toml", help="The fleet's file, or the shipped one: demo.")
@@ -29,7 +29,7 @@ def serve(
     verbose: Annotated[bool, typer.Option(help="Log every event to standard error.")] = False,
 ) -> None:
     """Serve a fleet: decide for every device and step, send emulators, train what is uploaded, keep the ledger."""
-    expect_libraries()
+    expect_libraries("fleet", "serve")
     prepare_jax()
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(message)s")
     from emutune.fleet.config import load_fleet
@@ -92,6 +92,7 @@ def enroll(
     url: Annotated[str | None, typer.Option(help="Where the device reaches the server.")] = None,
 ) -> None:
     """Write the one-time credentials with which a device may join."""
+    expect_libraries("fleet", "enroll")
     from emutune.fleet.config import load_fleet
     from emutune.fleet.server.run import enrol_device
 
@@ -102,6 +103,7 @@ def enroll(
 
 def revoke(fleet: FleetArgument, device: Annotated[str, typer.Argument(help="Its name.")]) -> None:
     """Refuse a device from now on."""
+    expect_libraries("fleet", "revoke")
     from emutune.fleet.config import load_fleet
     from emutune.fleet.server.run import opened_ledger
 
