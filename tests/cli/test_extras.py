@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tomllib
 import venv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
 
 from emutune.extras import MODULES
+from emutune.fleet.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent.parent
 TUNING = {
@@ -33,61 +35,60 @@ FLEET = {
 EVERY = [("tuning", name, line) for name, line in TUNING.items()] + [
     ("fleet", name, line) for name, line in FLEET.items()
 ]
-# A finder that knows nothing of some packages, before the command is imported.
+# A finder that knows nothing of some packages, before anything of emutune is imported; then one command after another.
 WITHOUT = """
-import sys
+import contextlib, io, json, sys
+absent, lines = json.loads(sys.argv[1])
 class Forbidding:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[1].split(","):
+        if name.partition(".")[0] in absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Forbidding())
-del sys.argv[1]
 from emutune.cli.main import run
-run()
+for line in lines:
+    sys.argv = ["emutune", *line]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            run()
+        except SystemExit as ended:
+            status = ended.code
+    print(json.dumps([status, said.getvalue()]))
 """
 
 
-def emutune(arguments: Sequence[str], cwd: Path, absent: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT, ",".join(absent), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-        timeout=120,
+def without(absent: Collection[str], lines: Sequence[Sequence[str]], cwd: Path) -> list[tuple[int, str]]:
+    """Exit status and output of some commands, where packages are absent."""
+    question = json.dumps([sorted(absent), [list(line) for line in lines]])
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT, question], capture_output=True, text=True, cwd=cwd, check=False
     )
-
-
-def refused(ended: subprocess.CompletedProcess[str], command: str, extra: str) -> None:
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.fullmatch(rf"emutune: {command}: .* pip install 'emutune\[{extra}\]'\n", ended.stderr)
-
-
-@pytest.mark.parametrize(("extra", "command", "line"), EVERY, ids=[name for _, name, _ in EVERY])
-def test_a_command_without_its_extra_names_it_in_one_line(
-    tmp_path: Path, extra: str, command: str, line: Sequence[str]
-) -> None:
-    refused(emutune(line, tmp_path, MODULES["ray"]), command, extra)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("command", FLEET)
-def test_with_tuning_alone_a_fleets_command_names_fleet(tmp_path: Path, command: str) -> None:
-    absent = set(MODULES["fleet"]) - set(MODULES["tuning"])
-    refused(emutune(FLEET[command], tmp_path, sorted(absent)), command, "fleet")
-
-
-def test_one_package_of_an_extra_is_missed(tmp_path: Path) -> None:
-    refused(emutune(TUNING["tune"], tmp_path, ["accelerate"]), "tune", "tuning")
-
-
-def test_a_ledger_is_printed_without_any_extra(tmp_path: Path) -> None:
-    from emutune.fleet.ledger import Ledger
-
-    Ledger(tmp_path / "ledger.sqlite").close()
-    ended = emutune(["ledger", "ledger.sqlite"], tmp_path, MODULES["ray"])
     assert ended.returncode == 0, ended.stderr
-    assert "steps: 0" in ended.stdout
+    return [tuple(json.loads(line)) for line in ended.stdout.splitlines()]
+
+
+def refused(status: int, said: str, command: str, extra: str) -> None:
+    assert status == 2
+    assert re.fullmatch(rf"emutune: {command}: needs .* pip install 'emutune\[{extra}\]'\n", said), said
+
+
+def test_commands_without_their_extra_name_it_in_one_line(tmp_path: Path) -> None:
+    Ledger(tmp_path / "ledger.sqlite").close()
+    lines = [*(line for _, _, line in EVERY), ("ledger", "ledger.sqlite")]
+    *answers, (status, printed) = without(MODULES["ray"], lines, tmp_path)
+    for (extra, command, _), answer in zip(EVERY, answers, strict=True):
+        refused(*answer, command, extra)
+    # A ledger is read without any.
+    assert (status, "steps: 0" in printed) == (0, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.sqlite"]
+
+
+def test_with_a_part_of_the_extras_the_right_one_is_named(tmp_path: Path) -> None:
+    absent = set(MODULES["fleet"]) - set(MODULES["tuning"])
+    for command, answer in zip(FLEET, without(absent, list(FLEET.values()), tmp_path), strict=True):
+        refused(*answer, command, "fleet")
+    (answer,) = without({"accelerate"}, [TUNING["tune"]], tmp_path)
+    refused(*answer, "tune", "tuning")
 
 
 def test_the_modules_are_those_of_the_project_file() -> None:
@@ -112,6 +113,6 @@ def test_a_wheel_without_extras(tmp_path: Path) -> None:
         ended = subprocess.run(
             [command, *line], capture_output=True, text=True, cwd=tmp_path, check=False, env={}
         )
-        refused(ended, name, extra)
+        refused(ended.returncode, ended.stderr, name, extra)
     checked = subprocess.run([command, "check", "paper"], capture_output=True, text=True, cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig, Server
 from emutune.fleet.ledger import Ledger
@@ -35,6 +37,7 @@ from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.inventory import Inventory
 
 LEDGER = "ledger.sqlite"
+LOCK = "server.lock"
 
 
 def certificate_of(config: FleetConfig) -> Certificate:
@@ -143,6 +146,8 @@ async def run_server(
     Raises:
         EmutuneError: something in the file cannot be had; nothing was changed.
     """
+    if os.name == "nt":
+        raise FleetError("a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices")
     certificate = certificate_of(config)
     with _only_one(config), opened_ledger(config) as ledger:
         _same_fleet(ledger, config, catalogue)
@@ -229,18 +234,15 @@ async def _pools(config: FleetConfig, judge: Pool | None) -> AsyncIterator[tuple
 @contextmanager
 def _only_one(config: FleetConfig) -> Iterator[None]:
     """Two servers on one ledger would both decide; the lock ends with the process, however it ends."""
-    import fcntl
-
     directory = config.server.directory
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "server.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FleetError(
-                f"server.directory: {directory} is used by another server; end that one, or choose another directory"
-            ) from error
-        lock.write(str(os.getpid()))
+    try:
+        held = FileLock(directory / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise FleetError(
+            f"server.directory: {directory} is used by another server; end that one, or choose another directory"
+        ) from error
+    with held:
         yield
 
 
