@@ -31,9 +31,8 @@ def fleet(
 ) -> None:
     """Run a fleet on this machine: real processes, real TLS, links shaped as the fleet's file says."""
     quiet_libraries("fleet", "fleet")
-    from emutune.fleet.config import load_fleet
+    from emutune.fleet.config import LEDGER, load_fleet
     from emutune.fleet.local import local_devices, run_local_fleet
-    from emutune.fleet.server.run import LEDGER
 
     config = load_fleet(source)
     directory = config.server.directory
@@ -50,12 +49,12 @@ def fleet(
             policy,
             started=lambda url: announce_dashboard(url, directory),
         )
-    ledger(directory / LEDGER, json_file)
+    ledger(directory / LEDGER, json_file=json_file)
 
 
 def _forget(directory: Path) -> None:
     """Remove a fleet's directory, and nothing that is none."""
-    from emutune.fleet.server.run import LEDGER
+    from emutune.fleet.config import LEDGER
 
     if not (directory / LEDGER).exists():
         raise UsageError(f"--fresh: {directory} holds no ledger, so it is left alone; remove it yourself")

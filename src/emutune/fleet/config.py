@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from emutune.errors import FleetError
 from emutune.fleet.protocol import Training
 
+# In the server's directory.
+LEDGER, LOCK = "ledger.sqlite", "server.lock"
+
 Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 
 
@@ -133,6 +136,16 @@ class Limits(_Section):
     adapter_mb: Positive = 500.0
 
 
+class Keep(_Section):
+    """What stays of what is not needed any more.
+
+    Attributes:
+        days: for which superseded and rejected adapters stay, and uploads that late devices do not go on with.
+    """
+
+    days: float = Field(default=30.0, ge=0.01, le=36500)
+
+
 class FleetConfig(_Section):
     """What ``FLEET.toml`` says.
 
@@ -149,6 +162,7 @@ class FleetConfig(_Section):
     acceptance: Acceptance = Acceptance()
     at_server: ServerTraining = ServerTraining()
     limits: Limits = Limits()
+    keep: Keep = Keep()
 
 
 def load_fleet(source: str | Path) -> FleetConfig:
