@@ -17,7 +17,19 @@ from emutune.fleet.device.cache import Cache
 SOURCE = Path(emutune.__file__).parent
 POSIX_MODULES = {"crypt", "fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 POSIX_NAMES = {
-    *("fork", "forkpty", "sendfile", "pread", "pwrite", "readv", "writev", "getuid", "geteuid", "chown", "mkfifo"),
+    *(
+        "fork",
+        "forkpty",
+        "sendfile",
+        "pread",
+        "pwrite",
+        "readv",
+        "writev",
+        "getuid",
+        "geteuid",
+        "chown",
+        "mkfifo",
+    ),
     *("killpg", "setsid", "sched_getaffinity", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK"),
     *("add_signal_handler", "SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM", "setitimer", "AF_UNIX"),
 }

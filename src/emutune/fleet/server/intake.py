@@ -152,6 +152,7 @@ class Uploads:
                 return Received(bytes=0, complete=False)
             await run_sync(_move, part, data)
         await expected.take(data)
+        self._open.pop(expected.lease, None)
         return Received(bytes=expected.size, complete=True)
 
     def _take_turn(self, lease: str) -> _Upload:

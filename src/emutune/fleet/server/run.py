@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from emutune.errors import FleetError
-from emutune.fleet.config import FleetConfig, Server
+from emutune.fleet.config import LEDGER, LOCK, FleetConfig, Server
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Lease
 from emutune.fleet.security import (
@@ -30,14 +30,12 @@ from emutune.fleet.server.app import create_app, serve
 from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.dashboard.opening import open_board
 from emutune.fleet.server.deciding import warm_up
+from emutune.fleet.server.housekeeping import Housekeeping
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
 from emutune.fleet.server.routes import Shared
 from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.inventory import Inventory
-
-LEDGER = "ledger.sqlite"
-LOCK = "server.lock"
 
 
 def certificate_of(config: FleetConfig) -> Certificate:
@@ -147,7 +145,9 @@ async def run_server(
         EmutuneError: something in the file cannot be had; nothing was changed.
     """
     if os.name == "nt":
-        raise FleetError("a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices")
+        raise FleetError(
+            "a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices"
+        )
     certificate = certificate_of(config)
     with _only_one(config), opened_ledger(config) as ledger:
         _same_fleet(ledger, config, catalogue)
@@ -167,11 +167,15 @@ async def run_server(
             server = config.server
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
             started(f"https://{_bracketed(server.reached_as[0])}:{listening.port}")
+            shared: Shared = app.state.fleet
+            directory = config.server.directory
+            housekeeping = Housekeeping(ledger, directory, config.keep.days, hub.at_work, shared.forget)
+            tidying = asyncio.create_task(housekeeping.run())
             try:
                 await _until_told(asyncio.create_task(hub.run()))
-                await _forget_uploads(app.state.fleet)
+                await _forget_uploads(shared)
             finally:
-                for job in hub.jobs:
+                for job in (tidying, *hub.jobs):
                     job.cancel()
                 await board.say_farewell()
                 await listening.stop()
