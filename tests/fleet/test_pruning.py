@@ -17,16 +17,18 @@ from emutune.cli import ledger as command
 from emutune.cli.ledger import group
 from emutune.fleet import pruning
 from emutune.fleet.config import LOCK
-from emutune.fleet.ledger import Ledger
+from emutune.fleet.ledger import Closed, Decision, Ledger
 from emutune.fleet.pruning import Prunable, give_space_back
 
-DEVICES = ("ue1", "ue2", "gone", "late", "idle")
+DEVICES = ("ue1", "ue2", "gone", "late", "trainer", "mover", "idle")
+# Each is needed for another reason; see ``long_ledger``.
+NEEDED = (1, 2, 3, 4, 5, 39)
 STEPS = 60
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def long_ledger(path: Path, steps: int = STEPS) -> None:
-    """Steps of two devices an hour each; three others were there once, each in a step of its own."""
+    """Steps of two devices an hour each, and early ones of devices that are not there any more."""
     moment = BEGIN
 
     def now() -> datetime:
@@ -36,18 +38,31 @@ def long_ledger(path: Path, steps: int = STEPS) -> None:
         ledger._database.execute("PRAGMA synchronous = OFF")
         add_devices(ledger, *DEVICES)
         run_step(ledger, 0, "ue1", "ue2")
-        run_step(ledger, 1, "ue1", "ue2", "gone")
-        ledger.report("late", report("late-2"))
-        ledger.begin_step(2, [decision(2, "late", kind="upload", at_server=True)])
-        ledger.data_complete("2-late")
-        ledger.close_lease("2-late", "expired")
-        ledger.end_step(2, 1.0)
+        run_step(ledger, 1, "ue1", "ue2", "gone")  # whose adapter is in service
+        other_step(ledger, 2, "expired", decision(2, "late", kind="upload", at_server=True))
+        ledger.data_complete("2-late")  # so the server has to train
+        other_step(ledger, 3, "failed", decision(3, "trainer"))  # may still fetch the emulator
+        other_step(ledger, 4, "failed", decision(4, "mover", kind="upload", at_server=True))
+        ledger.transferred("4-mover", 1.0, 10)  # says what the link is worth
+        others = ("gone", "late", "trainer", "mover")
+        other_step(
+            ledger, 5, "failed", *(decision(5, name, kind="upload", at_server=True) for name in others)
+        )
         ledger.report("idle", report("undecided"))
-        for step in range(3, steps):
+        for step in range(6, steps):
             moment = BEGIN + timedelta(hours=step)
             run_step(ledger, step, "ue1", "ue2", accepted=step < 40)
             ledger.audit("data deleted", "ue1", f"{step}-ue1", "after training")
         ledger.report("ue1", report(f"ue1-{steps}"))
+
+
+def other_step(ledger: Ledger, step: int, state: Closed, *decided: Decision) -> None:
+    for row in decided:
+        ledger.report(row.device, report(row.task))
+    ledger.begin_step(step, decided)
+    for row in decided:
+        ledger.close_lease(row.lease, state)
+    ledger.end_step(step, 1.0)
 
 
 def goes_on_with(path: Path) -> dict[str, object]:
@@ -79,12 +94,11 @@ def test_a_server_goes_on_with_the_same(tmp_path: Path) -> None:
         old = ledger.old(keep=10)
         expected = ledger.would_go(old)
         assert ledger.prune(old) == expected
-        # Those of the devices that are not there any more, and of the adapters in service.
-        assert ledger.kept(old) == 3
-        assert (expected.steps, ledger.prune(old)) == (STEPS - 10 - 3, pruning.Pruned())
+        assert ledger.kept(old) == len(NEEDED)
+        assert (expected.steps, ledger.prune(old)) == (STEPS - 10 - len(NEEDED), pruning.Pruned())
     assert goes_on_with(path) == before
     with Ledger(path) as ledger:
-        assert {row.step for row in ledger.comparison()} == {1, 2, 39, *range(STEPS - 10, STEPS)}
+        assert {row.step for row in ledger.comparison()} == {*NEEDED, *range(STEPS - 10, STEPS)}
         assert not ledger.report("ue2", report(f"ue2-{STEPS - 1}")), "what was decided on stays decided"
         run_step(ledger, STEPS, "ue1", "ue2")
         assert ledger.in_service("ue1") == digest(f"{STEPS}-ue1"), "what is accepted now comes after what was"
@@ -99,7 +113,7 @@ def test_what_was_over_at_a_moment_goes(tmp_path: Path) -> None:
     with Prunable(path) as ledger:
         ledger.prune(ledger.old(before=BEGIN + timedelta(hours=30)))
     with Ledger(path) as ledger:
-        assert {row.step for row in ledger.comparison()} == {1, 2, *range(30, STEPS)}
+        assert {row.step for row in ledger.comparison()} == {*NEEDED, *range(30, STEPS)}
 
 
 def test_pieces_are_small_and_come_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +131,7 @@ def test_pieces_are_small_and_come_to_the_same(tmp_path: Path, monkeypatch: pyte
 
 def test_a_kill_at_any_statement_loses_nothing_that_is_needed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
-    long_ledger(path, 8)
+    long_ledger(path, 9)
     expected = goes_on_with(path)
     program = Path(__file__).with_name("write_ledger.py")
     died = subprocess.run(
@@ -172,13 +186,13 @@ def test_prune_says_what_goes_and_a_dry_run_changes_nothing(tmp_path: Path) -> N
     runner = CliRunner()
     before = path.read_bytes()
     told = runner.invoke(group, ["prune", str(path), "--keep", "10", "--dry-run"])
-    assert told.output.startswith(f"would go: {STEPS - 13} steps with")
+    assert told.output.startswith(f"would go: {STEPS - 10 - len(NEEDED)} steps with")
     assert path.read_bytes() == before
     done = runner.invoke(group, ["prune", str(path), "--keep", "10", "--json", str(figures)])
     assert done.output.startswith(told.output.splitlines()[0].replace("would go", "gone"))
-    assert "3 older steps stay" in done.output
+    assert f"{len(NEEDED)} older steps stay" in done.output
     written = json.loads(figures.read_text("utf-8"))
-    assert written["steps"] == STEPS - 13
+    assert written["steps"] == STEPS - 10 - len(NEEDED)
     assert written["bytes"] == path.stat().st_size < written["bytes_before"]
     for arguments in ([], ["--keep", "1", "--before", "2026-01-01"]):
         assert "--keep, --before: give one" in str(

@@ -19,7 +19,7 @@ from emutune.fleet.figures import Figures
 
 # Of the old steps: all but those that somebody goes on with. Those are the last step, steps
 # with a lease that is not over, and of every device the last lease of all, the last to train, the last whose bytes
-# moved, the one whose adapter is in service, and the one of the last task.
+# moved, and the one whose adapter is in service. A report goes with the lease of its task, and not before.
 _OLD = """
     SELECT number FROM steps WHERE ended_at IS NOT NULL AND {old} AND number NOT IN (
         SELECT max(number) FROM steps
@@ -31,9 +31,6 @@ _OLD = """
             UNION SELECT (SELECT max(id) FROM leases WHERE device = name AND transferred_bytes > 0) FROM devices
             UNION SELECT (SELECT id FROM leases WHERE device = name AND accepted = 1 ORDER BY judged DESC LIMIT 1)
                 FROM devices
-            UNION SELECT leases.id FROM devices
-                JOIN reports ON reports.id = (SELECT max(id) FROM reports WHERE device = name)
-                JOIN leases ON leases.device = reports.device AND leases.task = reports.task AND kind <> 'stop'
         )
     )
 """

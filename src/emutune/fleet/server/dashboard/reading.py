@@ -40,12 +40,12 @@ _REPORTS = """
     SELECT reports.device, json_extract(reports.message, '$.emulator') AS emulator, received_at, NOT EXISTS (
         SELECT 1 FROM leases WHERE kind <> 'stop' AND leases.device = reports.device AND leases.task = reports.task
     ) AS undecided
-    FROM devices JOIN reports ON reports.id = (SELECT max(id) FROM reports WHERE device = devices.name)
+    FROM devices CROSS JOIN reports ON reports.id = (SELECT max(id) FROM reports WHERE device = devices.name)
 """
 _LAST_LEASES = """
     SELECT device, lease, step, kind, state, retention, emulator_name, predicted_bytes, transferred_bytes,
         data_complete, adapter_sha256 IS NOT NULL AS adapter, outcome IS NOT NULL AS told, opened_at
-    FROM devices JOIN leases ON leases.id = (
+    FROM devices CROSS JOIN leases ON leases.id = (
         SELECT max(id) FROM leases WHERE device = devices.name AND kind <> 'stop'
     )
 """
