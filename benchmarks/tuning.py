@@ -292,9 +292,9 @@ def main() -> None:
     )
     parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    from emutune.cli.tune import quiet_libraries
+    from emutune.cli.libraries import quiet_libraries
 
-    quiet_libraries()
+    quiet_libraries("tuning", "benchmark")
     if arguments.alone:
         name, work, *rest = arguments.alone
         result = globals()[name](Path(work), *rest)

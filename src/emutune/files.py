@@ -27,6 +27,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def sync_directory(directory: Path) -> None:
+    """Bring a directory's names to the medium; Windows, which opens no directory, does so by itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def saving(option: str, path: Path) -> Iterator[None]:
     """Say which option named what cannot be written, and what to do.

@@ -339,6 +339,7 @@ def test_data_in_pieces(fleet: Served) -> None:
         answer = ask(fleet, "PATCH", f"{DATA_URL}?offset={at}", "ue2", content=DATA[at:end])
         assert answer.json() == {"bytes": end, "complete": end == len(DATA)}
         at = end
+    assert not fleet.app.state.fleet.uploads._open, "of an upload that is whole nothing stays in memory"
     assert fleet.hub.told == [("data", "ue2", "upload-1", DATA)]
     for _ in range(2):
         assert ask(fleet, "GET", DATA_URL, "ue2").json() == {"bytes": len(DATA), "complete": True}

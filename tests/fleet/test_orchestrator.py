@@ -64,6 +64,7 @@ def test_server_trains_what_is_uploaded_and_deletes_the_data(tmp_path: Path, cat
     fleet = fleet_of(tmp_path, catalogue, policy="all_server", count=2)
     assert asyncio.run(run(fleet)) == [2, 2]
     directory = fleet.config.server.directory
+    assert not fleet.hub.at_work(), "jobs that ended are let go"
     with fleet.ledger() as ledger:
         rows = [row for step in range(2) for row in ledger.step_leases(step)]
         assert ledger.totals()["leases.upload.done"] == len(rows) == 4

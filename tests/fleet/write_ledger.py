@@ -16,7 +16,7 @@ from pathlib import Path
 from ledgers import add_devices, decision, digest, run_step
 
 from emutune.errors import LedgerError
-from emutune.fleet import database
+from emutune.fleet import database, pruning
 from emutune.fleet.ledger import Ledger
 
 DEVICES = ("ue1", "ue2", "ue3")
@@ -107,6 +107,13 @@ def begin_and_evaluate(path: Path) -> None:
     ledger.evaluation("1-ue1", 25.0, 21.0, True)
 
 
+def prune(path: Path) -> None:
+    """Forget all but the last step."""
+    with pruning.Prunable(path) as ledger:
+        ledger.prune(ledger.old(keep=1))
+    pruning.give_space_back(path)
+
+
 if __name__ == "__main__":
     where = Path(sys.argv[2])
     match sys.argv[1]:
@@ -116,5 +123,7 @@ if __name__ == "__main__":
             fill_disk(where)
         case "die":
             die_at_each_statement(where, begin_and_evaluate)
+        case "prune":
+            die_at_each_statement(where, prune)
         case "open":
             die_at_each_statement(where, lambda path: Ledger(path).close())

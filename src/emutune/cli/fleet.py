@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from emutune.cli.ledger import ledger
+from emutune.cli.libraries import quiet_libraries
 from emutune.cli.options import JsonFile
 from emutune.cli.serve import FleetArgument, announce_dashboard
 from emutune.cli.terminal import interruptible, stage_bar
-from emutune.cli.tune import advance, quiet_libraries
+from emutune.cli.tune import advance
 from emutune.errors import UsageError
 
 
@@ -29,10 +30,9 @@ def fleet(
     json_file: JsonFile = None,
 ) -> None:
     """Run a fleet on this machine: real processes, real TLS, links shaped as the fleet's file says."""
-    quiet_libraries()
-    from emutune.fleet.config import load_fleet
+    quiet_libraries("fleet", "fleet")
+    from emutune.fleet.config import LEDGER, load_fleet
     from emutune.fleet.local import local_devices, run_local_fleet
-    from emutune.fleet.server.run import LEDGER
 
     config = load_fleet(source)
     directory = config.server.directory
@@ -49,12 +49,12 @@ def fleet(
             policy,
             started=lambda url: announce_dashboard(url, directory),
         )
-    ledger(directory / LEDGER, json_file)
+    ledger(directory / LEDGER, json_file=json_file)
 
 
 def _forget(directory: Path) -> None:
     """Remove a fleet's directory, and nothing that is none."""
-    from emutune.fleet.server.run import LEDGER
+    from emutune.fleet.config import LEDGER
 
     if not (directory / LEDGER).exists():
         raise UsageError(f"--fresh: {directory} holds no ledger, so it is left alone; remove it yourself")

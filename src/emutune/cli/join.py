@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emutune.cli.libraries import expect_libraries
 from emutune.cli.options import JsonFile
 from emutune.cli.terminal import interruptible, stage_bar, write_json
 from emutune.errors import UsageError
@@ -34,7 +34,7 @@ def join(
     json_file: JsonFile = None,
 ) -> None:
     """Take part in a fleet: report tasks, fetch emulators, train adapters or let the server train them."""
-    quiet_environment()
+    expect_libraries("fleet", "join")
     from emutune.fleet.device.client import Backoff, FleetClient
     from emutune.fleet.device.network import tls_transport
     from emutune.fleet.loop import run
@@ -51,17 +51,6 @@ def join(
         done = run(_run(client, data, cache, cache_mb * 1_000_000, tasks, stage))
     print(f"{loaded.device}: {done} tasks done")
     write_json(json_file, {"device": loaded.device, "fleet": loaded.fleet, "tasks": done})
-
-
-def quiet_environment() -> None:
-    """Keep the model libraries, once they are needed, from looking for a hub and writing between our lines."""
-    for name, value in {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 async def _run(

@@ -1,13 +1,15 @@
-"""The command ``ledger``: what a fleet decided, and how far prediction and measurement are apart."""
+"""The commands under ``emutune ledger``: what a fleet decided and measured, and forgetting what is old."""
 
 from __future__ import annotations
 
-from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from emutune.cli.libraries import expect_libraries
 from emutune.cli.options import JsonFile
 from emutune.cli.terminal import print_table, write_json
 from emutune.errors import UsageError
@@ -17,10 +19,35 @@ if TYPE_CHECKING:
 
 # Narrow enough for a terminal of 80 columns.
 _HEADINGS = ("step, UE", "trains, E", "MB", "delay, s", "perplexity", "adapter")
+# What is printed of a long ledger unless more is asked for.
+_LEASES_SHOWN = 500
 
 
+class _Printing(TyperGroup):
+    """Commands of which ``show`` need not be named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+group = typer.Typer(
+    cls=_Printing, help="What a fleet decided and measured: ledger LEDGER prints it.", no_args_is_help=True
+)
+Database = Annotated[Path, typer.Argument(metavar="LEDGER", help="The file that emutune serve writes.")]
+
+
+@group.command("show")
 def ledger(
-    database: Annotated[Path, typer.Argument(metavar="LEDGER", help="The file that emutune serve writes.")],
+    database: Database,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A:B",
+            help="Steps A to B - 1, as Python slices: 0:100, -50:, or : for all. The last ones if not given.",
+        ),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Print what was decided, sent and measured at every step, beside what was predicted."""
@@ -29,14 +56,20 @@ def ledger(
     from emutune.fleet.comparison import compare_steps, errors
     from emutune.fleet.ledger import Ledger
 
-    if not database.is_file():
-        raise UsageError(f"{database}: does not exist; give the ledger of a fleet that emutune serve has run")
+    chosen = None if steps is None else _slice(steps)
+    _expect(database)
     with Ledger(database) as opened:
-        leases, totals = opened.comparison(), opened.totals()
-    steps, apart = compare_steps(leases), errors(leases)
+        last = opened.last_step()
+        shown = opened.last_steps(_LEASES_SHOWN) if chosen is None else range(last + 1)[chosen]
+        leases, totals, trained = opened.comparison(shown), opened.totals(), opened.trained()
+    compared, apart = compare_steps(leases), errors(leases)
+    left_out = totals["steps"] - len(compared)
     print("measured/predicted; z = 1: the server trains, z = 0: a device, with retention E")
     print_table(_HEADINGS, [_cells(lease) for lease in leases])
-    trained = Counter(lease.trained_by for lease in leases)
+    if left_out:
+        print(
+            f"{left_out:,} of {totals['steps']:,} steps are not printed; --steps A:B chooses, --steps : prints all"
+        )
     print(f"adapters trained by devices: {trained['device']:,}, by the server: {trained['server']:,}")
     for name, count in totals.items():
         print(f"{name}: {count:,}")
@@ -45,11 +78,68 @@ def ledger(
         json_file,
         {
             "leases": [asdict(lease) | {"trained_by": lease.trained_by} for lease in leases],
-            "steps": [asdict(step) for step in steps],
+            "steps": [asdict(step) for step in compared],
+            "steps_left_out": left_out,
             "totals": totals,
             "errors": asdict(apart),
         },
     )
+
+
+@group.command("prune")
+def prune(
+    database: Database,
+    keep: Annotated[int | None, typer.Option(min=1, help="Keep so many of the last steps.")] = None,
+    before: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="Or: forget what was over by then, in UTC."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Forget old steps, and the audit of their time; whatever a server goes on with stays. It may run meanwhile."""
+    expect_libraries("fleet", "ledger prune")
+    from dataclasses import asdict
+
+    from emutune.fleet.pruning import Prunable, give_space_back
+
+    if (keep is None) == (before is None):
+        raise UsageError("--keep, --before: give one of them, to say how much is forgotten")
+    _expect(database)
+    size = database.stat().st_size
+    with Prunable(database) as opened:
+        old = opened.old(keep, None if before is None else before.replace(tzinfo=UTC))
+        gone = opened.would_go(old) if dry_run else opened.prune(old)
+        stay = opened.kept(old) - (gone.steps if dry_run else 0)
+    print(
+        f"{'would go' if dry_run else 'gone'}: {gone.steps:,} steps with {gone.leases:,} leases and "
+        f"{gone.reports:,} reports, {gone.audit:,} rows of the audit"
+    )
+    if stay:
+        print(f"{stay:,} older steps stay, since a server goes on with them")
+    if not dry_run:
+        if not give_space_back(database):
+            print("the file keeps its size while a server uses it; prune again when that has ended")
+        print(f"{database}: {size / 1e6:,.1f} MB before, {database.stat().st_size / 1e6:,.1f} MB now")
+    write_json(
+        json_file, asdict(gone) | {"kept": stay, "bytes_before": size, "bytes": database.stat().st_size}
+    )
+
+
+def _expect(database: Path) -> None:
+    if not database.is_file():
+        raise UsageError(f"{database}: does not exist; give the ledger of a fleet that emutune serve has run")
+
+
+def _slice(text: str) -> slice:
+    """``A:B`` as a slice."""
+    try:
+        first, last = (int(part) if part else None for part in text.split(":"))
+    except ValueError as error:
+        raise UsageError(f"--steps: must be A:B, such as 0:100 or -50:, got {text!r}") from error
+    return slice(first, last)
 
 
 def _cells(lease: Comparison) -> tuple[str, ...]:

@@ -32,9 +32,9 @@ for command in (
     serve.revoke,
     join.join,
     fleet.fleet,
-    ledger.ledger,
 ):
     app.command()(command)
+app.add_typer(ledger.group, name="ledger")
 app.add_typer(tune.catalogue, name="catalogue")
 app.add_typer(tune.reference, name="reference")
 app.add_typer(trace.trace, name="trace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,8 @@ from typing import Annotated
 import typer
 
 from emutune.cli.jax_setup import prepare_jax
+from emutune.cli.libraries import expect_libraries
 from emutune.cli.terminal import interruptible
-from emutune.cli.tune import expect_libraries
 
 FleetArgument = Annotated[
     str, typer.Argument(metavar="FLEET.toml", help="The fleet's file, or the shipped one: demo.")
@@ -26,19 +25,22 @@ def serve(
     ],
     retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,
-    verbose: Annotated[bool, typer.Option(help="Log every event to standard error.")] = False,
+    verbose: Annotated[
+        bool, typer.Option(help="Log every event, not only refusals, late devices and errors.")
+    ] = False,
 ) -> None:
     """Serve a fleet: decide for every device and step, send emulators, train what is uploaded, keep the ledger."""
-    expect_libraries()
+    expect_libraries("fleet", "serve")
     prepare_jax()
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(message)s")
-    from emutune.fleet.config import load_fleet
+    from emutune.fleet.config import LEDGER, load_fleet
     from emutune.fleet.loop import run
     from emutune.fleet.server.deciding import deciding
-    from emutune.fleet.server.run import LEDGER, run_server
+    from emutune.fleet.server.logs import log_to_stderr
+    from emutune.fleet.server.run import run_server
     from emutune.scenario import load_scenario
     from emutune.tuning.inventory import open_inventory
 
+    log_to_stderr(verbose=verbose)
     config = load_fleet(fleet)
     if port is not None:
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
@@ -92,6 +94,7 @@ def enroll(
     url: Annotated[str | None, typer.Option(help="Where the device reaches the server.")] = None,
 ) -> None:
     """Write the one-time credentials with which a device may join."""
+    expect_libraries("fleet", "enroll")
     from emutune.fleet.config import load_fleet
     from emutune.fleet.server.run import enrol_device
 
@@ -102,6 +105,7 @@ def enroll(
 
 def revoke(fleet: FleetArgument, device: Annotated[str, typer.Argument(help="Its name.")]) -> None:
     """Refuse a device from now on."""
+    expect_libraries("fleet", "revoke")
     from emutune.fleet.config import load_fleet
     from emutune.fleet.server.run import opened_ledger
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emutune.cli.libraries import quiet_libraries
 from emutune.cli.options import JsonFile, validated
 from emutune.cli.terminal import interruptible, print_table, stage_bar, write_json
 from emutune.errors import UsageError
@@ -51,7 +50,7 @@ def build(
     json_file: JsonFile = None,
 ) -> None:
     """Make the emulators of a model, content-addressed; building twice builds nothing twice."""
-    quiet_libraries()
+    quiet_libraries("tuning", "catalogue build")
     from emutune.tuning.build import Recipe as BuildRecipe
     from emutune.tuning.build import build_catalogue
     from emutune.tuning.compression.distill import DISTILLATION
@@ -80,7 +79,7 @@ def build(
 @catalogue.command("show")
 def show(directory: CatalogueArgument, recipe: Recipe = None, json_file: JsonFile = None) -> None:
     """Print the emulators of a catalogue: what they keep, weigh and are worth."""
-    quiet_libraries()
+    quiet_libraries("tuning", "catalogue show")
     from emutune.tuning.catalogue import open_catalogue
 
     opened = open_catalogue(directory)
@@ -153,7 +152,7 @@ def calibrate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure perplexity against retention: emulators as they are, tuned, and plugged in."""
-    quiet_libraries()
+    quiet_libraries("tuning", "calibrate")
     from emutune.files import replacing
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.curve import (
@@ -262,7 +261,7 @@ def tune(
     json_file: JsonFile = None,
 ) -> None:
     """Tune an adapter; it is kept only if the whole model with it plugged in gets better."""
-    quiet_libraries()
+    quiet_libraries("tuning", "tune")
     from dataclasses import asdict
 
     from emutune.tuning.catalogue import open_catalogue
@@ -332,7 +331,7 @@ def plug(
     json_file: JsonFile = None,
 ) -> None:
     """Write the foundation model with an adapter plugged in, once it was evaluated."""
-    quiet_libraries()
+    quiet_libraries("tuning", "plug")
     from emutune.tuning.plug import plug as run_plug
     from emutune.tuning.text import read_text
 
@@ -352,7 +351,7 @@ def build_reference(
     json_file: JsonFile = None,
 ) -> None:
     """Train the reference model from Python's own documentation."""
-    quiet_libraries()
+    quiet_libraries("tuning", "reference build")
     from emutune.tuning.reference import REFERENCE_TRAINING, train_reference
 
     config = REFERENCE_TRAINING if steps is None else REFERENCE_TRAINING.model_copy(update={"steps": steps})
@@ -452,33 +451,6 @@ def draw_curve(path: Path, points: list[Point], fits: dict[Any, Fit]) -> None:
     panel.plot([], [], "k-", linewidth=1, label="monotone interpolant")
     panel.legend(frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def quiet_libraries() -> None:
-    """Keep the model libraries from looking for a hub, and from writing between our lines.
-
-    Raises:
-        UsageError: they are not installed.
-    """
-    expect_libraries()
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def expect_libraries() -> None:
-    """The same for processes that this one starts; nothing is imported here.
-
-    Raises:
-        UsageError: they are not installed.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("peft", "torch"):
-        if find_spec(name) is None:
-            raise UsageError(f"{name}: not installed; pip install 'emutune[tuning]'")
 
 
 def going_on(out: Path) -> AbstractContextManager[None]:

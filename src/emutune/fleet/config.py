@@ -13,6 +13,9 @@ from emutune.errors import FleetError
 from emutune.fleet.protocol import Training
 
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
+# In the server's directory.
+LEDGER, LOCK = "ledger.sqlite", "server.lock"
+
 Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 
 
@@ -144,6 +147,16 @@ class Limits(_Section):
     open_tasks: int = Field(default=8, ge=1, le=1_000_000)
 
 
+class Keep(_Section):
+    """What stays of what is not needed any more.
+
+    Attributes:
+        days: for which superseded and rejected adapters stay, and uploads that late devices do not go on with.
+    """
+
+    days: float = Field(default=30.0, ge=0.01, le=36500)
+
+
 class FleetConfig(_Section):
     """What ``FLEET.toml`` says.
 
@@ -160,6 +173,7 @@ class FleetConfig(_Section):
     acceptance: Acceptance = Acceptance()
     at_server: ServerTraining = ServerTraining()
     limits: Limits = Limits()
+    keep: Keep = Keep()
 
 
 def load_fleet(source: str | Path) -> FleetConfig:

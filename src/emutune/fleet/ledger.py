@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from emutune.errors import LedgerError
 from emutune.fleet.comparison import Comparison
-from emutune.fleet.database import ASIDE, Database
+from emutune.fleet.database import ASIDE
+from emutune.fleet.figures import Figures, flag
 from emutune.fleet.protocol import Lease, Report, Result
 from emutune.fleet.rows import AuditRow, Closed, Decision, DeviceRow, Kind, LeaseRow, State
 
@@ -31,7 +32,7 @@ _NOT_SHOWN = {"outcome", "judged"}
 _Message = TypeVar("_Message", bound=BaseModel)
 
 
-class Ledger(Database):
+class Ledger(Figures):
     """An open ledger; usable from the thread that opened it.
 
     Args:
@@ -186,8 +187,9 @@ class Ledger(Database):
         In the order of the reports.
         """
         rows = self._all(
-            "SELECT reports.device, message FROM reports JOIN devices ON devices.name = reports.device"
-            " WHERE reports.id IN (SELECT max(id) FROM reports GROUP BY device) AND has_left = 0"
+            # Crossed, since the planner would rather read all reports there ever were.
+            "SELECT reports.device, message FROM devices CROSS JOIN reports"
+            " ON reports.id = (SELECT max(id) FROM reports WHERE device = devices.name) WHERE has_left = 0"
             " AND 0 = (SELECT revoked FROM credentials WHERE device = reports.device ORDER BY id DESC LIMIT 1)"
             " AND NOT EXISTS (SELECT 1 FROM leases WHERE kind <> 'stop'"
             " AND leases.device = reports.device AND leases.task = reports.task)"
@@ -249,11 +251,6 @@ class Ledger(Database):
             )
             return cursor.rowcount > 0
 
-    def last_step(self) -> int:
-        """The number of the last step that was begun; -1 before the first."""
-        row = self._one("SELECT number FROM steps ORDER BY id DESC LIMIT 1")
-        return -1 if row is None else int(row["number"])
-
     def step_ended(self, step: int) -> bool:
         """Whether ``end_step`` was recorded."""
         return self._one("SELECT 1 FROM steps WHERE number = ? AND ended_at IS NOT NULL", step) is not None
@@ -302,6 +299,11 @@ class Ledger(Database):
     def lease(self, device: str, lease: str) -> LeaseRow | None:
         """A lease, open or not, if it is this device's."""
         row = self._one("SELECT * FROM leases WHERE lease = ? AND device = ?", lease, device)
+        return None if row is None else self._lease_row(row)
+
+    def find_lease(self, lease: str) -> LeaseRow | None:
+        """A lease, whosever it is."""
+        row = self._one("SELECT * FROM leases WHERE lease = ?", lease)
         return None if row is None else self._lease_row(row)
 
     def last_transfer(self, device: str) -> LeaseRow | None:
@@ -394,6 +396,34 @@ class Ledger(Database):
         )
         return None if row is None else str(row["adapter_sha256"])
 
+    def running_adapters(self) -> set[str]:
+        """What leases that may still go on start from or have made.
+
+        Those are the open ones, those that the server has work to do for, and of every device the last, if it is late.
+        """
+        rows = self._all(
+            "SELECT json_extract(message, '$.start') AS start, adapter_sha256 FROM leases WHERE state = 'open' UNION"
+            " SELECT json_extract(message, '$.start'), adapter_sha256 FROM leases WHERE state = 'expired' AND ("
+            "id = (SELECT max(id) FROM leases AS mine WHERE mine.device = leases.device)"
+            " OR accepted IS NULL AND (data_complete = 1 OR adapter_sha256 IS NOT NULL))"
+        )
+        return {
+            sha256 for row in rows for sha256 in (row["start"], row["adapter_sha256"]) if sha256 is not None
+        }
+
+    def adapter_needed(self, sha256: str, since: datetime) -> bool:
+        """Whether an adapter is in service somewhere, or was still in service or judged since some moment."""
+        # Of one that was accepted, the lease counts whose adapter took its place; there is none if it is in service.
+        row = self._one(
+            "SELECT 1 FROM leases LEFT JOIN leases AS next ON next.device = leases.device AND next.accepted = 1"
+            " AND next.judged = (SELECT min(judged) FROM leases AS later WHERE later.device = leases.device"
+            " AND later.accepted = 1 AND later.judged > leases.judged) WHERE leases.adapter_sha256 = ?"
+            " AND CASE leases.accepted WHEN 1 THEN next.id IS NULL OR next.closed_at IS NULL OR next.closed_at >= ?"
+            " ELSE leases.closed_at IS NULL OR leases.closed_at >= ? END",
+            *(sha256, *[since.astimezone(UTC).isoformat(timespec="milliseconds")] * 2),
+        )
+        return row is not None
+
     # What people and tests read
 
     def audit(self, event: str, device: str | None, lease: str | None, detail: str) -> None:
@@ -407,56 +437,6 @@ class Ledger(Database):
     def audit_rows(self) -> list[AuditRow]:
         """What was noted, in the order in which it was."""
         return [AuditRow(**row) for row in self._all("SELECT * FROM audit ORDER BY id")]
-
-    def totals(self) -> dict[str, int]:
-        """Counters that are the same for two runs that did the same work, however they were interrupted.
-
-        ``steps``; ``leases.KIND.STATE``; ``bytes.KIND``, moved for leases of a kind, and ``bytes.adapter``;
-        ``adapters.accepted`` and ``adapters.rejected``. A counter of nothing is left out, but for the steps.
-        """
-        totals = Counter(steps=int(self._all("SELECT count(*) AS n FROM steps")[0]["n"]))
-        # One pass, since the table is long and the dashboard asks again and again.
-        for row in self._all(
-            "SELECT kind, state, count(*) AS leases, total(transferred_bytes) AS moved, total(adapter_bytes) AS"
-            " adapter, total(accepted) AS accepted, count(accepted) AS judged FROM leases GROUP BY kind, state"
-        ):
-            accepted = int(row["accepted"])
-            totals[f"leases.{row['kind']}.{row['state']}"] = row["leases"]
-            totals[f"bytes.{row['kind']}"] += int(row["moved"])
-            totals["bytes.adapter"] += int(row["adapter"])
-            totals["adapters.accepted"] += accepted
-            totals["adapters.rejected"] += row["judged"] - accepted
-        return {name: count for name, count in sorted(totals.items()) if count or name == "steps"}
-
-    def comparison(self, step: int | None = None) -> list[Comparison]:
-        """What was predicted of every lease, or of those of a step, beside what was measured; in their order."""
-        which, values = ("", ()) if step is None else ("WHERE step = ?", (step,))
-        return [
-            Comparison(
-                step=row["step"],
-                device=row["device"],
-                lease=row["lease"],
-                task=row["task"],
-                kind=row["kind"],
-                state=row["state"],
-                at_server=bool(row["at_server"]),
-                retention=row["retention"],
-                emulator_name=row["emulator_name"],
-                gain=row["gain"],
-                complexity=row["complexity"],
-                rate_bps=row["rate_bps"],
-                predicted_bytes=row["predicted_bytes"],
-                measured_bytes=row["transferred_bytes"],
-                predicted_delay_s=row["predicted_delay_s"],
-                measured_delay_s=row["transferred_s"],
-                predicted_perplexity=row["predicted_perplexity"],
-                measured_perplexity=row["after"],
-                perplexity_before=row["before"],
-                adapter_sha256=row["adapter_sha256"],
-                accepted=_flag(row["accepted"]),
-            )
-            for row in self._all(f"SELECT * FROM leases {which} ORDER BY id", *values)
-        ]
 
     # The database
 
@@ -495,7 +475,7 @@ class Ledger(Database):
                 "result": None if result is None else self._read(Result, result),
                 "at_server": bool(row["at_server"]),
                 "data_complete": bool(row["data_complete"]),
-                "accepted": _flag(row["accepted"]),
+                "accepted": flag(row["accepted"]),
             }
         )
 
@@ -522,10 +502,6 @@ def _first(error: ValidationError) -> str:
     """What is wrong with a message, in one line."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _flag(value: int | None) -> bool | None:
-    return None if value is None else bool(value)
 
 
 def _places(values: Sequence[str]) -> str:

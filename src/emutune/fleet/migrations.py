@@ -122,7 +122,21 @@ _ADAPTERS = (
     "CREATE INDEX leases_open ON leases (device, id) WHERE state = 'open'",
     "CREATE INDEX leases_accepted ON leases (device, judged) WHERE accepted = 1",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS)
+_LONG = (
+    # What is asked of each device's last rows must not grow with those before them.
+    "CREATE INDEX leases_by_device ON leases (device, id)",
+    "CREATE INDEX reports_by_device ON reports (device, id)",
+    "CREATE INDEX leases_expired ON leases (id) WHERE state = 'expired'",
+    "CREATE INDEX leases_by_adapter ON leases (adapter_sha256) WHERE adapter_sha256 IS NOT NULL",
+    # What the rows that were pruned counted for.
+    """
+    CREATE TABLE pruned (
+        name TEXT PRIMARY KEY,
+        count INTEGER NOT NULL
+    )
+    """,
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG)
 VERSION = len(MIGRATIONS)
 
 
@@ -131,6 +145,9 @@ def connect(path: str) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
     try:
         database.row_factory = sqlite3.Row
+        if not database.execute("PRAGMA page_count").fetchone()[0]:
+            # Of a new file alone: what is pruned gives its space back piece by piece, while the server runs.
+            database.execute("PRAGMA auto_vacuum = INCREMENTAL")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from emutune.errors import FleetError
+from emutune.files import sync_directory
 from emutune.fleet.authority import (
     RENEW_DAYS,
     general_name,
@@ -126,15 +127,17 @@ def write_secret(path: Path, text: str) -> None:
             with suppress(OSError):
                 aside.unlink()
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_directory(path.parent)
     except OSError as error:
         raise FleetError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
         ) from (error)
+
+
+def warn_of_readers(path: Path) -> None:
+    """Say so if others than its owner can read a secret; what Windows shows as a mode says nothing about that."""
+    if os.name != "nt" and path.stat().st_mode & 0o077:
+        log.warning("%s: others can read it, and it holds a secret; chmod 600 it", path)
 
 
 def write_credentials(path: Path, credentials: Credentials) -> None:
@@ -156,8 +159,7 @@ def read_credentials(path: Path) -> Credentials:
     try:
         if path.stat().st_size > _CREDENTIALS_BYTES:
             raise FleetError(f"{path}: too large for a credentials file; {remedy}")
-        if path.stat().st_mode & 0o077:
-            log.warning("%s: others can read it, and it holds a secret; chmod 600 it", path)
+        warn_of_readers(path)
         return Credentials.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise FleetError(f"{path}: no such file; {remedy}, and copy it to this device") from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from emutune.errors import FleetError
@@ -98,7 +98,7 @@ class Cache:
         self.dropped: list[str] = []
         self._folder = directory / "shards"
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache")
-        self._lock: Any = None
+        self._lock = FileLock(directory / "lock", thread_local=False)
 
     async def __aenter__(self) -> Self:
         with self._writing():
@@ -109,8 +109,7 @@ class Cache:
 
     async def __aexit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True)
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.release()
 
     async def check(self) -> list[str]:
         """Hash every shard and drop the damaged ones; returns those."""
@@ -318,11 +317,9 @@ class Cache:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     def _take_lock(self) -> None:
-        self._lock = (self.directory / "lock").open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             raise FleetError(
                 f"--cache {self.directory}: another device uses it; choose another directory, or end that one"
             ) from error

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from emutune.files import sync_directory
+
 # Large enough that the writing thread is seldom waited for, small beside what a device has.
 _WRITTEN_AT_ONCE = 1 << 20
 _WAITING_AT_MOST = 4
@@ -38,15 +40,6 @@ def remove_durably(path: Path) -> None:
     """Remove a file; nothing that happens later reaches the medium before this."""
     path.unlink(missing_ok=True)
     sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring a directory's names to the medium."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def hash_file(path: Path) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 from safetensors import SafetensorError, safe_open
 
+from emutune.files import sync_directory
 from emutune.fleet.protocol import Received
 from emutune.fleet.server.bodies import gathered, pieces
 from emutune.fleet.server.refusals import Refused
@@ -151,6 +152,7 @@ class Uploads:
                 return Received(bytes=0, complete=False)
             await run_sync(_move, part, data)
         await expected.take(data)
+        self._open.pop(expected.lease, None)
         return Received(bytes=expected.size, complete=True)
 
     def _take_turn(self, lease: str) -> _Upload:
@@ -249,12 +251,7 @@ def _sync_and_close(file: int) -> None:
 
 def _move(source: Path, target: Path) -> None:
     os.replace(source, target)
-    _sync_directory(target.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY)
-    _sync_and_close(file)
+    sync_directory(target.parent)
 
 
 def _sha256(path: Path) -> str:

@@ -81,6 +81,10 @@ class Orchestrator:
         """Training and judging under way."""
         return [job for job in self._jobs.values() if not job.done()]
 
+    def at_work(self) -> set[str]:
+        """The leases that are trained or judged now."""
+        return set(self._jobs)
+
     # The loop
 
     async def run(self) -> None:
@@ -288,6 +292,11 @@ class Orchestrator:
         running = self._jobs.get(lease)
         if running is None or running.done():
             self._jobs[lease] = asyncio.create_task(self._guarded(lease, work))
+            self._jobs[lease].add_done_callback(partial(self._ended, lease))
+
+    def _ended(self, lease: str, job: asyncio.Task[None]) -> None:
+        if self._jobs.get(lease) is job:
+            del self._jobs[lease]
 
     async def _guarded(self, lease: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
@@ -456,6 +465,8 @@ class Orchestrator:
         info = self._catalogue.info
         check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        # As new as if it had been written now, though a kill may have come after it was.
+        os.utime(path)
         os.replace(path, self._adapter(sha256))
         return sha256
 

@@ -7,6 +7,7 @@ import os
 from typing import Any, Protocol
 
 from emutune.errors import FleetError
+from emutune.extras import expect_extra
 from emutune.fleet.server.child import ATTEMPTS, Child, checked
 from emutune.fleet.server.worker import JudgeJob, TrainJob
 
@@ -64,12 +65,9 @@ class RayPool:
     """Jobs on a Ray cluster, whose machines see the server's files under the same paths."""
 
     def __init__(self, workers: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise FleetError(
-                'at_server.pool: "ray" needs Ray; pip install \'emutune[ray]\', or choose "processes"'
-            ) from error
+        expect_extra("ray", 'at_server.pool = "ray"', FleetError)
+        import ray
+
         from emutune.fleet.server.worker import outcome_of
 
         if not ray.is_initialized():

@@ -10,9 +10,11 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from emutune.errors import FleetError
 from emutune.fleet.addresses import same_host, url_of
-from emutune.fleet.config import FleetConfig, Server
+from emutune.fleet.config import LEDGER, LOCK, FleetConfig, Server
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Lease
 from emutune.fleet.security import (
@@ -26,14 +28,13 @@ from emutune.fleet.server.app import create_app, serve
 from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.dashboard.opening import open_board
 from emutune.fleet.server.deciding import warm_up
+from emutune.fleet.server.housekeeping import Housekeeping
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
 from emutune.fleet.server.renewal import Renewal, certificate_of
 from emutune.fleet.server.routes import Shared
 from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.inventory import Inventory
-
-LEDGER = "ledger.sqlite"
 
 
 def enrol_device(config: FleetConfig, device: str, out: Path, url: str | None = None) -> str:
@@ -124,6 +125,10 @@ async def run_server(
     Raises:
         EmutuneError: something in the file cannot be had; nothing was changed.
     """
+    if os.name == "nt":
+        raise FleetError(
+            "a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices"
+        )
     certificate = certificate_of(config)
     with _only_one(config), opened_ledger(config) as ledger:
         _same_fleet(ledger, config, catalogue)
@@ -144,11 +149,15 @@ async def run_server(
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
             started(url_of(server.reached_as[0], listening.port))
             renewing = asyncio.create_task(Renewal(config, certificate, listening.show).run())
+            shared: Shared = app.state.fleet
+            directory = config.server.directory
+            housekeeping = Housekeeping(ledger, directory, config.keep.days, hub.at_work, shared.forget)
+            tidying = asyncio.create_task(housekeeping.run())
             try:
                 await _until_told(asyncio.create_task(hub.run()))
-                await _forget_uploads(app.state.fleet)
+                await _forget_uploads(shared)
             finally:
-                for job in (renewing, *hub.jobs):
+                for job in (renewing, tidying, *hub.jobs):
                     job.cancel()
                 await board.say_farewell()
                 await listening.stop()
@@ -211,18 +220,15 @@ async def _pools(config: FleetConfig, judge: Pool | None) -> AsyncIterator[tuple
 @contextmanager
 def _only_one(config: FleetConfig) -> Iterator[None]:
     """Two servers on one ledger would both decide; the lock ends with the process, however it ends."""
-    import fcntl
-
     directory = config.server.directory
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "server.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FleetError(
-                f"server.directory: {directory} is used by another server; end that one, or choose another directory"
-            ) from error
-        lock.write(str(os.getpid()))
+    try:
+        held = FileLock(directory / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise FleetError(
+            f"server.directory: {directory} is used by another server; end that one, or choose another directory"
+        ) from error
+    with held:
         yield
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
 from emutune.errors import FleetError
-from emutune.fleet.security import new_secret, write_secret
-
-log = logging.getLogger(__name__)
+from emutune.fleet.security import new_secret, warn_of_readers, write_secret
 
 KEY_FILE = "dashboard.key"
 PAGE = "/dashboard"
@@ -30,8 +27,7 @@ def dashboard_key(directory: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_KEY_BYTES)
-            if path.stat().st_mode & 0o077:
-                log.warning("%s: others can read it, and it holds a secret; chmod 600 it", path)
+        warn_of_readers(path)
     except FileNotFoundError:
         key = new_secret()
         write_secret(path, f"{key}\n")

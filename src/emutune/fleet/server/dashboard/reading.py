@@ -40,12 +40,14 @@ _REPORTS = """
     SELECT reports.device, json_extract(reports.message, '$.emulator') AS emulator, received_at, NOT EXISTS (
         SELECT 1 FROM leases WHERE kind <> 'stop' AND leases.device = reports.device AND leases.task = reports.task
     ) AS undecided
-    FROM reports WHERE reports.id IN (SELECT max(id) FROM reports GROUP BY device)
+    FROM devices CROSS JOIN reports ON reports.id = (SELECT max(id) FROM reports WHERE device = devices.name)
 """
 _LAST_LEASES = """
     SELECT device, lease, step, kind, state, retention, emulator_name, predicted_bytes, transferred_bytes,
         data_complete, adapter_sha256 IS NOT NULL AS adapter, outcome IS NOT NULL AS told, opened_at
-    FROM leases WHERE id IN (SELECT max(id) FROM leases WHERE kind <> 'stop' GROUP BY device)
+    FROM devices CROSS JOIN leases ON leases.id = (
+        SELECT max(id) FROM leases WHERE device = devices.name AND kind <> 'stop'
+    )
 """
 # Marks of a lease only ever grow, so whatever changes a comparison changes one of the counts.
 _PROGRESS = """
@@ -168,7 +170,10 @@ class Reading(Ledger):
             row["number"]: row for row in self._all("SELECT number, begun_at, ended_at, delay_s FROM steps")
         }
         self.revision += 1
-        for row in self._all(_PROGRESS.format(which="")):
+        rows = self._all(_PROGRESS.format(which=""))
+        for pruned in self._steps.keys() - {row["step"] for row in rows}:
+            del self._steps[pruned]
+        for row in rows:
             known, step = self._steps.get(row["step"]), begun[row["step"]]
             counts = (*row, step["ended_at"])
             if known is None or known.counts != counts:
@@ -181,7 +186,9 @@ class Reading(Ledger):
 
     def steps_ended(self) -> int:
         """How many steps are over."""
-        return int(self._all("SELECT count(ended_at) AS n FROM steps")[0]["n"])
+        return int(self._all("SELECT count(ended_at) AS n FROM steps")[0]["n"]) + self.pruned().get(
+            "steps", 0
+        )
 
     def errors(self) -> Errors:
         """How far prediction and measurement are apart, over the steps that were read last."""
@@ -223,7 +230,7 @@ class Reading(Ledger):
             self._audited = max(self._audited, row["last"])
         if self._audited > last:
             self._note(self._deletions, "event = ?", last)
-            self._note(self._refusals, "event <> ?", last)
+            self._note(self._refusals, "event NOT IN (?, 'pruned')", last)
         of = self._events.get
         return Audit(
             strangers=of(("refused", True), 0),
