@@ -13,7 +13,7 @@ from ledgers import decision, report
 from test_decide import rate
 from whole_fleet import DecidingHere, ThreadPool, WholeFleet, catalogue_at
 
-from emutune.fleet.ledger import Ledger, LeaseRow
+from emutune.fleet.ledger import LeaseRow, Ledger
 from emutune.fleet.protocol import Result
 from emutune.fleet.server.choices import Candidate, Choice
 from emutune.fleet.server.links import DrawnLink

@@ -18,7 +18,7 @@ import pytest
 import plain
 from emutune.policies import LaterPrices, plan_lookahead
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import Cache, Device, State, World, build_world, observe, reset, step
+from emutune.world import Cache, Device, State, World, build_world, observe, reset
 
 OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
 TASKS, UPLOAD, DOWNLOAD, BACKGROUND_S = 4, 0.7, 0.4, 50.0

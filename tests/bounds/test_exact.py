@@ -1,13 +1,15 @@
-"""Where there is nothing to choose a bound is what the episode costs, to the last term of it."""
+"""Where there is nothing to choose, or nobody to share with, a bound is what the best plan costs, to the last term."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
-from tiny import Drawn, draw_tiny, only_plan
+from tiny import Drawn, draw_tiny, only_plan, optimum
 
 import plain
-from emutune.bounds import Costs, Prices, bound_at_prices, cost_bound
+from emutune.bounds import Prices, bound_at_prices, cost_bound
 
 # One level of each family, of 5.4 and 4 GB.
 BOTH_GB = 9.4
@@ -56,7 +58,7 @@ def forced(where: str, seed: int, features: set[str], *changes: str) -> Drawn:
 
 
 def best_prices(drawn: Drawn, outcomes: list[dict]) -> Prices:
-    """The dual solution: all of a second's price on what the step waits for, and a rent where one emulator alone fits."""
+    """The dual solution: a second costs where the step waits; where one emulator fits, the one in use pays."""
     costs, energy = drawn.costs, drawn.scenario.energy
     tasks, ues, _ = costs.local_cost.shape
     own_time = ues == 1 and costs.training_s is not None
@@ -108,3 +110,43 @@ def test_ues_alike_without_a_choice_share_as_the_bound_says(
         for proved in (cost_bound(drawn.costs), bound_at_prices(drawn.costs, best_prices(drawn, outcomes))):
             assert proved == pytest.approx(cost, rel=1e-5)
             assert proved <= cost * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("where", FORCED)
+@pytest.mark.parametrize("features", [{"computation"}, {"computation", "activity", "trace"}], ids=named)
+def test_ues_unlike_without_a_choice_wait_for_the_slowest_pair_by_pair(
+    where: str, features: set[str]
+) -> None:
+    for seed in range(3):
+        drawn = forced(where, seed, features, "fleet.ues=3")
+        cost, _ = only_plan(drawn)
+        for method in ("linear", "integer"):
+            proved = cost_bound(drawn.costs, method)
+            assert proved == pytest.approx(cost, rel=1e-5)
+            assert proved <= cost
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"computation"},
+        {"computation", "energy", "delta", "ergodic"},
+        {"computation", "energy", "delta", "cache"},
+        {"computation", "energy", "memory", "privacy", "activity", "cache", "trace"},
+    ],
+    ids=named,
+)
+def test_a_ue_that_shares_with_nobody_is_charged_its_best_plan(features: set[str]) -> None:
+    best, dear = [], {"energy", "budget"} & features
+    for seed, weight in itertools.product(range(3), (-0.001, -0.015, -0.1)):
+        changes = [f"reward.delay_weight_per_min={weight}", "fleet.ues=1", "fleet.tasks=4"]
+        changes += ["energy.receive_w=5.0", "energy.weight_per_j=-1e-5"] if dear else []
+        # A cache that holds all there is has no rents.
+        drawn = draw_tiny(
+            features, seed, *changes, *(["families.cache_gb=50.0"] if "cache" in features else [])
+        )
+        tasks = np.zeros(4)
+        prices = Prices(tasks, tasks, np.ones((4, 1)))
+        best.append(-optimum(drawn.scenario, drawn.tasks))
+        assert bound_at_prices(drawn.costs, prices) == pytest.approx(best[-1], rel=1e-6)
+    assert len(set(best)) == len(best)
