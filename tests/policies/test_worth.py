@@ -1,6 +1,7 @@
 """What a UE's cache is worth later, against plain recursion over its future, in every world that lookahead plans for.
 
-At a price of 1 for each link a UE alone pays what it takes, so that the recursion is over ``plain.serve``.
+A UE pays for each link by the second, and of perplexity and joules its part of the fleet's mean, so that the
+recursion is over ``plain.serve`` of one UE at a time.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from emutune.scenario import Scenario, load_scenario
 from emutune.world import Cache, Device, State, World, build_world, observe, reset
 
 OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
-TASKS, UPLOAD, DOWNLOAD, BACKGROUND_S = 4, 0.7, 0.4, 50.0
+UES, TASKS, UPLOAD, DOWNLOAD, BACKGROUND_S = 3, 4, 0.7, 0.4, 50.0
 # Of later tasks only means count.
 MEANS = {"complexity": 5.0, "data_bits": 3.2e9, "transmit_power_w": 0.6}
 NEAR_M, FAR_M = 60.0, 400.0
 EVERYTHING = {"computation", "energy", "memory", "privacy", "activity"}
 
 
-def lone_world(features: set[str], *changes: str) -> Scenario:
-    """A UE alone in a world where transfers, training and joules cost about as much as perplexity."""
+def priced_world(features: set[str], *changes: str) -> Scenario:
+    """A world in which transfers, training and joules cost about as much as perplexity."""
     return load_scenario(
         "families",
         [
-            "fleet.ues=1",
+            f"fleet.ues={UES}",
             f"fleet.tasks={TASKS}",
             "radio.fading_blocks=1000000",
             "families.persistence=0.3",
@@ -43,9 +44,9 @@ def lone_world(features: set[str], *changes: str) -> Scenario:
             "tasks.data_mb={min=300.0,max=500.0}",
             "fleet.transmit_power_w={min=0.2,max=1.0}",
             *([] if "trace" in features else [f"fleet.distance_m={{min={NEAR_M},max={FAR_M}}}"]),
-            "reward.delay_weight_per_min=-0.05",
+            "reward.delay_weight_per_min=-0.02",
             *plain.changes_for(features),
-            *(["energy.receive_w=5.0", "energy.weight_per_j=-1e-4"] if "energy" in features else []),
+            *(["energy.receive_w=5.0", "energy.weight_per_j=-2e-4"] if "energy" in features else []),
             *(
                 ["energy.compute_j_per_tflop={min=0.1,max=0.6}"]
                 if features >= {"computation", "energy"}
@@ -58,7 +59,7 @@ def lone_world(features: set[str], *changes: str) -> Scenario:
     )
 
 
-def lone_ues(scenario: Scenario) -> list[dict[str, Any]]:
+def ues_apart(scenario: Scenario) -> list[dict[str, Any]]:
     """UEs at the ends of what sets them apart, where a table of worths has points."""
     computation, energy, memory = scenario.computation, scenario.energy, scenario.memory
     consumes = energy is not None and energy.compute_j_per_tflop is not None
@@ -116,11 +117,19 @@ def priced(
         seconds = UPLOAD * delay_s
     else:
         seconds = DOWNLOAD * (delay_s - training_s) + max(training_s - BACKGROUND_S, 0.0)
-    cost = -scenario.reward.perplexity_weight * out["perplexity"][0]
+    cost = -scenario.reward.perplexity_weight * out["perplexity"][0] * share_of_mean(scenario)
     cost -= scenario.reward.delay_weight_per_min * seconds / 60
     if scenario.energy:
-        cost -= scenario.energy.weight_per_j * out["energy_j"][0]
+        cost -= scenario.energy.weight_per_j * out["energy_j"][0] / UES
     return plain.Carried(after.emulators), cost
+
+
+def share_of_mean(scenario: Scenario) -> float:
+    """Of a task in the mean over all tasks of a step, on average over how many others there are."""
+    active = scenario.activity.task_probability if scenario.activity else 1.0
+    others = range(UES)
+    chances = [math.comb(UES - 1, m) * active**m * (1 - active) ** (UES - 1 - m) for m in others]
+    return sum(chance / (1 + m) for m, chance in zip(others, chances, strict=True))
 
 
 def expected_later(scenario: Scenario, ue: dict[str, Any]) -> Any:
@@ -159,7 +168,7 @@ def state_of(start: State, ue: dict, now: int, family: int, carried: plain.Carri
     }
     active = None if drawn.active is None else jnp.ones_like(drawn.active)
     held_family, held = carried.emulators[0] if carried.emulators else (0, 0)
-    cache = Cache(jnp.full(1, held, jnp.int32), jnp.full(1, held_family, jnp.int32), start.cache.spent_j)
+    cache = Cache(jnp.full(UES, held, jnp.int32), jnp.full(UES, held_family, jnp.int32), start.cache.spent_j)
     return State(
         drawn._replace(
             **episode, device=Device(**fields), active=active, family=jnp.full_like(drawn.family, family)
@@ -175,7 +184,7 @@ def state_of(start: State, ue: dict, now: int, family: int, carried: plain.Carri
     ids=lambda part: "-".join(sorted(part)),
 )
 def test_what_a_cache_is_worth_is_the_recursion_in_plain_numbers(features: set[str]) -> None:
-    scenario = lone_world(features)
+    scenario = priced_world(features)
     world = build_world(scenario)
     prices = LaterPrices(*(jnp.float32(price) for price in (UPLOAD, DOWNLOAD, BACKGROUND_S)))
     start = jax.jit(reset)(jax.random.key(0), world)
@@ -185,7 +194,7 @@ def test_what_a_cache_is_worth_is_the_recursion_in_plain_numbers(features: set[s
         return policy.later(world, observe(world, state))
 
     policy = jax.jit(lambda world: plan_lookahead(scenario, world, prices))(world)
-    for ue in lone_ues(scenario):
+    for ue in ues_apart(scenario):
         later = expected_later(scenario, ue)
         for now, family in itertools.product(range(TASKS), range(2)):
             possible = plain.possible_layers(scenario, ue | {"family": family})
