@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import OTHER, optimum, tiny
+from tiny import OTHER, tiny
 
 import plain
 from emutune.bounds import certified_bounds
@@ -25,7 +25,7 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
     episodes = jax.tree.map(
         lambda leaf: leaf[None], jax.jit(draw_episode)(jax.random.key(seed), build_world(scenario))
     )
-    best = optimum(scenario, plain.tasks_of(jax.tree.map(lambda leaf: leaf[0], episodes)))
+    best = plain.best_return(scenario, plain.tasks_of(jax.tree.map(lambda leaf: leaf[0], episodes)))
     linear, integer, prices = (
         certified_bounds(scenario, episodes, method=m)[0] for m in ("linear", "integer", "prices")
     )

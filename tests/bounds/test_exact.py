@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from tiny import Drawn, draw_tiny, only_plan, optimum
+from tiny import Drawn, draw_tiny, only_plan
 
 import plain
 from emutune.bounds import Prices, bound_at_prices, cost_bound
@@ -147,6 +147,6 @@ def test_a_ue_that_shares_with_nobody_is_charged_its_best_plan(features: set[str
         )
         tasks = np.zeros(4)
         prices = Prices(tasks, tasks, np.ones((4, 1)))
-        best.append(-optimum(drawn.scenario, drawn.tasks))
+        best.append(-plain.best_return(drawn.scenario, drawn.tasks))
         assert bound_at_prices(drawn.costs, prices) == pytest.approx(best[-1], rel=1e-6)
     assert len(set(best)) == len(best)

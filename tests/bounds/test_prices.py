@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bound import TASKS, UES, enumerated_optimum
-from tiny import draw_tiny, optimum
+from tiny import draw_tiny
 
 import plain
 from emutune.bounds import (
@@ -82,7 +82,7 @@ def assert_rents_and_joules_prove_no_more(features: set[str], seed: int, *change
     if features & {"energy", "budget"}:
         changes = (*changes, *DEAR)
     drawn, draw = draw_tiny(features, seed, *changes), np.random.default_rng(seed)
-    costs, cost = drawn.costs, -optimum(drawn.scenario, drawn.tasks)
+    costs, cost = drawn.costs, -plain.best_return(drawn.scenario, drawn.tasks)
     limits = 1 if costs.room is None else len(costs.room.limits)
     for _ in range(25):
         shares = draw.gamma(0.3, 10 ** draw.uniform(-2, 2), (TASKS, UES + 2)) * draw.integers(0, 2, UES + 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,34 +121,11 @@ def draw_tiny(features: set[str], seed: int, *changes: str) -> Drawn:
     return Drawn(scenario, episode)
 
 
-def options(scenario: Scenario, task: dict[str, Any]) -> list[tuple[str, int]]:
-    """Everything that a UE can do with a task."""
-    possible = [("local", k) for k in plain.possible_layers(scenario, task)]
-    if not task["active"]:
-        return [("idle", 0)]
-    return possible if task["private"] and possible else [*possible, ("server", 0)]
-
-
-def optimum(scenario: Scenario, tasks: Sequence[list[dict[str, Any]]]) -> float:
-    """Return of the best of all plans, by enumeration in plain numbers."""
-    reached = {tuple([plain.Carried()] * len(tasks[0])): 0.0}
-    for row in tasks:
-        following: dict = {}
-        for carried, total in reached.items():
-            for plan in itertools.product(*(options(scenario, task) for task in row)):
-                after, outcome = plain.serve(scenario, row, list(carried), list(plan))
-                state, value = tuple(after), total + outcome["reward"]
-                if value > following.get(state, -np.inf):
-                    following[state] = value
-        reached = following
-    return max(reached.values())
-
-
 def only_plan(drawn: Drawn) -> tuple[float, list[dict[str, Any]]]:
     """What the one possible plan costs, and every step's outcome, with how many upload."""
     carried, outcomes = [plain.Carried()] * drawn.scenario.fleet.ues, []
     for row in drawn.tasks:
-        ((*plan,),) = itertools.product(*(options(drawn.scenario, task) for task in row))
+        ((*plan,),) = itertools.product(*(plain.options(drawn.scenario, task) for task in row))
         carried, outcome = plain.serve(drawn.scenario, row, carried, plan)
         outcomes.append({**outcome, "uploads": sum(kind == "server" for kind, _ in plan)})
     return -sum(outcome["reward"] for outcome in outcomes), outcomes

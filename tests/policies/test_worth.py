@@ -102,13 +102,8 @@ def gains_of(scenario: Scenario, far: bool) -> dict[str, float]:
     }
 
 
-def options(scenario: Scenario, task: dict[str, Any]) -> list[tuple[str, int]]:
-    possible = [("local", k) for k in plain.possible_layers(scenario, task)]
-    return possible if task["private"] and possible else [*possible, ("server", 0)]
-
-
 def priced(
-    scenario: Scenario, task: dict, carried: plain.Carried, plan: tuple[str, int]
+    scenario: Scenario, task: dict, carried: plain.Carried, plan: tuple[str, int], shadow_per_j: float
 ) -> tuple[Any, float]:
     """What a task costs a UE that pays for links by the second, and what it then carries."""
     (after,), out = plain.serve(scenario, [task], [carried], [plan])
@@ -121,6 +116,8 @@ def priced(
     cost -= scenario.reward.delay_weight_per_min * seconds / 60
     if scenario.energy:
         cost -= scenario.energy.weight_per_j * out["energy_j"][0] / UES
+        # Joules of a budget are missed later; lookahead counts those of training.
+        cost += shadow_per_j * (training_s * (task["compute_w"] or 0.0) if plan[0] == "local" else 0.0) / UES
     return plain.Carried(after.emulators), cost
 
 
@@ -132,7 +129,7 @@ def share_of_mean(scenario: Scenario) -> float:
     return sum(chance / (1 + m) for m, chance in zip(others, chances, strict=True))
 
 
-def expected_later(scenario: Scenario, ue: dict[str, Any]) -> Any:
+def expected_later(scenario: Scenario, ue: dict[str, Any], shadow_per_j: float = 0.0) -> Any:
     """Expected cost of all steps after one, by step, family of its task, and what is carried after it."""
     persistence = scenario.families.persistence
     active = scenario.activity.task_probability if scenario.activity else 1.0
@@ -150,13 +147,17 @@ def expected_later(scenario: Scenario, ue: dict[str, Any]) -> Any:
 
     def cost(now: int, family: int, carried: plain.Carried) -> float:
         task = ue | {"family": family}
-        served = (priced(scenario, task, carried, plan) for plan in options(scenario, task))
+        served = (
+            priced(scenario, task, carried, plan, shadow_per_j) for plan in plain.options(scenario, task)
+        )
         return min(paid + later(now, family, after) for after, paid in served)
 
     return later
 
 
-def state_of(start: State, ue: dict, now: int, family: int, carried: plain.Carried) -> State:
+def state_of(
+    start: State, ue: dict, now: int, family: int, carried: plain.Carried, spent_j: float = 0.0
+) -> State:
     """A state in which a UE is at the end of a row of such tasks."""
     drawn, episode = start.episode, {}
     for name in ("gain", "downlink_gain", "complexity", "data_bits", "transmit_power_w"):
@@ -168,7 +169,8 @@ def state_of(start: State, ue: dict, now: int, family: int, carried: plain.Carri
     }
     active = None if drawn.active is None else jnp.ones_like(drawn.active)
     held_family, held = carried.emulators[0] if carried.emulators else (0, 0)
-    cache = Cache(jnp.full(UES, held, jnp.int32), jnp.full(UES, held_family, jnp.int32), start.cache.spent_j)
+    spent = None if start.cache.spent_j is None else jnp.full(UES, spent_j)
+    cache = Cache(jnp.full(UES, held, jnp.int32), jnp.full(UES, held_family, jnp.int32), spent)
     return State(
         drawn._replace(
             **episode, device=Device(**fields), active=active, family=jnp.full_like(drawn.family, family)
@@ -205,3 +207,30 @@ def test_what_a_cache_is_worth_is_the_recursion_in_plain_numbers(features: set[s
                 assert float(kept[0]) == pytest.approx(later(now, family, held), rel=4e-3, abs=1e-4)
             expected = [later(now, family, plain.carrying(family, k, 0.0)) for k in possible]
             np.testing.assert_allclose(renewed[0, np.array(possible)], expected, rtol=4e-3, atol=1e-4)
+
+
+def test_a_joule_of_a_budget_is_worth_what_makes_later_costs_less_the_budget_highest() -> None:
+    over, budget_j = 1e-3, 3000.0
+    changes = ["energy.compute_j_per_tflop={min=0.1,max=0.6}", f"energy.budget_j={budget_j}"]
+    scenario = priced_world({"computation", "budget"}, *changes, f"energy.over_budget_weight_per_j={-over}")
+    world = build_world(scenario)
+    prices = LaterPrices(*(jnp.float32(price) for price in (UPLOAD, DOWNLOAD, BACKGROUND_S)))
+    start = jax.jit(reset)(jax.random.key(0), world)
+    policy = jax.jit(lambda world: plan_lookahead(scenario, world, prices))(world)
+    shadow_of = jax.jit(lambda state: policy.shadow_per_j(world, observe(world, state))[0])
+    chosen = set()
+    for ue in ues_apart(scenario):
+        laters = {share: expected_later(scenario, ue, share * over) for share in (0.0, 0.1, 0.25, 0.5, 1.0)}
+        for now, spent_j in itertools.product(range(TASKS), (0.0, 1500.0, 2900.0, 5000.0)):
+            # This step's part of what is left is not for later.
+            left_j = max(budget_j - spent_j, 0.0) * (1 - 1 / (TASKS - now))
+            values = {
+                share: later(now, 0, plain.Carried()) - share * over * left_j / UES
+                for share, later in laters.items()
+            }
+            found = float(shadow_of(state_of(start, ue, now, 0, plain.Carried(), spent_j))) / over
+            share = min(values, key=lambda share: abs(share - found))
+            assert found == pytest.approx(share, abs=1e-5)
+            assert values[share] > max(values.values()) - 2e-3
+            chosen.add(share)
+    assert len(chosen) > 2
