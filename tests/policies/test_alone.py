@@ -22,22 +22,22 @@ CERTAIN = [
     f"families.others=[{OTHER}]",
     "tasks.complexity={min=5.0,max=5.0}",
     "tasks.data_mb={min=400.0,max=400.0}",
-    "fleet.transmit_power_w={min=0.6,max=0.6}",
+    "fleet.transmit_power_w={min=0.001,max=0.001}",
 ]
-# Fetching an emulator for all that comes is about as dear as uploading each time.
-DEAR = ["energy.receive_w=5.0", "energy.weight_per_j=-1e-4"]
+# Every joule is beyond the budget, so that it has one price. Only training takes many.
+OVER = ["energy.receive_w=0.0", "energy.compute_j_per_tflop={min=0.1,max=0.6}", "energy.budget_j=1.0"]
+DEAR = ["energy.over_budget_weight_per_j=-2e-4", "computation.server_tflops=3.0"]
 
 
 def test_a_ue_alone_in_a_world_without_chance_does_the_best_there_is() -> None:
-    scenario = load_scenario("families", [*CERTAIN, *plain.changes_for({"energy", "delta"}), *DEAR])
-    one = jnp.float32(1.0)
-    policy = jax.jit(lambda world: plan_lookahead(scenario, world, LaterPrices(one, one)))(
-        build_world(scenario)
-    )
+    features = plain.changes_for({"computation", "budget", "delta"})
+    scenario = load_scenario("families", [*CERTAIN, *features, *OVER, *DEAR])
+    prices = LaterPrices(*map(jnp.float32, (1.0, 1.0, 0.0)))
+    policy = jax.jit(lambda world: plan_lookahead(scenario, world, prices))(build_world(scenario))
     drawn = held_out_episodes(scenario, 24)
     mine = evaluate_policy(scenario, policy, drawn)
     episodes = [jax.tree.map(lambda leaf, n=n: leaf[n], drawn) for n in range(24)]
     best = [plain.best_return(scenario, plain.tasks_of(episode)) for episode in episodes]
     np.testing.assert_allclose(mine.episode_return, best, rtol=1e-3)
-    # Some plans are to hold an emulator and some are to upload, but none is to take turns.
+    # Some hold an emulator and some upload.
     assert set(mine.server_share) == {0.0, 1.0}
