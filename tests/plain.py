@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,14 @@ def kept_after(
 
 def _gb(scenario: Scenario, family: int, layers: int) -> float:
     return scenario.models[family].size_gb * layers / scenario.models[family].layers
+
+
+def options(scenario: Scenario, task: dict[str, Any]) -> list[tuple[str, int]]:
+    """Everything that a UE can do with a task."""
+    possible = [("local", k) for k in possible_layers(scenario, task)]
+    if not task["active"]:
+        return [("idle", 0)]
+    return possible if task["private"] and possible else [*possible, ("server", 0)]
 
 
 def project(scenario: Scenario, task: dict[str, Any], at_server: bool, wanted: float) -> tuple[str, int]:
@@ -184,6 +194,21 @@ def serve(
         "reward": -cost,
         "sent": sent,
     }
+
+
+def best_return(scenario: Scenario, tasks: Sequence[list[dict[str, Any]]]) -> float:
+    """Return of the best of all plans, by enumeration."""
+    reached = {tuple([Carried()] * len(tasks[0])): 0.0}
+    for row in tasks:
+        following: dict[tuple[Carried, ...], float] = {}
+        for carried, total in reached.items():
+            for plan in itertools.product(*(options(scenario, task) for task in row)):
+                after, outcome = serve(scenario, row, list(carried), list(plan))
+                state, value = tuple(after), total + outcome["reward"]
+                if value > following.get(state, -math.inf):
+                    following[state] = value
+        reached = following
+    return max(reached.values())
 
 
 FEATURES = {

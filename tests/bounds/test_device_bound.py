@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import OTHER, tiny
 
 import plain
 from emutune.bounds import certified_bounds
@@ -18,47 +17,7 @@ from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import build_world, draw_episode
 
-OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
 EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
-
-
-def tiny(features: set[str], *changes: str):
-    return load_scenario(
-        "families",
-        [
-            "fleet.ues=2",
-            "fleet.tasks=3",
-            "model.layers=3",
-            "retention.min=0.2",
-            "retention.max=0.75",
-            f"families.others=[{OTHER}]",
-            *plain.changes_for(features),
-            *(["memory.device_gb={min=3.7,max=9.0}"] if "memory" in features else []),
-            *changes,
-        ],
-    )
-
-
-def optimum(scenario, tasks) -> float:
-    """Return of the best of all plans, by enumeration in plain numbers."""
-
-    def options(task):
-        possible = [("local", k) for k in plain.possible_layers(scenario, task)]
-        if not task["active"]:
-            return [("idle", 0)]
-        return possible if task["private"] and possible else [*possible, ("server", 0)]
-
-    reached = {tuple([plain.Carried()] * len(tasks[0])): 0.0}
-    for row in tasks:
-        following: dict = {}
-        for carried, total in reached.items():
-            for plan in itertools.product(*map(options, row)):
-                after, outcome = plain.serve(scenario, row, list(carried), list(plan))
-                state, value = tuple(after), total + outcome["reward"]
-                if value > following.get(state, -np.inf):
-                    following[state] = value
-        reached = following
-    return max(reached.values())
 
 
 def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tuple[float, ...]:
@@ -66,7 +25,7 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
     episodes = jax.tree.map(
         lambda leaf: leaf[None], jax.jit(draw_episode)(jax.random.key(seed), build_world(scenario))
     )
-    best = optimum(scenario, plain.tasks_of(jax.tree.map(lambda leaf: leaf[0], episodes)))
+    best = plain.best_return(scenario, plain.tasks_of(jax.tree.map(lambda leaf: leaf[0], episodes)))
     linear, integer, prices = (
         certified_bounds(scenario, episodes, method=m)[0] for m in ("linear", "integer", "prices")
     )

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bound import TASKS, UES, enumerated_optimum
+from tiny import draw_tiny
 
+import plain
 from emutune.bounds import (
     Costs,
     Prices,
@@ -62,6 +64,47 @@ def test_no_prices_prove_more_than_the_best_schedule(name: str) -> None:
         assert 0.98 * linear <= found <= optimum
 
     check()
+
+
+RENTED = [
+    {"cache"},
+    {"budget"},
+    {"cache", "budget", "privacy"},
+    {"cache", "energy", "computation", "activity"},
+    {"cache", "budget", "computation", "memory", "trace"},
+    {"cache", "budget", "delta", "ergodic"},
+    {"budget", "computation", "privacy", "activity", "delta"},
+]
+DEAR = ["energy.receive_w=40.0", "energy.weight_per_j=-1e-4"]
+
+
+def assert_rents_and_joules_prove_no_more(features: set[str], seed: int, *changes: str) -> None:
+    if features & {"energy", "budget"}:
+        changes = (*changes, *DEAR)
+    drawn, draw = draw_tiny(features, seed, *changes), np.random.default_rng(seed)
+    costs, cost = drawn.costs, -plain.best_return(drawn.scenario, drawn.tasks)
+    limits = 1 if costs.room is None else len(costs.room.limits)
+    for _ in range(25):
+        shares = draw.gamma(0.3, 10 ** draw.uniform(-2, 2), (TASKS, UES + 2)) * draw.integers(0, 2, UES + 2)
+        joule = draw.uniform(0, 1, UES) ** draw.choice([0, 1, 10])
+        rent = draw.gamma(0.5, cost * 10 ** draw.uniform(-4, 0), (TASKS, UES, limits))
+        prices = Prices(shares[:, 0], shares[:, 1], shares[:, 2:], joule, rent * draw.integers(0, 2, limits))
+        assert bound_at_prices(costs, prices) <= cost
+
+
+@pytest.mark.parametrize("features", RENTED, ids=lambda part: "-".join(sorted(part)))
+def test_no_rents_and_no_prices_of_joules_prove_more_than_the_best_plan(features: set[str]) -> None:
+    for seed, weight in enumerate((0.0, -0.001, -0.015)):
+        assert_rents_and_joules_prove_no_more(features, seed, f"reward.delay_weight_per_min={weight}")
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@given(plain.feature_sets(), st.integers(0, 2**31 - 1), st.sampled_from([0.0, -0.001, -0.1]))
+def test_no_prices_prove_more_than_the_best_plan_in_any_world(
+    features: set[str], seed: int, weight: float
+) -> None:
+    assert_rents_and_joules_prove_no_more(features, seed, f"reward.delay_weight_per_min={weight}")
 
 
 def test_free_seconds_prove_what_perplexity_costs_at_least() -> None:

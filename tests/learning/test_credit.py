@@ -85,11 +85,13 @@ EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
 
 @pytest.mark.parametrize("features", [EVERYTHING, {"computation", "energy"}, {"activity", "privacy"}])
 def test_credit_counts_training_and_joules(features: set[str]) -> None:
-    changes = plain.changes_for(features)
-    scenario = load_scenario("families", ["fleet.ues=5", "model.parameters_billion=2.7", *changes, OTHER])
-    world = build_world(scenario)
     step = jax.jit(serve)
-    for seed in range(4):
+    for seed in range(8):
+        changes = plain.changes_for(features)
+        # With a fast server all wait for a UE that trains what it holds.
+        changes += ["computation.server_tflops=500.0"] * (seed % 2 and "computation" in features)
+        scenario = load_scenario("families", ["fleet.ues=5", "model.parameters_billion=2.7", *changes, OTHER])
+        world = build_world(scenario)
         draw = np.random.default_rng(seed)
         state = jax.jit(reset)(jax.random.key(seed), world)
         task, rows = current_task(state), plain.tasks_of(state.episode)[0]

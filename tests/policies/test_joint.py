@@ -46,14 +46,6 @@ def some_state(scenario, seed: int, step: int):
     return state._replace(step=jnp.asarray(step, jnp.int32), cache=cache), rows
 
 
-def options(scenario, task):
-    """Everything that a UE can do with a task."""
-    possible = [("local", k) for k in plain.possible_layers(scenario, task)]
-    if not task["active"]:
-        return [("idle", 0)]
-    return possible if task["private"] else [*possible, ("server", 0)]
-
-
 @pytest.mark.parametrize(
     "features",
     [EVERYTHING, pytest.param({"computation"}, marks=pytest.mark.slow),
@@ -78,7 +70,7 @@ def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
         carried = [plain.carrying(*mine) for mine in cache]
         best = max(
             plain.serve(scenario, rows, carried, list(plan))[1]["reward"]
-            for plan in itertools.product(*(options(scenario, task) for task in rows))
+            for plan in itertools.product(*(plain.options(scenario, task) for task in rows))
         )
         assert float(act(state)) == pytest.approx(best, rel=3e-3)
 
@@ -101,7 +93,7 @@ def test_a_joint_choice_costs_what_the_step_costs() -> None:
     for seed in range(6):
         state, rows = some_state(scenario, seed, 3)
         for _ in range(4):
-            every = [options(scenario, task) for task in rows]
+            every = [plain.options(scenario, task) for task in rows]
             plan = [one[draw.integers(len(one))] for one in every]
             at_server = jnp.array([kind == "server" for kind, _ in plan])
             layers = jnp.array([int(k) for _, k in plan])

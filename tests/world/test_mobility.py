@@ -97,6 +97,14 @@ def test_ways_are_straight_and_within_the_speeds() -> None:
     assert walked.distance_m.max() <= distance.max * (1 + 1e-5)
 
 
+def test_who_turns_walks_further_than_it_gets() -> None:
+    walk = "mobility={speed_mps={min=0.5, max=20}, pause_s={min=0, max=0}, interval_s=30}"
+    walked = paths(walking(walk))
+    turned = walked.moved_m[1:] < walked.speed_mps[1:] * 30 * (1 - 1e-3)
+    assert 0.2 < turned.mean() < 0.9
+    assert (walked.moved_m[1:] <= walked.speed_mps[1:] * 30 * (1 + 1e-4) + 1e-2).all()
+
+
 def test_pauses_last_as_long_as_they_say() -> None:
     # Ways of a second at most, pauses of a hundred: one look a second sees who is on the way.
     ring = "fleet.distance_m={min=10, max=11}"
