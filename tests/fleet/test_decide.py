@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +18,9 @@ from emutune.fleet.server.links import DrawnLink, gain_of_rate, middle_gain
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import initial_state
-from emutune.policies import AllServer
+from emutune.policies import AllServer, register_policy
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import build_world
+from emutune.world import Action, Observation, World, build_world
 
 PAPER = load_scenario("paper")
 NOISE = 10 ** (-174 / 10) / 1000
@@ -63,6 +66,37 @@ def test_rules_decide_the_same_for_the_same_step(policy: str) -> None:
         assert all(low <= choice.layers <= high for choice in choices)
         if policy != "random":
             assert {choice.at_server for choice in choices} == {policy == "all_server"}
+
+
+@register_policy
+@dataclass(frozen=True)
+class Above:
+    """Uploads where a field of the observation is above a limit."""
+
+    name: str = field(metadata={"static": True})
+    limit: jax.Array
+
+    def decide(self, world: World, observation: Observation, key: jax.Array) -> Action:
+        seen = getattr(observation, self.name) * jnp.ones_like(observation.complexity)
+        return Action(seen > self.limit, jnp.full_like(seen, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("previous_gain", [candidate.gain for candidate in CANDIDATES]),
+        ("complexity", [candidate.complexity for candidate in CANDIDATES]),
+        ("data_bits", [8 * candidate.data_bytes for candidate in CANDIDATES]),
+        ("cached_retention", [candidate.cached_layers / 32 for candidate in CANDIDATES]),
+        ("transmit_power_w", [candidate.transmit_power_w for candidate in CANDIDATES]),
+        # The paper's episodes have 50 tasks; the next begins after them.
+        ("progress", [(107 - 100) / 50] * len(CANDIDATES)),
+    ],
+)
+def test_a_policy_sees_the_candidates_in_its_own_units(name: str, values: list[float]) -> None:
+    for limit in {(1 + part) * value for value in values for part in (-1e-3, 1e-3)}:
+        choices = Decider(PAPER, Above(name, jnp.float32(limit))).decide(107, CANDIDATES)
+        assert [choice.at_server for choice in choices] == [value > limit for value in values]
 
 
 def untrained(directory: Path, config: TrainingConfig) -> None:

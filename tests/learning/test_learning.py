@@ -63,12 +63,17 @@ def test_set_networks_treat_ues_alike():
 
 def test_nothing_has_moved_at_the_first_step():
     scenario = load_scenario("paper", SMALL)
-    config = SHORT.model_copy(update={"epochs": 1, "minibatches": 1})
+    config = SHORT.model_copy(update={"epochs": 1, "minibatches": 1, "trace_decay": 1.0})
     world = training.build_world(scenario)
     state = training.initial_state(config, world, 0)
-    _, rows = training.run_updates(config, world, state, jnp.asarray(1), jnp.asarray(10))
+    silent = state.parameters._replace(critics=jax.tree.map(jnp.zeros_like, state.parameters.critics))
+    _, rows = training.run_updates(
+        config, world, state._replace(parameters=silent), jnp.asarray(1), jnp.asarray(10)
+    )
     assert float(rows.diagnostics.clip_fraction[0]) == 0
     assert float(rows.diagnostics.approximate_kl[0]) == pytest.approx(0, abs=1e-6)
+    # Critics that say nothing are off by the spread of what comes, which is their unit.
+    assert float(rows.diagnostics.value_loss[0]) == pytest.approx(len(silent.critics), rel=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["hmppo", pytest.param("ippo", marks=pytest.mark.slow)])

@@ -65,6 +65,23 @@ def test_what_an_emulator_is_worth_later_makes_the_downlink_dear_now() -> None:
     np.testing.assert_allclose(link_shares(eager, 1), [[0, 1]], atol=1e-6)
 
 
+def test_an_emulator_that_most_will_need_again_is_paid_for_later() -> None:
+    # Of two families; who downloads now holds the next task's emulator with a chance of 3/4. Later, all others
+    # split between the links at 12/7 a head, so now 4 u = 3 d - 3/4 * 12/7 and u + d = 1.
+    both = {"local": np.full((2, 2, 2), 1.0), "upload": np.full((2, 2), 1.0), "sent": np.zeros((2, 2))}
+    both |= {"upload_delay": np.full((2, 2), 4.0), "layer_delay": np.full((2, 2), 3.0)}
+    both |= {"allowed": np.array([[[False, True]] * 2] * 2), "after": np.zeros((2, 2, 2, 2))}
+    shares = link_shares(known(**both, stays=np.array(0.5), left=np.array(2)), 2)
+    now = (3 - 9 / 7) / 7
+    np.testing.assert_allclose(shares, [[now, 1 - now], [3 / 7, 4 / 7]], atol=1e-6)
+
+
+def test_who_has_no_task_comes_into_no_emulator() -> None:
+    # Half of those who may not upload are idle now, so that some have to download in the next step still.
+    barred = known(upload=np.full((2, 1), np.inf), active=np.array(0.5), left=np.array(2))
+    np.testing.assert_allclose(link_shares(barred, 2), [[0, 1], [0, 1]], atol=1e-6)
+
+
 def state_of(name: str, *changes: str, seed: int = 0):
     scenario = load_scenario(name, ["fleet.ues=4", "fleet.tasks=6", *changes])
     world = build_world(scenario)
@@ -88,12 +105,16 @@ def test_one_step_decides_as_lookahead_and_more_plan_to_the_end() -> None:
 
 def test_without_a_solution_lookaheads_prices_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     scenario, world, seen = state_of("families")
-    monkeypatch.setattr(horizon, "link_shares", lambda known, steps: None)
-    kept, renewed = plan_horizon(scenario, world, PRICES, steps=3).later(world, seen)
     same = plan_lookahead(scenario, world, PRICES).later(world, seen)
-    # The table reads between gains, the programme is at each UE's own.
-    np.testing.assert_allclose(kept, same[0], rtol=2e-2)
-    np.testing.assert_allclose(renewed[:, 3:14], same[1][:, 3:14], rtol=2e-2)
+    later = jax.jit(lambda seen: plan_horizon(scenario, world, PRICES, steps=3).later(world, seen))
+    own = np.array([PRICES.upload, PRICES.download]) / (PRICES.upload + PRICES.download)
+    # Or where the programme's prices of all later steps are the same; that of the present one has no part in it.
+    for shares in (None, np.stack([1 - own, own, own])):
+        monkeypatch.setattr(horizon, "link_shares", lambda known, steps, shares=shares: shares)
+        kept, renewed = later(seen)
+        # The table reads between gains, the programme is at each UE's own.
+        np.testing.assert_allclose(kept, same[0], rtol=2e-2)
+        np.testing.assert_allclose(renewed[:, 3:14], same[1][:, 3:14], rtol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,10 @@ def test_rules_send_the_slow_to_the_server() -> None:
         np.testing.assert_array_equal(hold.decide(world, seen, key).at_server, expected)
         table = CountTable(4, jnp.array([0, 1, 2]), jnp.array([0.25, 0.75]), patience)
         np.testing.assert_array_equal(table.decide(world, seen, key).at_server, expected)
+    # Of two that hold nothing, the one whose training an upload saves.
+    table = CountTable(4, jnp.array([0, 1, 1]), jnp.array([0.25, 0.75]), patient)
+    nothing = seen._replace(cached_retention=jnp.zeros(2), held_retention=jnp.zeros(2))
+    np.testing.assert_array_equal(table.decide(world, nothing, key).at_server, [True, False])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Planners against enumeration through the simulator, recursion in plain numbers, and values by hand."""
+"""Planners against enumeration through the simulator, recursion in plain numbers (``test_worth``), and by hand."""
 
 from __future__ import annotations
 
@@ -87,47 +87,6 @@ def test_the_last_step_of_lookahead_is_the_best_there_is(delta: str) -> None:
         chosen = jax.tree.map(lambda leaf: leaf[None], decide(state))
         reward = rewards_of(world, state.cache, current_task(state), chosen)[0]
         assert float(reward) == pytest.approx(cheapest_reward(scenario, state), rel=2e-3)
-
-
-@pytest.mark.parametrize("delta", ["false", "true"])
-def test_the_worth_of_caches_is_the_recursion_in_plain_numbers(delta: str) -> None:
-    changes = [*STEADY, "fleet.ues=2", "fleet.tasks=4", "model.layers=4", UNEQUAL, f"download.delta={delta}"]
-    changes += ["families.persistence=0.3", "tasks.complexity={min=5.0, max=5.0}"]
-    scenario = load_scenario("families", changes)
-    world = build_world(scenario)
-    up, down = 0.7, 0.4
-    policy = plan_lookahead(scenario, world, LaterPrices(jnp.float32(up), jnp.float32(down)))
-    gain = float(jnp.exp(policy.log_gains[3]))
-    noise = 10 ** (-174 / 10) / 1000
-    scale = 0.092 / 2 * 1.5
-    per_s = -scenario.reward.delay_weight_per_min / 60
-    up_s = 3.2e9 / (1e5 * math.log2(1 + 0.6 * gain / (noise * 1e5)))
-    rate = 1e6 * math.log2(1 + 60 * gain / (noise * 1e6))
-
-    def later(step: int, task: int, family: int, layers: int) -> float:
-        """Expected cost of all steps after one, from plain recursion."""
-        if step + 1 == 4:
-            return 0.0
-        chances = [0.3 * (task == m) + 0.7 / 2 for m in range(2)]
-        return sum(chance * cost(step + 1, m, family, layers) for m, chance in enumerate(chances))
-
-    def cost(step: int, task: int, family: int, layers: int) -> float:
-        model = scenario.models[task]
-        held = layers if family == task else 0
-        options = [
-            scale * model.curve(1.0) + per_s * up * up_s + later(step, task, family, layers),
-        ]
-        for k in range(model.fewest, model.most + 1):
-            sent = 0 if k == held else max(k - held, 0) if delta == "true" else k
-            seconds = 8e9 * model.size_gb * sent / model.layers / rate
-            options.append(
-                scale * model.curve(k / model.layers) + per_s * down * seconds + later(step, task, task, k)
-            )
-        return min(options)
-
-    for step, task, family, layers in itertools.product(range(4), range(2), range(2), (0, 1, 3)):
-        worth = policy.worth[step, 3, task, family, layers]
-        assert float(worth) == pytest.approx(later(step, task, family, layers), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("delta", [False, True])

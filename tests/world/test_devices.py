@@ -301,15 +301,15 @@ def test_nobody_with_a_task_costs_nothing_and_changes_nothing() -> None:
 def test_every_wish_becomes_what_is_possible() -> None:
     scenario = world_with({"memory", "privacy", "activity"}, "fleet.ues=4", name="paper")
     world = build_world(scenario)
-    # Layers of 10.8 GB / 32; levels 7 to 25. UE 1 can hold 9 layers, UE 2 none, UE 3 has nothing to do.
+    # Layers of 10.8 GB / 32; levels 7 to 25. UE 1 can hold 7 layers, UE 2 none, UE 3 has nothing to do.
     device = Device(
-        memory_bits=jnp.array([1e3, 9.0, 6.9, 1e3]) * 8e9 * 10.8 / 32,
+        memory_bits=jnp.array([1e3, 7.0, 6.9, 1e3]) * 8e9 * 10.8 / 32,
         private=jnp.array([True, False, False, False]),
     )
     active = jnp.array([True, True, True, False])
     low, high = possible_levels(world, None, device)
     assert low == 7
-    np.testing.assert_array_equal(high, [25, 9, 6, 25])
+    np.testing.assert_array_equal(high, [25, 7, 6, 25])
     for wish, expected in ((True, [0, 1, 1, 0]), (False, [0, 0, 1, 0])):
         np.testing.assert_array_equal(
             possible_case(world, None, device, active, jnp.full(4, wish)), np.array(expected, bool)
@@ -320,7 +320,7 @@ def test_every_wish_becomes_what_is_possible() -> None:
     after, outcome = step(
         world, state._replace(episode=episode), Action(jnp.zeros(4, bool), jnp.full(4, 0.75))
     )
-    np.testing.assert_array_equal(after.cache.layers, [24, 9, 0, 0])
+    np.testing.assert_array_equal(after.cache.layers, [24, 7, 0, 0])
     np.testing.assert_array_equal(outcome.at_server, [False, False, True, False])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emutune.policies import AllServer, Fixed, LaterPrices, Random, plan_lookahead
-from emutune.policies.prices import lone_downlink_bps, upload_s
+from emutune.policies.prices import lone_downlink_bps, step_prices, upload_s
 from emutune.scenario import Scenario, load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import Action, build_world, draw_episode, feature_count, observe, reset, step, ue_features
@@ -82,6 +82,9 @@ def test_planners_see_the_gains_of_the_task_before_and_no_later_ones() -> None:
     alone = upload_s(world, seen, jnp.ones(1))[0]
     measured = np.asarray(seen.data_bits / alone) / 1e6
     np.testing.assert_allclose(measured * 4, np.round(measured * 4), atol=1e-3)
+    # A whole emulator alone on the downlink: 32 layers of 10.8 GB.
+    fetched = 8e3 * 10.8 / np.asarray(step_prices(world, seen, 32).download_s[:, 32])
+    np.testing.assert_allclose(fetched, lone_downlink_bps(world, episode.downlink_gain[1]) / 1e6, rtol=1e-4)
 
 
 def test_features_span_the_trace() -> None:

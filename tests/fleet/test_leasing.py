@@ -1,4 +1,4 @@
-"""What a decision sees of each link: the gain that the transfers before it amount to, never one that is to come."""
+"""What a decision sees of each device, what becomes of it, and that no gain is seen before its time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ledgers import decision, report
 from test_decide import rate
-from whole_fleet import DecidingHere, ThreadPool, WholeFleet, catalogue_at
+from whole_fleet import DecidingHere, WholeFleet, catalogue_at
 
 from emutune.fleet.ledger import LeaseRow, Ledger
 from emutune.fleet.protocol import Result
@@ -39,27 +39,38 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
     return catalogue_at(tmp_path_factory.mktemp("model"))
 
 
+class Measuring:
+    """A pool that measures the same perplexity of every text."""
+
+    async def run(self, job: Any) -> dict[str, Any]:
+        return {"perplexity": [150.0]}
+
+
 @contextmanager
-def steps_of(fleet: WholeFleet, policy: str) -> Any:
+def steps_of(fleet: WholeFleet, policy: str, **config: Any) -> Any:
     """The fleet's ledger, and what begins its next step with a task of every device."""
     for name in NAMES:
         fleet.add_device(name)
+    for section, changes in config.items():
+        part = getattr(fleet.config, section).model_copy(update=changes)
+        fleet.config = fleet.config.model_copy(update={section: part})
     decider = Noting(policy, fleet.decider.scenario)
     with opened_ledger(fleet.config) as ledger:
 
-        async def begin(step: int) -> tuple[Candidate, ...]:
+        async def begin(step: int, reported: dict[str, Any]) -> tuple[Candidate, ...]:
             for name in NAMES:
-                ledger.report(name, report(f"{name}-{step}").model_copy(update={"perplexity_ratio": 1.0}))
-            pool = ThreadPool()
+                ledger.report(name, report(f"{name}-{step}").model_copy(update=reported))
+            pool = Measuring()
             hub = Orchestrator(fleet.config, ledger, fleet.catalogue, decider, pool, pool)
             running = asyncio.create_task(hub.run())
             while ledger.last_step() < step:
                 await asyncio.wait([running], timeout=0.01)
+                assert not running.done()
             running.cancel()
             await asyncio.wait([running])
             return decider.seen
 
-        yield ledger, lambda step: asyncio.run(begin(step))
+        yield ledger, lambda step, **reported: asyncio.run(begin(step, reported))
 
 
 def finish(ledger: Ledger, step: int, seconds: float = 2.0) -> list[LeaseRow]:
@@ -77,30 +88,70 @@ def test_a_shaped_link_is_seen_as_it_was_in_the_step_before(
     tmp_path: Path, catalogue: Catalogue, policy: str
 ) -> None:
     fleet = WholeFleet(tmp_path, catalogue)
-    scale = fleet.config.shaping.time_scale
     before: list[LeaseRow] = []
-    with steps_of(fleet, policy) as (ledger, begin):
+    with steps_of(fleet, policy, shaping={"byte_scale": 40.0, "time_scale": 8.0}) as (ledger, begin):
         for step in range(3):
             seen = begin(step)
             assert len({candidate.gain for candidate in seen}) == len(NAMES)
-            for candidate, row in zip(seen, before, strict=bool(before)):
+            rows = ledger.step_leases(step)
+
+            def rate_of(candidate: Candidate, row: LeaseRow) -> float:
                 # All transfers of a step share one band.
                 power, band = (candidate.transmit_power_w, 1e5) if row.at_server else (60.0 / len(NAMES), 1e6)
-                assert row.rate_bps == pytest.approx(
-                    scale * rate(band, power, candidate.gain, len(NAMES)), rel=1e-4
-                )
+                return rate(band, power, candidate.gain, len(NAMES))
+
+            for candidate, row in zip(seen, rows, strict=True):
+                assert candidate.data_bytes == 40 * 1000
+                # What is predicted is predicted with what was seen, of bytes of the scenario.
+                seconds = 8 * 40 * row.predicted_bytes / rate_of(candidate, row)
+                assert row.predicted_delay_s == pytest.approx(seconds, rel=1e-4)
+            for candidate, row in zip(seen, before, strict=bool(before)):
+                # Eight seconds pass in one, and one byte stands for forty.
+                assert row.rate_bps == pytest.approx(8 / 40 * rate_of(candidate, row), rel=1e-4)
             before = finish(ledger, step)
+
+
+def test_a_device_is_seen_as_it_reports_and_judged_by_what_is_held_back(
+    tmp_path: Path, catalogue: Catalogue
+) -> None:
+    fleet = WholeFleet(tmp_path, catalogue)
+    quality, untuned = fleet.decider.scenario.quality, fleet.decider.scenario.quality.curve.untuned
+    layers = fleet.decider.scenario.model.layers
+    with steps_of(fleet, "fixed") as (ledger, begin):
+        # Nothing is known of the first texts but what the whole model makes of those held back.
+        held_back = 10 * (150.0 / untuned - 1)
+        for candidate in begin(0):
+            assert candidate.complexity == pytest.approx(held_back)
+            assert candidate.cached_layers == 0
+        before = finish(ledger, 0)
+        kept = before[0]
+        seen = begin(1, perplexity_ratio=1.5, emulator=kept.emulator_name)
+        own = 10 * (1.5 * catalogue.find(1.0).perplexity / untuned - 1)
+        for candidate, row in zip(seen, ledger.step_leases(1), strict=True):
+            assert candidate.complexity == pytest.approx(own)
+            assert candidate.cached_layers == round(kept.retention * layers) > 0
+            assert row.predicted_bytes == 0
+            # What will be measured is perplexity on the text that is held back.
+            expected = quality.curve(kept.retention) * (held_back + 10) / 10
+            assert row.predicted_perplexity == pytest.approx(expected, rel=1e-4)
+
+
+def test_texts_beyond_the_limit_are_not_uploaded(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = WholeFleet(tmp_path, catalogue)
+    with steps_of(fleet, "all_server", limits={"data_mb": 0.001}) as (ledger, begin):
+        begin(0, perplexity_ratio=1.0, data_bytes=1000)
+        assert {row.kind for row in finish(ledger, 0)} == {"upload"}
+        begin(1, perplexity_ratio=1.0, data_bytes=1001)
+        assert {row.kind for row in finish(ledger, 1)} == {"train"}
 
 
 def test_a_real_link_is_seen_by_its_last_transfer_among_those_of_its_own_band(
     tmp_path: Path, catalogue: Catalogue
 ) -> None:
     fleet = WholeFleet(tmp_path, catalogue)
-    shaping = fleet.config.shaping.model_copy(update={"enabled": False})
-    fleet.config = fleet.config.model_copy(update={"shaping": shaping})
     # Two upload, two are sent an emulator, and one that holds what it needs moves nothing.
     kinds = {"ue1": 4000, "ue2": 5000, "ue3": -6000, "ue4": -7000, "ue5": 0}
-    with steps_of(fleet, "fixed") as (ledger, begin):
+    with steps_of(fleet, "fixed", shaping={"enabled": False}) as (ledger, begin):
         decided = [
             decision(0, name, kind="upload", at_server=True, retention=None, emulator_name=None,
                      predicted_bytes=moved)
@@ -114,7 +165,7 @@ def test_a_real_link_is_seen_by_its_last_transfer_among_those_of_its_own_band(
         seen = dict(zip(NAMES, begin(1), strict=True))
         for name, moved in kinds.items():
             if moved:
-                link = DrawnLink(fleet.decider.scenario, shaping.seed, name)
+                link = DrawnLink(fleet.decider.scenario, fleet.config.shaping.seed, name)
                 power, band = (link.transmit_power_w, 1e5) if moved > 0 else (60.0 / 2, 1e6)
                 assert rate(band, power, seen[name].gain, 2) == pytest.approx(8 * abs(moved) / 2.0, rel=1e-6)
         # Of this link nothing is known but where devices are.
