@@ -36,6 +36,11 @@ def ledger(
     steps, apart = compare_steps(leases), errors(leases)
     print("measured/predicted; z = 1: the server trains, z = 0: a device, with retention E")
     print_table(_HEADINGS, [_cells(lease) for lease in leases])
+    for lease in leases:
+        if lease.reason:
+            # A device may say anything, to a terminal too.
+            reason = "".join(letter if letter.isprintable() else " " for letter in lease.reason)
+            print(f"step {lease.step}, {lease.device}: {lease.state}: {reason}")
     trained = Counter(lease.trained_by for lease in leases)
     print(f"adapters trained by devices: {trained['device']:,}, by the server: {trained['server']:,}")
     for name, count in totals.items():

@@ -28,6 +28,8 @@ __all__ = ["AuditRow", "Closed", "Comparison", "Decision", "DeviceRow", "Kind", 
 _STATES = ("open", "expired", "failed", "late", "done")
 _OUTCOMES = ("failed", "received", "trained")
 _NOT_SHOWN = {"outcome", "judged"}
+# Why a lease failed: the server's word, or else the device's.
+REASON = "coalesce(failure, json_extract(result, '$.reason'), '') AS reason"
 _Message = TypeVar("_Message", bound=BaseModel)
 
 
@@ -264,6 +266,20 @@ class Ledger(Database):
         )
         return None if row is None else self._read(Lease, row["message"])
 
+    def at_work(self, step: int | None = None) -> set[str]:
+        """The devices that have something left to do for a lease, or for one of a step; judging is the server's."""
+        # Named, since the planner would rather read the whole table.
+        among, values = ("INDEXED BY leases_open", ()) if step is None else ("", (step,))
+        which = "" if step is None else "step = ? AND"
+        return {
+            row["device"]
+            for row in self._all(
+                f"SELECT device FROM leases {among} WHERE {which} state = 'open'"
+                " AND (outcome IS NULL OR transferred_bytes IS NULL OR adapter_sha256 IS NULL)",
+                *values,
+            )
+        }
+
     def open_leases(self) -> list[LeaseRow]:
         """All leases that nothing has closed."""
         # Named, since the planner would rather read the whole table in the order of its ids.
@@ -348,8 +364,13 @@ class Ledger(Database):
             below=below,
         )
 
-    def close_lease(self, lease: str, state: Closed) -> bool:
+    def close_lease(self, lease: str, state: Closed, reason: str | None = None) -> bool:
         """Close a lease; True if that is news.
+
+        Args:
+            lease: which.
+            state: how it ended.
+            reason: why, where that is the server's to say.
 
         Of several states the one counts that says most: expired, failed, late, done. So a result after the
         deadline makes an expired lease a late one, and an expiry after the result changes nothing.
@@ -357,10 +378,11 @@ class Ledger(Database):
         below = _STATES[: _STATES.index(state)]
         return self._mark(
             lease,
-            "state = ?, closed_at = ?",
+            "state = ?, closed_at = ?, failure = ?",
             f"state IN ({_places(below)})",
             state,
             self._time(),
+            reason,
             below=below,
         )
 
@@ -433,8 +455,9 @@ class Ledger(Database):
                 perplexity_before=row["before"],
                 adapter_sha256=row["adapter_sha256"],
                 accepted=_flag(row["accepted"]),
+                reason=row["reason"],
             )
-            for row in self._all(f"SELECT * FROM leases {which} ORDER BY id", *values)
+            for row in self._all(f"SELECT *, {REASON} FROM leases {which} ORDER BY id", *values)
         ]
 
     # The database

@@ -122,7 +122,9 @@ _ADAPTERS = (
     "CREATE INDEX leases_open ON leases (device, id) WHERE state = 'open'",
     "CREATE INDEX leases_accepted ON leases (device, judged) WHERE accepted = 1",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS)
+# Why the server failed a lease, which its devices cannot say.
+_FAILURES = ("ALTER TABLE leases ADD COLUMN failure TEXT",)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _FAILURES)
 VERSION = len(MIGRATIONS)
 
 

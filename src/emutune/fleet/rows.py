@@ -69,6 +69,7 @@ class LeaseRow:
         before, after: perplexity of the whole model, the adapter not plugged in and plugged in; ``after`` is also
             None where it was not finite.
         accepted: whether the evaluation put the adapter into service; None before it.
+        failure: why it failed, where that is the server's to say.
     """
 
     id: int
@@ -99,6 +100,7 @@ class LeaseRow:
     result: Result | None
     opened_at: str
     closed_at: str | None
+    failure: str | None = None
 
 
 @dataclass(frozen=True)

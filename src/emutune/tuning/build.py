@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emutune.errors import CatalogueError, ModelError
+from emutune.tuning.adapter_manifest import KINDS, Kind, Shape
+from emutune.tuning.adapters import adapter_form
 from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.compression.distill import DISTILLATION, distill
 from emutune.tuning.compression.layer_drop import (
@@ -120,6 +123,8 @@ def build_catalogue(
     report("hashing the model", None)
     catalogue = _with_base(foundation, out, recipe, text)
     catalogue.save_tokenizer(tokenizer)
+    if not catalogue.info.adapters:
+        catalogue.save_info(adapters=_adapter_forms(catalogue))
     splits = split_blocks(pack(text, tokenizer, out / "work" / "tokens"), block_length(foundation.config))
     maker = _Maker(catalogue, recipe, splits["train"], splits["validation"], tokenizer.mask_token_id, report)
     maker.make()
@@ -383,6 +388,17 @@ def _with_base(foundation: Foundation, out: Path, recipe: Recipe, text: str) -> 
             )
         )
     return catalogue
+
+
+def _adapter_forms(catalogue: Catalogue) -> dict[Kind, dict[str, Shape]]:
+    """What adapters of the model are made of, of each kind that it can take."""
+    stack = layer_stack(skeleton(catalogue.config))
+    layers = {index: stack[index] for index in catalogue.info.adapter_layers}
+    forms: dict[Kind, dict[str, Shape]] = {}
+    for kind in KINDS:
+        with suppress(ModelError):
+            forms[kind] = adapter_form(layers, kind)
+    return forms
 
 
 def _check_layers(foundation: Foundation, recipe: Recipe) -> None:
