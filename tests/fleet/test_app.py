@@ -540,6 +540,42 @@ def test_an_adapter_is_named_by_its_content(fleet: Served) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_adapter_that_was_not_asked_for_is_refused_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = intake._write_all
+
+    def counted(file: int, piece: bytes, at: int) -> None:
+        written.append(len(piece))
+        write(file, piece, at)
+
+    monkeypatch.setattr(intake, "_write_all", counted)
+    with served(tmp_path, Limits(adapter_mb=50)) as fleet:
+        whole = safetensors({"weight": 2_000_000})
+        answer = ask(fleet, "PUT", ADAPTER_URL, content=whole)
+        assert answer.status_code == 422
+        assert "tensor weight is 'F32' [2000000], asked for was 'F32' [8]" in answer.json()["detail"]
+        assert written == []
+        fleet.hub.shapes = {"weight": (2_000_000,)}
+        assert ask(fleet, "PUT", ADAPTER_URL, content=whole).status_code == 204
+        assert sum(written) == len(whole)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000])
+def test_a_header_may_come_in_pieces(fleet: Served, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(bodies, "_GATHERED_BYTES", 1)
+    whole = safetensors()
+
+    async def stream() -> AsyncIterator[bytes]:
+        for at in range(0, len(whole), size):
+            yield whole[at : at + size]
+
+    assert ask(fleet, "PUT", ADAPTER_URL, content=stream()).status_code == 204
+    (path,) = (fleet.work / "adapters").iterdir()
+    assert path.read_bytes() == whole
+
+
 def test_a_second_adapter_does_not_count(fleet: Served) -> None:
     ask(fleet, "PUT", ADAPTER_URL, content=safetensors())
     before = fleet.state()

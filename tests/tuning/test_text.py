@@ -162,7 +162,12 @@ def test_pieces_give_the_tokens_of_the_whole(tokenizer, monkeypatch, piece):
 
 @pytest.mark.parametrize(
     ("text", "longest"),
-    [("word " * 40_000, 65_541), ("word\n" * 40_000, 65_541), ("w" * 300_000, 69_632), (" " * 300_000, 69_632)],
+    [
+        ("word " * 40_000, 65_541),
+        ("word\n" * 40_000, 65_541),
+        ("w" * 300_000, 69_632),
+        (" " * 300_000, 69_632),
+    ],
     ids=["one line", "lines", "one word", "white space"],
 )
 def test_no_piece_is_much_longer_than_it_may_be(tokenizer, text, longest):

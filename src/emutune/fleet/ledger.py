@@ -28,8 +28,13 @@ __all__ = ["AuditRow", "Closed", "Comparison", "Decision", "DeviceRow", "Kind", 
 _STATES = ("open", "expired", "failed", "late", "done")
 _OUTCOMES = ("failed", "received", "trained")
 _NOT_SHOWN = {"outcome", "judged"}
-# Why a lease failed: the server's word, or else the device's.
-REASON = "coalesce(failure, json_extract(result, '$.reason'), '') AS reason"
+# What the audit calls a lease that failed by the server's work.
+FAILED = "lease failed"
+# Why a lease failed: the server's word, or else the device's. With the plus the index of the audit serves.
+REASON = f"""coalesce(
+    (SELECT detail FROM audit WHERE event = '{FAILED}' AND ifnull(audit.device, '') = +leases.device
+        AND audit.lease = leases.lease),
+    json_extract(result, '$.reason'), '') AS reason"""
 _Message = TypeVar("_Message", bound=BaseModel)
 
 
@@ -364,13 +369,8 @@ class Ledger(Database):
             below=below,
         )
 
-    def close_lease(self, lease: str, state: Closed, reason: str | None = None) -> bool:
+    def close_lease(self, lease: str, state: Closed) -> bool:
         """Close a lease; True if that is news.
-
-        Args:
-            lease: which.
-            state: how it ended.
-            reason: why, where that is the server's to say.
 
         Of several states the one counts that says most: expired, failed, late, done. So a result after the
         deadline makes an expired lease a late one, and an expiry after the result changes nothing.
@@ -378,11 +378,10 @@ class Ledger(Database):
         below = _STATES[: _STATES.index(state)]
         return self._mark(
             lease,
-            "state = ?, closed_at = ?, failure = ?",
+            "state = ?, closed_at = ?",
             f"state IN ({_places(below)})",
             state,
             self._time(),
-            reason,
             below=below,
         )
 
@@ -398,7 +397,7 @@ class Ledger(Database):
     # What people and tests read
 
     def audit(self, event: str, device: str | None, lease: str | None, detail: str) -> None:
-        """Note a security event or a deletion of data; one about a lease is noted once."""
+        """Note a security event, a deletion of data or a failure of the server's work; one about a lease once."""
         with self._transaction() as database:
             database.execute(
                 "INSERT OR IGNORE INTO audit (event, device, lease, detail, at) VALUES (?, ?, ?, ?, ?)",

@@ -122,9 +122,7 @@ _ADAPTERS = (
     "CREATE INDEX leases_open ON leases (device, id) WHERE state = 'open'",
     "CREATE INDEX leases_accepted ON leases (device, judged) WHERE accepted = 1",
 )
-# Why the server failed a lease, which its devices cannot say.
-_FAILURES = ("ALTER TABLE leases ADD COLUMN failure TEXT",)
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _FAILURES)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS)
 VERSION = len(MIGRATIONS)
 
 

@@ -69,7 +69,6 @@ class LeaseRow:
         before, after: perplexity of the whole model, the adapter not plugged in and plugged in; ``after`` is also
             None where it was not finite.
         accepted: whether the evaluation put the adapter into service; None before it.
-        failure: why it failed, where that is the server's to say.
     """
 
     id: int
@@ -100,12 +99,11 @@ class LeaseRow:
     result: Result | None
     opened_at: str
     closed_at: str | None
-    failure: str | None = None
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """A security event, or a deletion of data."""
+    """A security event, a deletion of data, or a failure of the server's work."""
 
     id: int
     event: str

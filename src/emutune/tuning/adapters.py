@@ -202,16 +202,26 @@ def start_from(path: Path, wanted: AdapterManifest, parameters: Mapping[str, Ten
 
 
 def plug_in(
-    layers: Mapping[int, nn.Module], manifest: AdapterManifest, values: Mapping[str, Tensor]
+    layers: Mapping[int, nn.Module],
+    manifest: AdapterManifest,
+    values: Mapping[str, Tensor],
+    form: Mapping[str, Shape] | None = None,
 ) -> dict[str, Any]:
     """Put a trained adapter into layers; returns its parameters.
+
+    Args:
+        layers: of the whole model, by index; those that the adapter changes are changed in place.
+        manifest: of the adapter.
+        values: its tensors.
+        form: see ``adapter_form``, which takes as long as plugging in; found out if not given.
 
     Raises:
         AdapterError: its tensors are not those that its manifest says; the layers are then as they were.
     """
     changed = {index: layers[index] for index in manifest.layer_map}
     # Before anything as wide as a file says is made.
-    _check_shapes(shapes_at(adapter_form(changed, manifest.kind), manifest.width), values)
+    form = adapter_form(changed, manifest.kind) if form is None else form
+    _check_shapes(shapes_at(form, manifest.width), values)
     parameters = attach(changed, manifest.kind, manifest.width)
     copy_values(parameters, values)
     return parameters

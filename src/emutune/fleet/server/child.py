@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from emutune.errors import EmutuneError, FleetError
@@ -136,24 +137,34 @@ def answer_lines(answer: Callable[[str], dict[str, Any]]) -> None:
     # Whatever a library prints is no answer.
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
-        print(json.dumps(answer(line)), file=answers, flush=True)
+        said = faults_as_answers(partial(answer, line))
+        print(json.dumps(said), file=answers, flush=True)
 
 
 def errors_as_answers(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a function returns; whatever it raises becomes ``{"error": message}``.
+    """What a function returns; an error that the user can put right becomes ``{"error": message}``.
 
-    With ``"full": true`` the disk had no room, and the question may be asked again. With ``"unexpected": true`` it
-    was no error that the user can put right, and the process should answer no more.
+    With ``"full": true`` the disk had no room, and the question may be asked again.
     """
     try:
         return function()
-    except EmutuneError as error:
-        return {"error": str(error), "full": is_full(error)}
-    except BaseException as error:
+    except (EmutuneError, OSError) as error:
         full = is_full(error)
-        if not full:
-            traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}", "full": full, "unexpected": not full}
+        if not (full or isinstance(error, EmutuneError)):
+            raise
+        return {"error": str(error), "full": full}
+
+
+def faults_as_answers(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function returns; whatever else it raises becomes ``{"error": message, "unexpected": true}``.
+
+    The process should then answer no more.
+    """
+    try:
+        return function()
+    except BaseException as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}", "unexpected": True}
 
 
 def _die_with(parent: int) -> None:

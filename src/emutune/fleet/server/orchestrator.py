@@ -14,7 +14,7 @@ from pathlib import Path
 
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
-from emutune.fleet.ledger import Ledger
+from emutune.fleet.ledger import FAILED, Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server.at_server import AtServer
@@ -246,7 +246,7 @@ class Orchestrator:
             kept.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, kept)
         self._ledger.data_complete(lease)
-        self._start(lease, partial(self._train, row))
+        self._start(row, partial(self._train, row))
 
     async def transferred(self, device: str, lease: str, message: Transferred) -> None:
         """See ``Hub.transferred``."""
@@ -272,7 +272,7 @@ class Orchestrator:
         row = self._row(device, lease)
         sha256 = await asyncio.to_thread(self._keep_adapter, path)
         self._ledger.adapter(lease, sha256, self._adapter(sha256).stat().st_size)
-        self._start(lease, partial(self._evaluate, row))
+        self._start(row, partial(self._evaluate, row))
 
     async def result(self, device: str, lease: str, message: Result) -> None:
         """See ``Hub.result``."""
@@ -292,17 +292,18 @@ class Orchestrator:
         if row.kind == "upload" and row.adapter_sha256 is not None:
             self._at_server.forget(row)
         if row.adapter_sha256 is not None and row.accepted is None:
-            self._start(row.lease, partial(self._evaluate, row))
+            self._start(row, partial(self._evaluate, row))
         elif row.data_complete and row.adapter_sha256 is None:
-            self._start(row.lease, partial(self._train, row))
+            self._start(row, partial(self._train, row))
         self._finish(row.device, row.lease)
 
-    def _start(self, lease: str, work: Work) -> None:
+    def _start(self, row: LeaseRow, work: Work) -> None:
         def failed(reason: str) -> None:
-            self._ledger.close_lease(lease, "failed", reason)
+            self._ledger.audit(FAILED, row.device, row.lease, reason)
+            self._ledger.close_lease(row.lease, "failed")
             self._news.set()
 
-        self._jobs.start(_job_of(lease), work, failed)
+        self._jobs.start(_job_of(row.lease), work, failed)
 
     async def _train(self, row: LeaseRow) -> None:
         """Train an uploaded task; its data stay until that is done, whatever comes between."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from emutune.fleet.protocol import Training
-from emutune.fleet.server.child import answer_lines, errors_as_answers
+from emutune.fleet.server.child import answer_lines, errors_as_answers, faults_as_answers
 from emutune.tuning.inventory import CatalogueInfo
 
 _HELD_BACK_BLOCKS = 24
@@ -166,22 +166,24 @@ def _plugged_perplexity(bench: _Bench, adapter: Path | None) -> float:
     check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
     plugged = keep_layers(model, range(len(layers)))
     own = {index: copy.deepcopy(layers[index]) for index in manifest.layer_map}
-    plug_in(own, manifest, values)
+    plug_in(own, manifest, values, info.adapters.get(manifest.kind))
     replace_stack(plugged, stack_name(plugged), [own.get(i, layer) for i, layer in enumerate(layers)])
     return perplexity(plugged, bench.blocks, mask_token=bench.mask_token)
 
 
 def outcome_of(line: str | bytes, memory_bytes: int = 0) -> dict[str, Any]:
-    """Do a job given as JSON; see ``errors_as_answers`` for what goes wrong.
+    """Do a job given as JSON; see ``errors_as_answers`` and ``faults_as_answers`` for what goes wrong.
 
     Args:
         line: the job.
         memory_bytes: the most that the process may have while it does it; 0 for no limit.
     """
     with _limited_memory(memory_bytes):
-        outcome = errors_as_answers(lambda: run_job(_JOB.validate_json(line)))
+        outcome = faults_as_answers(lambda: errors_as_answers(lambda: run_job(_JOB.validate_json(line))))
     if any(sign in outcome.get("error", "") for sign in _NO_MEMORY):
-        outcome["error"] += f" (it may have {memory_bytes / 1e6:.0f} MB; raise jobs.memory_mb in the fleet's file)"
+        outcome["error"] += (
+            f" (it may have {memory_bytes / 1e6:.0f} MB; raise jobs.memory_mb in the fleet's file)"
+        )
     return outcome
 
 

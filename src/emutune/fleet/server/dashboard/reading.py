@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from emutune.fleet.comparison import Comparison, Deviations, compare_steps, deviations, medians
-from emutune.fleet.ledger import REASON, Ledger
+from emutune.fleet.ledger import FAILED, REASON, Ledger
 from emutune.fleet.rows import Kind, State
 from emutune.fleet.server.dashboard.messages import (
     Audit,
@@ -215,7 +215,8 @@ class Reading(Ledger):
             self._audited = max(self._audited, row["last"])
         if self._audited > last:
             self._note(self._deletions, "event = ?", last)
-            self._note(self._refusals, "event <> ?", last)
+            # A lease that failed is shown among the faults.
+            self._note(self._refusals, f"event NOT IN (?, '{FAILED}')", last)
         of = self._events.get
         return Audit(
             strangers=of(("refused", True), 0),
