@@ -131,7 +131,7 @@ class JobLimits(_Section):
     """What a job of the server may take, the training of an uploaded task or a judgement; one that takes more fails.
 
     Attributes:
-        train_s, judge_s: so many seconds, from when a worker begins it.
+        train_s, judge_s: so many seconds, from when a worker or a Ray cluster gets it.
         memory_mb: of its process, in MB of 1e6 bytes; half of the machine's if not given. Kept on Linux.
     """
 

@@ -65,12 +65,16 @@ class Orchestrator:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._trainers, self._judge, self._report = trainers, judge, report
         self._scenario = decider.scenario
-        self._judging = Judging(config, ledger, catalogue.directory, self._scenario, judge, self._adapter)
+        self._judging = Judging(
+            config, ledger, catalogue.directory, self._scenario, self._judge, self._adapter
+        )
         self._leasing = Leasing(
             config, catalogue, decider, self._judging.complexity, self._last_gain, ledger.in_service
         )
         largest = self._leasing.emulators[-1].name
-        self._at_server = AtServer(config, ledger, catalogue.directory, largest, trainers, self._adapter)
+        self._at_server = AtServer(
+            config, ledger, catalogue.directory, largest, self._trainers, self._adapter
+        )
         # Said now, not when the first adapter comes.
         catalogue.asked(catalogue.base(), config.training.adapter, config.training.width)
         self._wakers: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
@@ -369,7 +373,8 @@ class Orchestrator:
         manifest = read_manifest(path)
         info = self._catalogue.info
         check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(path, self._adapter(sha256))
         return sha256
 
