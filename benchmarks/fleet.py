@@ -46,6 +46,7 @@ width = 4
 def random_catalogue(folder, shard_bytes):
     """A catalogue of the reference scenario's model in which every shard is noise; its largest emulator."""
     from emutune.scenario import load_scenario
+    from emutune.tuning.adapter_manifest import WIDTH
     from emutune.tuning.catalogue import BASE, Catalogue, CatalogueInfo
     from emutune.tuning.manifest import Emulator, LayerEntry
 
@@ -58,6 +59,7 @@ def random_catalogue(folder, shard_bytes):
         top=ENDS,
         text="",
         recipe="noise",
+        adapters={"lora": {"weight": (WIDTH, 64)}},
     )
     catalogue = Catalogue(folder, info)
     catalogue.save_info()
@@ -597,10 +599,10 @@ def write_adapter(path, info, lease):
         layer_map=ends,
         kind="lora",
         width=4,
-        retention=0.75,
-        emulator=f"{lease.emulator['name']}-{lease.lease}",
+        retention=lease.emulator["retention"],
+        emulator=lease.emulator["name"],
     )
-    save_adapter(path, manifest, {"weight": torch.zeros(4, 64)})
+    save_adapter(path, manifest, {"weight": torch.rand(4, 64)})
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from emutune.errors import FleetError
@@ -18,7 +19,8 @@ def answer(line: str) -> dict[str, Any]:
 
 
 def done(question: dict[str, Any]) -> dict[str, Any]:
-    match question["do"]:
+    # A job of the server's pools says it in place of a catalogue.
+    match question.get("do") or question["catalogue"]:
         case "die":
             print("never", file=sys.stderr, flush=True)
             os._exit(3)
@@ -29,7 +31,23 @@ def done(question: dict[str, Any]) -> dict[str, Any]:
             raise FleetError("policy: no such policy; choose another")
         case "fill":
             raise OSError(errno.ENOSPC, "No space left on device")
-    return {"said": question["what"], "by": os.getpid()}
+        case "print":
+            print("Downloading ...")
+        case "hang":
+            time.sleep(60)
+        case "recurse":
+            done(question)
+        case "leave":
+            sys.exit("no more")
+        case "assert":
+            raise AssertionError("never so")
+        case "look up":
+            return {}["weight"]
+        case "allocate":
+            bytearray(1 << 60)
+        case "answer otherwise":
+            return "no object"  # type: ignore[return-value]
+    return {"said": question.get("what"), "by": os.getpid()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import ssl
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from served import DASHBOARD_KEY, DATA, KEYS, SHA, TOKENS, UNLEASED, Served, report, safetensors
+from served import (
+    DASHBOARD_KEY,
+    DATA,
+    KEYS,
+    MANIFEST,
+    SHA,
+    TOKENS,
+    UNLEASED,
+    Served,
+    report,
+    safetensors,
+)
 
 Body = bytes | Callable[[], AsyncIterator[bytes]]
 
@@ -82,7 +94,16 @@ def _header(header: Any, length: int | None = None, rest: bytes = b"") -> bytes:
 
 
 def _tensor(**changes: Any) -> dict[str, Any]:
-    return {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+    """A header of the adapter that is asked for, but for changes of its tensor."""
+    tensor = {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}
+    return {"__metadata__": {"manifest": MANIFEST.model_dump_json()}, "weight": tensor | changes}
+
+
+def _says(*lost: str, **changes: Any) -> bytes:
+    """An adapter whose manifest says something else than was asked for, or does not say something."""
+    manifest = json.loads(MANIFEST.model_dump_json()) | changes
+    text = json.dumps({name: value for name, value in manifest.items() if name not in lost})
+    return _header(_tensor() | {"__metadata__": {"manifest": text}}, rest=bytes(32))
 
 
 TRAIN, UPLOAD = "/v1/leases/train-1", "/v1/leases/upload-1"
@@ -265,10 +286,11 @@ OVERSIZED = [
     )
     for how, body in (("declared", _BIG * 3), ("streamed", _endless(_BIG, 64)))
 ] + [
-    Attack(f"{how}: adapter", "PUT", f"{TRAIN}/adapter", (413,), device="ue1", body=body)
+    # What goes on after an adapter's tensors is no adapter, however long it is.
+    Attack(f"{how}: adapter", "PUT", f"{TRAIN}/adapter", (413, 422), device="ue1", body=body)
     for how, body in (
         ("declared", safetensors({"weight": 30_000})),
-        ("streamed", _endless(safetensors({"weight": 15_000}), 64)),
+        ("streamed", _endless(safetensors(), 64)),
     )
 ]
 
@@ -285,22 +307,80 @@ _BROKEN_SAFETENSORS = {
     "deep": _header(b'{"a":' * 15000),
     "pickle": b"\x80\x04\x95" + bytes(50),
     "zip": b"PK\x03\x04" + bytes(100),
-    "offsets beyond the file": _header(_tensor(data_offsets=[0, 1 << 40]), rest=bytes(8)),
-    "offsets backwards": _header(_tensor(data_offsets=[8, 0]), rest=bytes(8)),
-    "negative offsets": _header(_tensor(data_offsets=[-8, 0]), rest=bytes(8)),
-    "shape overflows": _header(_tensor(shape=[1 << 62, 1 << 62]), rest=bytes(8)),
-    "shape and offsets differ": _header(_tensor(shape=[3]), rest=bytes(8)),
-    "unknown type": _header(_tensor(dtype="OBJECT"), rest=bytes(8)),
+    "offsets beyond the file": _header(_tensor(data_offsets=[0, 1 << 40]), rest=bytes(32)),
+    "offsets backwards": _header(_tensor(data_offsets=[32, 0]), rest=bytes(32)),
+    "negative offsets": _header(_tensor(data_offsets=[-32, 0]), rest=bytes(32)),
+    "shape overflows": _header(_tensor(shape=[1 << 62, 1 << 62]), rest=bytes(32)),
+    "shape and offsets differ": _header(_tensor(data_offsets=[0, 12]), rest=bytes(32)),
+    "unknown type": _header(_tensor(dtype="OBJECT"), rest=bytes(32)),
     "overlap": _header(
-        _tensor() | {"other": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, rest=bytes(12)
+        _tensor() | {"other": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, rest=bytes(32)
     ),
     "more bytes than tensors": _header(_tensor(), rest=bytes(80)),
     "fewer bytes than tensors": _header(_tensor(), rest=bytes(4)),
-    "metadata is no text": _header(_tensor() | {"__metadata__": {"manifest": {"a": 1}}}, rest=bytes(8)),
+    "metadata is no text": _header(_tensor() | {"__metadata__": {"manifest": {"a": 1}}}, rest=bytes(32)),
+    "a name twice": _header(
+        json.dumps(_tensor(shape=[9]))[:-1].encode() + b", " + json.dumps(_tensor()).encode()[1:],
+        rest=bytes(32),
+    ),
+}
+# Files that are adapters, but not the one that was asked for; what they would cost is in their headers alone.
+_OTHER_ADAPTERS = {
+    "no manifest": _header({"weight": _tensor()["weight"]}, rest=bytes(32)),
+    "manifest that is no JSON": _header(_tensor() | {"__metadata__": {"manifest": "{"}}, rest=bytes(32)),
+    "manifest deep": _header(_tensor() | {"__metadata__": {"manifest": "[" * 90000}}, rest=bytes(32)),
+    "width of 10**12": _says(width=10**12),
+    "width of 60000": _says(width=60_000),
+    "width of 10**4000": _says(width=10**4000),
+    "width of 0": _says(width=0),
+    "width below 0": _says(width=-4),
+    "width is no number": _says(width=float("nan")),
+    "whole layers": _says(kind="layers", width=0),
+    "bottlenecks": _says(kind="bottleneck"),
+    "kind of its own": _says(kind="pickle"),
+    "base of another model": _says(base="c" * 64),
+    "base of no line": _says(base="b\n\x1b[2J" * 999),
+    "more layers": _says(layers=10**15),
+    "layers below 0": _says(layers=-1),
+    "other layers": _says(layer_map=[0, 4]),
+    "one layer twice": _says(layer_map=[0, 5, 5]),
+    "no layers": _says(layer_map=[]),
+    "layers beyond": _says(layer_map=[0, 10**12]),
+    "very many layers": _says(layer_map=[*range(9000)]),
+    "another emulator": _says(emulator="third"),
+    "another retention": _says(retention=0.25),
+    "retention of none": _says("retention"),
+    "perplexity that is no number": _says(perplexity=float("nan")),
+    "no tensors": _header({"__metadata__": _tensor()["__metadata__"]}),
+    "no header": _header({}),
+    "tensor of another name": _header(
+        {"__metadata__": _tensor()["__metadata__"], "other": _tensor()["weight"]}, rest=bytes(32)
+    ),
+    "tensor of a name of no line": _header(
+        _tensor() | {"a\n\x1b[2J\u202e" * 99: {"dtype": "F32", "shape": [0], "data_offsets": [32, 32]}},
+        rest=bytes(32),
+    ),
+    "one more tensor": _header(
+        _tensor() | {"more": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]}}, rest=bytes(36)
+    ),
+    "one more tensor of nothing": _header(
+        _tensor() | {"more": {"dtype": "F32", "shape": [0], "data_offsets": [32, 32]}}, rest=bytes(32)
+    ),
+    "wide tensor": _header(_tensor(shape=[10**12], data_offsets=[0, 4 * 10**12])),
+    "flat tensor": _header(_tensor(shape=[2, 4]), rest=bytes(32)),
+    "tensor of one number": _header(_tensor(shape=[], data_offsets=[0, 4]), rest=bytes(4)),
+    "shorter tensor": _header(_tensor(shape=[7], data_offsets=[0, 28]), rest=bytes(28)),
+    "tensor that is none": _header(_tensor() | {"weight": [1, 2]}, rest=bytes(32)),
+    "double precision": _header(_tensor(dtype="F64", data_offsets=[0, 64]), rest=bytes(64)),
+    "half precision": _header(_tensor(dtype="BF16", data_offsets=[0, 16]), rest=bytes(16)),
+    "integers": _header(_tensor(dtype="I32"), rest=bytes(32)),
+    "not a number": _header(_tensor(), rest=struct.pack("<8f", *[0.0] * 7, float("nan"))),
+    "infinity": _header(_tensor(), rest=struct.pack("<8f", float("-inf"), *[0.0] * 7)),
 }
 ADAPTERS = [
-    Attack(f"safetensors {name}", "PUT", f"{TRAIN}/adapter", (422,), device="ue1", body=body)
-    for name, body in _BROKEN_SAFETENSORS.items()
+    Attack(f"{what} {name}", "PUT", f"{TRAIN}/adapter", (422,), device="ue1", body=body)
+    for what, bodies in (("safetensors", _BROKEN_SAFETENSORS), ("adapter", _OTHER_ADAPTERS))
+    for name, body in bodies.items()
 ]
 
 _OUTSIDE = [

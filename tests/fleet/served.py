@@ -24,6 +24,7 @@ from emutune.fleet.server.dashboard.board import Board, Fleet
 from emutune.fleet.server.dashboard.messages import Model
 from emutune.fleet.server.dashboard.watch import Watch
 from emutune.fleet.shaping import TokenBucket
+from emutune.tuning.adapter_manifest import AdapterManifest, Asked
 from emutune.tuning.manifest import Emulator
 
 DATA = b"how a thing is done, and why " * 3000
@@ -34,6 +35,10 @@ TOKENIZER = b'{"words": 3}'
 SHA = hashlib.sha256(SHARD).hexdigest()
 KEYS = {"ue1": new_secret(), "ue2": new_secret(), "gone": new_secret()}
 DASHBOARD_KEY = new_secret()
+# Of the adapter that the lease to train asks for.
+MANIFEST = AdapterManifest(
+    base="b" * 64, layers=6, layer_map=(0, 5), kind="lora", width=4, retention=0.5, emulator="half"
+)
 TOKENS = {name: new_secret() for name in (*KEYS, "new")}
 
 
@@ -46,6 +51,7 @@ class Hub:
     told: list[tuple[Any, ...]] = field(default_factory=list)
     refuses: bool = False
     trained: Path | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: {"weight": (8,)})
 
     def info(self) -> FleetInfo:
         return FleetInfo(
@@ -82,6 +88,9 @@ class Hub:
 
     def start_adapter(self, device: str, lease: str) -> Path | None:
         return self.trained
+
+    def adapter_asked(self, device: str, lease: str) -> Asked:
+        return Asked(MANIFEST, self.shapes)
 
     async def adapter_received(self, device: str, lease: str, path: Path) -> None:
         if self.refuses:
@@ -227,13 +236,13 @@ def report(task: str = "t2") -> dict[str, Any]:
     return {"task": task, "data_bytes": 5, "data_sha256": "0" * 64, "cache_bytes": 100}
 
 
-def safetensors(tensors: dict[str, int] | None = None, metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file of float32 vectors of so many elements."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+def safetensors(tensors: dict[str, int] | None = None, number: int = 0) -> bytes:
+    """An adapter's file of float32 vectors of so many elements, all of whose bytes are a number."""
+    header: dict[str, Any] = {"__metadata__": {"manifest": MANIFEST.model_dump_json()}}
     at = 0
     for name, count in (tensors or {"weight": 8}).items():
         header[name] = {"dtype": "F32", "shape": [count], "data_offsets": [at, at + 4 * count]}
         at += 4 * count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + bytes(at)
+    return len(text).to_bytes(8, "little") + text + bytes([number]) * at

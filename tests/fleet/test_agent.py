@@ -329,3 +329,20 @@ def test_damaged_memory_is_named(data: Path, tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(FleetError, match="delete it"):
         device(server, data, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("error", [KeyError("weight"), AssertionError("never so"), IndexError("token 97")])
+def test_whatever_training_meets_is_the_leases_failure(
+    built: Catalogue, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from emutune.fleet.device import work
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(work, "train_adapter", fail)
+    server = serving(built, on_report=leasing("train", emulator=emulator(built)))
+    assert device(server, data, tmp_path / "cache")[0] == 1
+    result = Result.model_validate(server.results["l-0"])
+    assert result.outcome == "failed"
+    assert result.reason == f"{type(error).__name__}: {error}"

@@ -531,7 +531,8 @@ def test_only_uploads_take_data_and_only_training_takes_adapters(fleet: Served) 
 
 
 def test_an_adapter_is_named_by_its_content(fleet: Served) -> None:
-    content = safetensors({"weight": 3000}, {"manifest": "{}"})
+    fleet.hub.shapes = {"weight": (3000,)}
+    content = safetensors({"weight": 3000})
     for _ in range(2):
         assert ask(fleet, "PUT", ADAPTER_URL, content=content).status_code == 204
     path = fleet.work / "adapters" / f"{hashlib.sha256(content).hexdigest()}.safetensors"
@@ -540,10 +541,46 @@ def test_an_adapter_is_named_by_its_content(fleet: Served) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_adapter_that_was_not_asked_for_is_refused_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = intake._write_all
+
+    def counted(file: int, piece: bytes, at: int) -> None:
+        written.append(len(piece))
+        write(file, piece, at)
+
+    monkeypatch.setattr(intake, "_write_all", counted)
+    with served(tmp_path, Limits(adapter_mb=50)) as fleet:
+        whole = safetensors({"weight": 2_000_000})
+        answer = ask(fleet, "PUT", ADAPTER_URL, content=whole)
+        assert answer.status_code == 422
+        assert "tensor weight is 'F32' [2000000], asked for was 'F32' [8]" in answer.json()["detail"]
+        assert written == []
+        fleet.hub.shapes = {"weight": (2_000_000,)}
+        assert ask(fleet, "PUT", ADAPTER_URL, content=whole).status_code == 204
+        assert sum(written) == len(whole)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000])
+def test_a_header_may_come_in_pieces(fleet: Served, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(bodies, "_GATHERED_BYTES", 1)
+    whole = safetensors()
+
+    async def stream() -> AsyncIterator[bytes]:
+        for at in range(0, len(whole), size):
+            yield whole[at : at + size]
+
+    assert ask(fleet, "PUT", ADAPTER_URL, content=stream()).status_code == 204
+    (path,) = (fleet.work / "adapters").iterdir()
+    assert path.read_bytes() == whole
+
+
 def test_a_second_adapter_does_not_count(fleet: Served) -> None:
     ask(fleet, "PUT", ADAPTER_URL, content=safetensors())
     before = fleet.state()
-    assert ask(fleet, "PUT", ADAPTER_URL, content=safetensors({"other": 9})).status_code == 204
+    assert ask(fleet, "PUT", ADAPTER_URL, content=safetensors(number=1)).status_code == 204
     assert fleet.state() == before
 
 
@@ -567,7 +604,8 @@ def test_what_a_kill_left_of_an_adapter_is_cleared_away(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(data=st.data())
 def test_adapters_with_a_damaged_byte_never_pass_as_another_shape(fleet: Served, data: st.DataObject) -> None:
-    whole = safetensors({"weight": 4}, {"manifest": "{}"})
+    fleet.hub.shapes = {"weight": (4,)}
+    whole = safetensors({"weight": 4})
     length = 8 + int.from_bytes(whole[:8], "little")
     at = data.draw(st.integers(0, length - 1))
     damaged = bytearray(whole)

@@ -71,6 +71,38 @@ def test_errors_are_answers_and_the_process_lives_on() -> None:
     with_child(steps)
 
 
+@pytest.mark.parametrize(
+    ("do", "said"),
+    [
+        ("recurse", "RecursionError: maximum recursion depth"),
+        ("leave", "SystemExit: no more"),
+        ("assert", "AssertionError: never so"),
+        ("look up", "KeyError: 'weight'"),
+        ("allocate", "MemoryError"),
+    ],
+)
+def test_whatever_is_raised_is_the_answer_to_its_question_alone(do: str, said: str) -> None:
+    async def steps(child: Child) -> None:
+        first = (await child.ask(question(), DYING))["by"]
+        with pytest.raises(FleetError, match=said):
+            await child.ask(question(do), DYING)
+        # Who knows what the error left behind.
+        assert not alive(first)
+        assert (await child.ask(question(what=1), DYING))["said"] == 1
+
+    with_child(steps)
+
+
+def test_what_a_library_prints_is_no_answer() -> None:
+    async def steps(child: Child) -> None:
+        first = (await child.ask(question(), DYING))["by"]
+        assert await child.ask(question("print", what=1), DYING) == {"said": 1, "by": first}
+        with pytest.raises(FleetError, match=DYING):
+            await child.ask(question("answer otherwise"), DYING)
+
+    with_child(steps)
+
+
 KILLED = """
 import asyncio, os, signal, sys
 from emutune.fleet.loop import run

@@ -15,6 +15,7 @@ from ledgers import add_devices, decision, digest, run_step
 from emutune.cli import ledger as command
 from emutune.errors import LedgerError, UsageError
 from emutune.fleet.comparison import Comparison, compare_steps, error_percent, errors
+from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Decision, Ledger
 from emutune.fleet.protocol import Result
 
@@ -149,6 +150,18 @@ def test_the_command_prints_and_writes_the_same(
     assert written["errors"]["bytes_percent"] == pytest.approx(0.0)
     for name, count in written["totals"].items():
         assert f"{name}: {count:,}" in printed
+
+
+def test_the_command_says_why_a_lease_failed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Ledger(path) as ledger:
+        ledger.audit(FAILED, "ue2", "1-ue2", "judge: was not done in 600 s")
+        ledger.result("1-ue1", Result(outcome="failed", reason="no room\n\x1b[2Jall is well"))
+    run_command(monkeypatch, str(path))
+    printed = capsys.readouterr().out
+    assert "step 1, ue2: expired: judge: was not done in 600 s\n" in printed
+    assert "step 1, ue1: open: no room  [2Jall is well\n" in printed
 
 
 def test_the_command_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

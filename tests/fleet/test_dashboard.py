@@ -21,6 +21,7 @@ from served import DASHBOARD_KEY, KEYS, SHA, SHARD, Served, board_of, served
 from emutune.cli.serve import announce_dashboard
 from emutune.errors import FleetError
 from emutune.fleet.comparison import compare_steps, errors
+from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Result
 from emutune.fleet.security import new_secret, secret_sha256
@@ -207,7 +208,7 @@ def test_all_is_as_the_ledger_compares_it(fleet: Served) -> None:
         assert detail.summary == step
         rows = [row for row in leases if row.step == step.step]
         for shown, row in zip(detail.leases, rows, strict=True):
-            for name in LeaseDetail.model_fields.keys() - {"reason"}:
+            for name in LeaseDetail.model_fields:
                 assert getattr(shown, name) == getattr(row, name), name
     reasons = [
         lease.reason for lease in StepDetail.model_validate(ask(fleet, f"{OVERVIEW}/steps/0").json()).leases
@@ -519,3 +520,18 @@ def test_a_server_without_dashboard_has_none(fleet: Served) -> None:
     fleet.app = create_app(fleet.hub, fleet.ledger, fleet.catalogue, fleet.work, Limits(), lambda *_: None)
     assert ask(fleet, "/dashboard").status_code == 404
     assert ask(fleet, OVERVIEW).status_code == 404
+
+
+def test_why_the_server_failed_a_lease(fleet: Served) -> None:
+    fleet.ledger.audit(FAILED, "ue1", "train-1", "judge: was not done in 600 s")
+    fleet.ledger.audit(FAILED, "ue2", "train-1", "of another device")
+    # A device that succeeded says no reason, and one that failed its own.
+    fleet.ledger.result("train-1", Result(outcome="trained", adapter="2" * 64))
+    fleet.ledger.result("upload-1", Result(outcome="failed", reason="the disk is full"))
+    for lease in ("train-1", "upload-1"):
+        fleet.ledger.close_lease(lease, "failed")
+    expected = {"ue1": "judge: was not done in 600 s", "ue2": "the disk is full"}
+    seen = overview(fleet)
+    assert {fault.device: fault.reason for fault in seen.faults} == expected
+    assert {row.device: row.reason for row in fleet.ledger.comparison()} == expected
+    assert seen.audit.refusals == []

@@ -15,9 +15,11 @@ from tuning_models import LAYERS, MASK_TOKEN, logits, tokens
 
 from emutune.errors import AdapterError
 from emutune.tuning import adapters as module
+from emutune.tuning.adapter_manifest import shapes_at
 from emutune.tuning.adapters import (
     AdapterManifest,
     Kind,
+    adapter_form,
     attach,
     check_belongs,
     copy_values,
@@ -114,6 +116,29 @@ def test_saved_adapter_plugs_in_elsewhere(kind: Kind, model: PreTrainedModel, tm
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 2, 7])
+def test_the_form_says_what_attaching_makes(kind: Kind, width: int, model: PreTrainedModel) -> None:
+    layers = adapter_layers(model)
+    before = {index: set(layer.state_dict()) for index, layer in layers.items()}
+    form = adapter_form(layers, kind)
+    assert {index: set(layer.state_dict()) for index, layer in layers.items()} == before
+    made = {name: tuple(parameter.shape) for name, parameter in attach(layers, kind, width).items()}
+    assert shapes_at(form, width) == made
+
+
+@pytest.mark.parametrize(("kind", "width"), [("lora", 10**12), ("bottleneck", 10**12), ("layers", 0)])
+def test_nothing_is_made_of_what_a_manifest_says_but_the_tensors_do_not(
+    kind: Kind, width: int, model: PreTrainedModel
+) -> None:
+    layers = adapter_layers(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match="not those of these layers"):
+        plug_in(layers, manifest(kind, width), {"0.weight": torch.zeros(3)})
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_seed_decides_the_random_half(model: PreTrainedModel) -> None:
     def values(seed: int) -> list[torch.Tensor]:
         return list(attach(adapter_layers(copy.deepcopy(model)), "lora", 3, seed).values())
@@ -158,6 +183,7 @@ def test_bottlenecks_add_a_residual() -> None:
         ({"base": "b" * 64}, "tuned on the model aaaaaaaaaaaa, this one is bbbbbbbbbbbb"),
         ({"layers": 7}, r"layers \[0, 5\] of 6, here the adapter layers are \[0, 5\] of 7"),
         ({"layer_map": (0, 1)}, r"here the adapter layers are \[0, 1\] of 6"),
+        ({"layers": 5, "layer_map": None}, "any of 5"),
         ({"layer_map": None, "layers": 7}, "here the adapter layers are any of 7"),
     ],
 )
@@ -166,6 +192,13 @@ def test_adapter_of_another_place_is_refused(changes: dict, message: str) -> Non
     check_belongs(manifest(), **here)
     with pytest.raises(AdapterError, match=message):
         check_belongs(manifest(), **here | changes)
+
+
+def test_layers_that_no_model_has_are_refused() -> None:
+    for layer_map in ((0, 6), (-1,), (10**12,)):
+        beyond = manifest().model_copy(update={"layer_map": layer_map})
+        with pytest.raises(AdapterError, match="here the adapter layers are any of 6"):
+            check_belongs(beyond, base="a" * 64, layers=LAYERS)
 
 
 def test_values_of_another_kind_or_width_are_refused(model: PreTrainedModel) -> None:

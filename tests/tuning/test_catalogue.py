@@ -17,9 +17,11 @@ from tuning_models import logits
 
 from emutune.errors import CatalogueError
 from emutune.tuning import catalogue as module
+from emutune.tuning.adapters import attach
 from emutune.tuning.build import build_catalogue
 from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.manifest import missing
+from emutune.tuning.tune import adapter_layers
 
 
 @pytest.fixture
@@ -215,3 +217,17 @@ def test_file_size_limit_is_a_catalogue_error(tmp_path: Path) -> None:
     )
     assert "cannot be written" in done.stdout
     assert len(list((tmp_path / "shards").iterdir())) == 1
+
+
+def test_building_again_adds_what_adapters_are_made_of(tmp_path: Path) -> None:
+    catalogue = catalogue_of(tmp_path)
+    known = catalogue.info.adapters
+    assert set(known) == {"layers", "lora", "bottleneck"}
+    catalogue.save_info(adapters={})
+    with pytest.raises(CatalogueError, match="run emutune catalogue build again"):
+        catalogue.asked(catalogue.base(), "lora", 2)
+    again = catalogue_of(tmp_path)
+    assert again.info.adapters == known
+    layers = adapter_layers(again, again.assemble(again.base()))
+    made = {name: tuple(value.shape) for name, value in attach(layers, "lora", 2).items()}
+    assert again.asked(again.base(), "lora", 2).shapes == made

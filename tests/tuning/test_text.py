@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from emutune.errors import DataError
 from emutune.tuning import text as module
 from emutune.tuning.reference import build_tokenizer
-from emutune.tuning.text import Blocks, pack, read_text, split_blocks
+from emutune.tuning.text import Blocks, pack, read_sample, read_text, split_blocks, task_blocks
 
 LINES = (
     "The quick brown fox\njumps over the lazy dog.\n\n    Indented, after an empty line.\n \n\ttab  \nEnd\n"
@@ -98,6 +98,54 @@ def test_what_is_not_utf8_is_named_with_the_byte(tmp_path):
         read_text(path)
 
 
+# samples
+
+
+def numbered(words: int, between: str = " ") -> str:
+    return between.join(f"{number:06d}" for number in range(words))
+
+
+@pytest.mark.parametrize("between", [" ", "\n"])
+def test_a_sample_is_the_text_or_stretches_from_all_over_it(tmp_path, between):
+    path = tmp_path / "text.txt"
+    text = numbered(10_000, between)
+    path.write_text(text)
+    assert read_sample(path, len(text) // 8 + 1) == text
+    sample = read_sample(path, 800)
+    assert 0.8 * 6400 < len(sample) <= 6400
+    words = [int(word) for word in sample.split()]
+    assert words == sorted(set(words))
+    gaps = np.diff(words)
+    assert (gaps > 10).sum() == 15, "sixteen stretches"
+    assert gaps.max() < 10_000 / 14
+    assert words[0] < 10
+    assert words[-1] > 9_990
+
+
+@pytest.mark.parametrize("letters", ["ab", "äö", "漢字", "𝒳𝒴"])
+def test_a_sample_of_one_word_keeps_to_whole_characters(tmp_path, letters):
+    path = tmp_path / "text.txt"
+    for shift in range(4):
+        path.write_bytes(b"x" * shift + (letters * 5000).encode())
+        sample = read_sample(path, 101)
+        assert len(sample.encode()) <= 808 + 15
+        assert set(sample) <= set(letters) | {"x", "\n"}
+
+
+def test_a_sample_names_the_byte_that_is_not_utf8(tmp_path):
+    path = tmp_path / "text.txt"
+    content = bytearray(numbered(10_000).encode())
+    content[-20] = 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"byte {len(content) - 20} cannot be decoded"):
+        read_sample(path, 100)
+    path.write_text(" " * 10_000)
+    with pytest.raises(DataError, match="holds no text"):
+        read_sample(path, 100)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_sample(tmp_path / "none.txt", 100)
+
+
 # packing
 
 
@@ -110,6 +158,39 @@ def test_pieces_give_the_tokens_of_the_whole(tokenizer, monkeypatch, piece):
     assert tokens.tolist() == at_once(text, tokenizer)
     assert tokens.dtype == np.uint16
     assert (counting.calls > 1) == (piece < 10_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "longest"),
+    [
+        ("word " * 40_000, 65_541),
+        ("word\n" * 40_000, 65_541),
+        ("w" * 300_000, 69_632),
+        (" " * 300_000, 69_632),
+    ],
+    ids=["one line", "lines", "one word", "white space"],
+)
+def test_no_piece_is_much_longer_than_it_may_be(tokenizer, text, longest):
+    class Watching(Counting):
+        longest = 0
+
+        def __call__(self, piece, **options):
+            self.longest = max(self.longest, len(piece))
+            return super().__call__(piece, **options)
+
+    watching = Watching(tokenizer)
+    tokens = pack(text, watching)
+    assert watching.longest <= longest
+    # What is cut within a word changes tokens at the cut and nowhere else.
+    assert abs(len(tokens) - len(at_once(text, tokenizer))) <= watching.calls
+
+
+def test_the_words_of_one_line_keep_their_tokens(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 50)
+    text = "The quick brown fox jumps over the lazy dog; " * 30
+    counting = Counting(tokenizer)
+    assert pack(text, counting).tolist() == at_once(text, tokenizer)
+    assert counting.calls > 10
 
 
 @given(
@@ -272,3 +353,32 @@ def test_smaller_batches_are_the_halves_of_a_large_one():
     training = Blocks(np.arange(100), 5, np.arange(20))
     halves = torch.cat([training.batch(step, 4, 1) for step in (6, 7)])
     assert torch.equal(halves, training.batch(3, 8, 1))
+
+
+@given(st.integers(1, 300), st.integers(1, 100))
+def test_spread_blocks_are_from_all_over(blocks, count):
+    every = Blocks(np.arange(3 * blocks), 3, np.arange(blocks))
+    spread = every.spread(count)
+    assert len(spread) == min(blocks, count)
+    assert spread.numbers[0] == 0
+    assert count == 1 or spread.numbers[-1] == blocks - 1
+    gaps = np.diff(spread.numbers)
+    assert not len(gaps) or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize(("trained", "needed"), [(4, 480), (800, 1000)])
+def test_of_a_long_text_only_what_training_needs_is_tokenised(tokenizer, tmp_path, trained, needed):
+    path = tmp_path / "text.txt"
+    text = "The lazy dog; " * 30_000
+    path.write_text(text)
+    counting = Counting(tokenizer)
+    splits = task_blocks(path, counting, 8, trained)
+    tokens = sum(map(len, splits.values()))
+    assert len(splits["train"]) >= trained
+    assert len(splits["validation"]) == len(splits["test"]) == 48
+    assert tokens <= needed * 8
+    short = tmp_path / "short.txt"
+    short.write_text(text[:3000])
+    whole = split_blocks(pack(text[:3000], tokenizer), 8)
+    used = task_blocks(short, tokenizer, 8, trained)
+    assert all(np.array_equal(used[name].numbers, whole[name].numbers) for name in whole)

@@ -70,6 +70,11 @@ def ledger(
         print(
             f"{left_out:,} of {totals['steps']:,} steps are not printed; --steps A:B chooses, --steps : prints all"
         )
+    for lease in leases:
+        if lease.reason:
+            # A device may say anything, to a terminal too.
+            reason = "".join(letter if letter.isprintable() else " " for letter in lease.reason)
+            print(f"step {lease.step}, {lease.device}: {lease.state}: {reason}")
     print(f"adapters trained by devices: {trained['device']:,}, by the server: {trained['server']:,}")
     for name, count in totals.items():
         print(f"{name}: {count:,}")

@@ -20,6 +20,7 @@ class Comparison:
         predicted_perplexity, measured_perplexity: of the whole model with the adapter plugged in.
         perplexity_before: of the whole model without it.
         adapter_sha256: of the adapter that was trained.
+        reason: why the lease failed, in the words of the server or of the device.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Comparison:
     perplexity_before: float | None
     adapter_sha256: str | None
     accepted: bool | None
+    reason: str = ""
 
     @property
     def trained_by(self) -> Literal["server", "device"] | None:

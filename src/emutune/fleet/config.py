@@ -72,7 +72,8 @@ class Steps(_Section):
     Attributes:
         count: steps, after which the devices are told to stop.
         devices: how many reports a step waits for; all enrolled devices that did not leave, if not given.
-        gather_s: a step that has at least one report starts after so long without the others.
+        gather_s: a step that has at least one report starts after so long without the others; no longer does it wait
+            for what is judged or measured.
         deadline_s: a device that needs longer is late: the next step does not wait for it, its result is kept.
     """
 
@@ -130,6 +131,19 @@ class ServerTraining(_Section):
     model: Literal["full", "cached"] = "full"
 
 
+class JobLimits(_Section):
+    """What a job of the server may take, the training of an uploaded task or a judgement; one that takes more fails.
+
+    Attributes:
+        train_s, judge_s: so many seconds, from when a worker or a Ray cluster gets it.
+        memory_mb: of its process, in MB of 1e6 bytes; half of the machine's if not given. Kept on Linux.
+    """
+
+    train_s: Positive = 3600.0
+    judge_s: Positive = 600.0
+    memory_mb: Positive | None = None
+
+
 class Limits(_Section):
     """The most that is taken from outside, in MB of 1e6 bytes.
 
@@ -172,6 +186,7 @@ class FleetConfig(_Section):
     training: Training = Training()
     acceptance: Acceptance = Acceptance()
     at_server: ServerTraining = ServerTraining()
+    jobs: JobLimits = JobLimits()
     limits: Limits = Limits()
     keep: Keep = Keep()
 

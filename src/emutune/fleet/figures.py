@@ -7,11 +7,19 @@ from collections import Counter
 from emutune.fleet.comparison import Comparison
 from emutune.fleet.database import Database
 
+# What the audit calls a lease that failed by the server's work.
+FAILED = "lease failed"
+# Why a lease failed: the server's word, or else the device's. With the plus the index of the audit serves.
+REASON = f"""coalesce(
+    (SELECT detail FROM audit WHERE event = '{FAILED}' AND ifnull(audit.device, '') = +leases.device
+        AND audit.lease = leases.lease),
+    json_extract(result, '$.reason'), '') AS reason"""
 # Not the messages, which are most of a row.
 _COMPARED = (
     "step, device, lease, task, kind, state, at_server, retention, emulator_name, gain, complexity, rate_bps,"
     " predicted_bytes, transferred_bytes AS measured_bytes, predicted_delay_s, transferred_s AS measured_delay_s,"
-    " predicted_perplexity, after AS measured_perplexity, before AS perplexity_before, adapter_sha256, accepted"
+    " predicted_perplexity, after AS measured_perplexity, before AS perplexity_before, adapter_sha256, accepted,"
+    f" {REASON}"
 )
 
 

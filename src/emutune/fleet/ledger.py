@@ -282,6 +282,20 @@ class Ledger(Figures):
         )
         return None if row is None else self._read(Lease, row["message"])
 
+    def at_work(self, step: int | None = None) -> set[str]:
+        """The devices that have something left to do for a lease, or for one of a step; judging is the server's."""
+        # Named, since the planner would rather read the whole table.
+        among, values = ("INDEXED BY leases_open", ()) if step is None else ("", (step,))
+        which = "" if step is None else "step = ? AND"
+        return {
+            row["device"]
+            for row in self._all(
+                f"SELECT device FROM leases {among} WHERE {which} state = 'open'"
+                " AND (outcome IS NULL OR transferred_bytes IS NULL OR adapter_sha256 IS NULL)",
+                *values,
+            )
+        }
+
     def open_leases(self) -> list[LeaseRow]:
         """All leases that nothing has closed."""
         # Named, since the planner would rather read the whole table in the order of its ids.
@@ -427,7 +441,7 @@ class Ledger(Figures):
     # What people and tests read
 
     def audit(self, event: str, device: str | None, lease: str | None, detail: str) -> None:
-        """Note a security event or a deletion of data; one about a lease is noted once."""
+        """Note a security event, a deletion of data or a failure of the server's work; one about a lease once."""
         with self._transaction() as database:
             database.execute(
                 "INSERT OR IGNORE INTO audit (event, device, lease, detail, at) VALUES (?, ?, ?, ?, ?)",

@@ -103,7 +103,7 @@ class LeaseRow:
 
 @dataclass(frozen=True)
 class AuditRow:
-    """A security event, or a deletion of data."""
+    """A security event, a deletion of data, or a failure of the server's work."""
 
     id: int
     event: str

@@ -16,13 +16,25 @@ from transformers.pytorch_utils import Conv1D
 
 from emutune.errors import AdapterError
 from emutune.files import replacing
-from emutune.tuning.adapter_manifest import AdapterManifest, Kind, check_belongs, manifest_in, unreadable
+from emutune.tuning.adapter_manifest import (
+    WIDTH,
+    AdapterManifest,
+    Kind,
+    Shape,
+    check_belongs,
+    check_kind,
+    manifest_in,
+    shapes_at,
+    unreadable,
+)
 from emutune.tuning.bottleneck import insert_bottlenecks
+from emutune.tuning.layers import empty_copy
 from emutune.tuning.sublayers import find_sublayers, linear_maps, widths_of
 
 __all__ = [
     "AdapterManifest",
     "Kind",
+    "adapter_form",
     "attach",
     "bottleneck_places",
     "check_belongs",
@@ -88,6 +100,30 @@ def _attach_bottlenecks(layer: nn.Module, width: int) -> None:
 _ATTACH = {"layers": _attach_layer, "lora": _attach_lora, "bottleneck": _attach_bottlenecks}
 
 
+def adapter_form(layers: Mapping[int, nn.Module], kind: Kind) -> dict[str, Shape]:
+    """Shapes of an adapter's tensors by their names, as ``attach`` would make them, with ``WIDTH`` for its width.
+
+    Args:
+        layers: the adapter layers by their index in the whole model; stay as they are, and need no memory.
+        kind: of the adapter.
+
+    Raises:
+        ModelError: these layers take no adapter of this kind.
+    """
+
+    def shapes(width: int) -> dict[str, Shape]:
+        empty = {index: empty_copy(layer) for index, layer in layers.items()}
+        return {name: tuple(parameter.shape) for name, parameter in attach(empty, kind, width).items()}
+
+    narrow, wide = shapes(1), shapes(2)
+    return {
+        name: tuple(
+            length if length == wider else WIDTH for length, wider in zip(shape, wide[name], strict=True)
+        )
+        for name, shape in narrow.items()
+    }
+
+
 def bottleneck_places(layer: nn.Module) -> dict[str, int]:
     """Names and output widths of the projections that bottlenecks come behind."""
     sublayers = find_sublayers(layer)
@@ -142,11 +178,15 @@ def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
     Raises:
         AdapterError: names or shapes differ.
     """
-    if {name: tensor.shape for name, tensor in parameters.items()} != {n: t.shape for n, t in values.items()}:
-        raise AdapterError("adapter: its tensors are not those of these layers; it is damaged, tune it again")
+    _check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, values)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+
+def _check_shapes(wanted: Mapping[str, Shape], values: Mapping[str, Tensor]) -> None:
+    if wanted != {name: tuple(tensor.shape) for name, tensor in values.items()}:
+        raise AdapterError("adapter: its tensors are not those of these layers; it is damaged, tune it again")
 
 
 def start_from(path: Path, wanted: AdapterManifest, parameters: Mapping[str, Tensor]) -> None:
@@ -157,18 +197,31 @@ def start_from(path: Path, wanted: AdapterManifest, parameters: Mapping[str, Ten
     """
     found, values = load_adapter(path)
     check_belongs(found, base=wanted.base, layers=wanted.layers, layer_map=wanted.layer_map)
-    if (found.kind, found.width) != (wanted.kind, wanted.width):
-        raise AdapterError(
-            f"{path}: holds an adapter of kind {found.kind} and width {found.width}, not {wanted.kind} and "
-            f"{wanted.width}; ask for the same, or choose another file"
-        )
+    check_kind(found, wanted)
     copy_values(parameters, values)
 
 
 def plug_in(
-    layers: Mapping[int, nn.Module], manifest: AdapterManifest, values: Mapping[str, Tensor]
+    layers: Mapping[int, nn.Module],
+    manifest: AdapterManifest,
+    values: Mapping[str, Tensor],
+    form: Mapping[str, Shape] | None = None,
 ) -> dict[str, Any]:
-    """Put a trained adapter into layers; returns its parameters."""
-    parameters = attach({index: layers[index] for index in manifest.layer_map}, manifest.kind, manifest.width)
+    """Put a trained adapter into layers; returns its parameters.
+
+    Args:
+        layers: of the whole model, by index; those that the adapter changes are changed in place.
+        manifest: of the adapter.
+        values: its tensors.
+        form: see ``adapter_form``, which takes as long as plugging in; found out if not given.
+
+    Raises:
+        AdapterError: its tensors are not those that its manifest says; the layers are then as they were.
+    """
+    changed = {index: layers[index] for index in manifest.layer_map}
+    # Before anything as wide as a file says is made.
+    form = adapter_form(changed, manifest.kind) if form is None else form
+    _check_shapes(shapes_at(form, manifest.width), values)
+    parameters = attach(changed, manifest.kind, manifest.width)
     copy_values(parameters, values)
     return parameters

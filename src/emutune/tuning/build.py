@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emutune.errors import ModelError
+from emutune.tuning.adapter_manifest import KINDS, Kind, Shape
+from emutune.tuning.adapters import adapter_form
 from emutune.tuning.agreement import check_agreement, fits_in_memory
 from emutune.tuning.base import catalogue_for, save_base
 from emutune.tuning.catalogue import Catalogue
@@ -133,6 +136,8 @@ def build_catalogue(
             log.warning("%s: too large for the free memory to be compared with transformers' own", source)
         save_base(foundation, catalogue, recipe.seed)
     catalogue.save_tokenizer(tokenizer)
+    if not catalogue.info.adapters:
+        catalogue.save_info(adapters=_adapter_forms(catalogue))
     maker = _Maker(catalogue, recipe, splits["train"], splits["validation"], tokenizer.mask_token_id, report)
     maker.make()
     if catalogue.info.recipe != recipe.label:
@@ -353,6 +358,17 @@ class _Maker:
             outer=self.base.outer,
             layers=tuple(self._around(middle)),
         )
+
+
+def _adapter_forms(catalogue: Catalogue) -> dict[Kind, dict[str, Shape]]:
+    """What adapters of the model are made of, of each kind that it can take."""
+    stack = layer_stack(skeleton(catalogue.config))
+    layers = {index: stack[index] for index in catalogue.info.adapter_layers}
+    forms: dict[Kind, dict[str, Shape]] = {}
+    for kind in KINDS:
+        with suppress(ModelError):
+            forms[kind] = adapter_form(layers, kind)
+    return forms
 
 
 def _check_layers(foundation: Foundation, recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emutune.errors import CatalogueError
+from emutune.tuning.adapter_manifest import AdapterManifest, Asked, Kind, Shape, shapes_at
 from emutune.tuning.manifest import Emulator
 
 BASE = "base"
@@ -26,6 +27,8 @@ class CatalogueInfo(BaseModel):
         importance: the middle layers by falling importance, once measured: the emulator that keeps k of
             them keeps the first k.
         recipe: of the emulators built last.
+        adapters: by the kinds of adapter that the adapter layers can take, the shapes of its tensors by their names,
+            in which ``WIDTH`` stands for its width; empty on a device, which needs none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +42,7 @@ class CatalogueInfo(BaseModel):
     text: str
     importance: tuple[int, ...] | None = None
     recipe: str = ""
+    adapters: dict[Kind, dict[str, Shape]] = {}
 
     @property
     def middle(self) -> range:
@@ -109,6 +113,33 @@ class Inventory:
         if emulator is None:
             raise CatalogueError(f"{self.directory}: not finished; run emutune catalogue build again")
         return emulator
+
+    def adapter_manifest(self, emulator: Emulator, kind: Kind, width: int) -> AdapterManifest:
+        """The manifest of an adapter that is to be tuned against an emulator; whole layers have no width."""
+        return AdapterManifest(
+            base=self.info.base,
+            layers=self.info.layers,
+            layer_map=self.info.adapter_layers,
+            kind=kind,
+            width=0 if kind == "layers" else width,
+            retention=emulator.retention,
+            emulator=emulator.name,
+        )
+
+    def asked(self, emulator: Emulator, kind: Kind, width: int) -> Asked:
+        """What such an adapter's file must be.
+
+        Raises:
+            CatalogueError: this model takes no adapter of that kind, or nobody noted what one is made of.
+        """
+        form = self.info.adapters.get(kind)
+        if form is None:
+            known = ", ".join(self.info.adapters)
+            raise CatalogueError(
+                f"{self.directory}: does not say what an adapter of kind {kind} is made of; "
+                + (f"choose one of {known}" if known else "run emutune catalogue build again, which adds it")
+            )
+        return Asked(self.adapter_manifest(emulator, kind, width), shapes_at(form, width))
 
 
 def open_inventory(directory: str | Path) -> Inventory:

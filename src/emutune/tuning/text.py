@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -19,11 +20,20 @@ from emutune.tuning.foundation import positions
 
 Split = Literal["train", "validation", "test"]
 # Every tenth block is held back for choosing and accepting, the next one for reporting.
-_FOLDS = 10
+_FOLDS, _TRAINING_FOLDS = 10, 8
 _BLOCK = 256
-_PIECE_CHARACTERS = 1 << 20
+# Tokenizers take some 200 bytes for a character of what they are given at once.
+_PIECE_CHARACTERS = 1 << 16
+_BREAK_WITHIN = 1 << 12
 # Tokenizers join runs of white space, so a cut next to another white space could change tokens.
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+_WHOLE_WORDS = re.compile(r"\s(.*)\s", re.DOTALL)
+_WORD_END = re.compile(r"(?<=\S)(?= \S)")
+# Of ordinary text, with room to spare.
+_TOKEN_BYTES = 8
+_STRETCHES = 16
+# Of each split that is measured: enough for three digits, and nobody waits long for it.
+_MEASURED = 48
 
 
 def read_text(path: Path) -> str:
@@ -32,12 +42,32 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: it is missing, unreadable, not UTF-8, or empty.
     """
+    return _read(path, None)
+
+
+def read_sample(path: Path, tokens: int) -> str:
+    """So much of a text file as makes about so many tokens: 8 bytes for each, from all over a longer file.
+
+    What is read of a longer file are sixteen stretches of equal length and distance, without the words that their
+    ends cut.
+
+    Raises:
+        DataError: it is missing, unreadable, not UTF-8, or empty.
+    """
+    return _read(path, _TOKEN_BYTES * tokens)
+
+
+def _read(path: Path, most: int | None) -> str:
+    """A text file, or stretches of a longer one; at most so many bytes of it."""
     try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start} cannot be decoded); convert it to UTF-8"
-        ) from error
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if most is None or size <= most:
+                text = _decoded(path, file.read(), 0, final=True)
+            else:
+                length = most // _STRETCHES
+                starts = [number * (size - length) // (_STRETCHES - 1) for number in range(_STRETCHES)]
+                text = "\n".join(_stretch(path, file, start, length) for start in starts)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not text.strip():
@@ -45,11 +75,38 @@ def read_text(path: Path) -> str:
     return text
 
 
+def _stretch(path: Path, file: BinaryIO, start: int, length: int) -> str:
+    """The words between the one that the beginning of a stretch cuts and the one that its end cuts."""
+    file.seek(start)
+    content = file.read(length)
+    # Of a character that is cut, at most three bytes follow.
+    skipped = next((at for at in range(min(3, len(content))) if content[at] & 0xC0 != 0x80), 3)
+    text = _decoded(path, content[skipped:], start + skipped, final=False)
+    words = _WHOLE_WORDS.search(text)
+    return text if words is None else words[1]
+
+
+def _decoded(path: Path, content: bytes, start: int, *, final: bool) -> str:
+    """The text of a file's bytes from ``start`` on, with the line ends that Python reads.
+
+    Unless they are ``final``, what they end with may be the beginning of a character, which is left out.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(content, final)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {start + error.start} cannot be decoded); convert it to UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def pack(text: str, tokenizer: Any, cache: Path | None = None) -> np.ndarray[Any, np.dtype[np.integer[Any]]]:
     """All tokens of a text in a row, as the smallest unsigned type that holds the vocabulary.
 
     Args:
-        text: the text; long ones are tokenised in pieces of about a mebibyte, cut between lines.
+        text: the text; long ones are tokenised in pieces of 65536 characters or up to 4096 more: cut between two
+            lines, or else between two words, which changes no token of a tokenizer that splits text there, or else
+            within what is one word for so long.
         tokenizer: a transformers tokenizer.
         cache: where token files are kept; the array is then memory-mapped from there.
 
@@ -100,10 +157,16 @@ def _tokens(text: str, tokenizer: Any, dtype: Any) -> np.ndarray[Any, np.dtype[n
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
-        line_end = _LINE_END.search(text, start + _PIECE_CHARACTERS)
-        end = len(text) if line_end is None else line_end.end()
+        end = _piece_end(text, start + _PIECE_CHARACTERS)
         yield text[start:end]
         start = end
+
+
+def _piece_end(text: str, least: int) -> int:
+    """Where to cut, from ``least`` on."""
+    most = least + _BREAK_WITHIN
+    breaks = (pattern.search(text, least, most) for pattern in (_LINE_END, _WORD_END))
+    return next((found.end() for found in breaks if found is not None), min(most, len(text)))
 
 
 @dataclass(frozen=True)
@@ -134,6 +197,11 @@ class Blocks:
     def first(self, count: int) -> Blocks:
         """The first few of these blocks."""
         return replace(self, numbers=self.numbers[:count])
+
+    def spread(self, count: int) -> Blocks:
+        """So many of these blocks from all over them, or all if there are no more."""
+        positions = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return replace(self, numbers=self.numbers[np.unique(positions)])
 
     def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
         """The batch of a training step, the same whenever it is asked for: int64 (size, length).
@@ -185,5 +253,28 @@ def split_blocks(tokens: np.ndarray[Any, Any], length: int) -> dict[Split, Block
             "choose and report; give more text or shorter blocks (--block)"
         )
     fold = numbers % _FOLDS
-    members = {"train": fold < 8, "validation": fold == 8, "test": fold == 9}
+    members = {"train": fold < _TRAINING_FOLDS, "validation": fold == 8, "test": fold == 9}
     return {name: Blocks(tokens, length, numbers[where]) for name, where in members.items()}  # type: ignore[misc]
+
+
+def task_blocks(
+    path: Path, tokenizer: Any, length: int, trained: int, cache: Path | None = None
+) -> dict[Split, Blocks]:
+    """The blocks of a task whose text may be much longer than its training needs: only so much of it is used.
+
+    Args:
+        path: the text.
+        tokenizer: see ``pack``.
+        length: tokens in a block.
+        trained: how many blocks training takes, one after another.
+        cache: see ``pack``.
+
+    Returns:
+        The splits of ``split_blocks``, of validation and test at most 48 blocks each.
+
+    Raises:
+        DataError: the text is unusable or too short, or the cache cannot be written.
+    """
+    needed = _FOLDS * max(_MEASURED, -(-trained // _TRAINING_FOLDS))
+    splits = split_blocks(pack(read_sample(path, needed * length), tokenizer, cache), length)
+    return {name: blocks if name == "train" else blocks.spread(_MEASURED) for name, blocks in splits.items()}

@@ -118,7 +118,7 @@ def tune(
     splits = split_blocks(pack(text, tokenizer, work / "tokens"), length)
     full = catalogue.assemble(catalogue.base(), device)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
-    manifest = adapter_manifest(catalogue, emulator, config.adapter, config.width)
+    manifest = catalogue.adapter_manifest(emulator, config.adapter, config.width)
     parameters = attach(adapter_layers(catalogue, full), manifest.kind, manifest.width, config.training.seed)
     before = _start_from(out, manifest, parameters)
     # Whoever was stopped after the adapter was written starts from that one, and anew.
@@ -131,20 +131,6 @@ def tune(
     for finished in work.glob(f"*/{CHECKPOINT}"):
         shutil.rmtree(finished.parent)
     return result
-
-
-def adapter_manifest(catalogue: Catalogue, emulator: Emulator, kind: Kind, width: int) -> AdapterManifest:
-    """The manifest of an adapter that is to be tuned against an emulator; whole layers have no width."""
-    info = catalogue.info
-    return AdapterManifest(
-        base=info.base,
-        layers=info.layers,
-        layer_map=info.adapter_layers,
-        kind=kind,
-        width=0 if kind == "layers" else width,
-        retention=emulator.retention,
-        emulator=emulator.name,
-    )
 
 
 def chosen_emulator(catalogue: Catalogue, config: TuneConfig) -> Emulator:

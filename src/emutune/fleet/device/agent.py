@@ -227,7 +227,7 @@ class Device:
                 if error.status != 422:
                     raise
                 return _failed(error)
-            except (EmutuneError, OSError, ImportError, RuntimeError, ValueError, MemoryError) as error:
+            except Exception as error:
                 # Whatever a model or a disk does, the step must not wait for this device.
                 if not is_full(error) or time.monotonic() >= until:
                     return _failed(error)

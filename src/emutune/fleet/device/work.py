@@ -30,9 +30,8 @@ from emutune.tuning.head_loss import training_loss
 from emutune.tuning.layers import layer_stack
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
-from emutune.tuning.text import Blocks, block_length, fitting_block, pack, read_text, split_blocks
+from emutune.tuning.text import Blocks, block_length, fitting_block, task_blocks
 from emutune.tuning.trainer import Progress, train
-from emutune.tuning.tune import adapter_manifest
 
 ADAPTER = "adapter.safetensors"
 _MADE = "made.json"
@@ -74,7 +73,8 @@ def train_adapter(
     Args:
         cache: the shards, laid out as a catalogue.
         manifest: of the emulator, as JSON.
-        text: the task's file; eight of ten blocks train, one chooses the state, one is measured.
+        text: the task's file; of what training needs of it eight of ten blocks train, one chooses the state, one is
+            measured.
         training: how to train.
         directory: where the adapter and everything on the way to it are kept.
         start: the adapter to start from.
@@ -90,11 +90,9 @@ def train_adapter(
         return made
     catalogue, emulator = _opened(cache, manifest)
     tokenizer, model = catalogue.tokenizer(), catalogue.assemble(emulator)
-    splits = split_blocks(
-        pack(read_text(text), tokenizer, directory / "tokens"),
-        fitting_block(catalogue.config, training.block),
-    )
-    described = adapter_manifest(catalogue, emulator, training.adapter, training.width)
+    block = fitting_block(catalogue.config, training.block)
+    splits = task_blocks(text, tokenizer, block, training.steps * training.batch, directory / "tokens")
+    described = catalogue.adapter_manifest(emulator, training.adapter, training.width)
     stack = layer_stack(model)
     layers = {
         entry.index: stack[position]
@@ -123,7 +121,7 @@ def perplexity_ratio(cache: Path, manifest: dict[str, Any], text: Path) -> float
     Args:
         cache: the shards, laid out as a catalogue.
         manifest: of the emulator, as JSON.
-        text: the task's file, of whose held-back blocks the first few are measured.
+        text: the task's file, of whose held-back blocks a few from all over are measured.
 
     Returns:
         The ratio, or None if the calibration text was never measured or the task's is too short.
@@ -136,11 +134,11 @@ def perplexity_ratio(cache: Path, manifest: dict[str, Any], text: Path) -> float
         return None
     tokenizer = catalogue.tokenizer()
     try:
-        blocks = split_blocks(pack(read_text(text), tokenizer), block_length(catalogue.config))["test"]
+        blocks = task_blocks(text, tokenizer, block_length(catalogue.config), trained=0)["test"]
     except DataError:
         return None
     model = catalogue.assemble(emulator)
-    measured = perplexity(model, blocks.first(_BLOCKS_OF_A_REPORT), mask_token=tokenizer.mask_token_id)
+    measured = perplexity(model, blocks.spread(_BLOCKS_OF_A_REPORT), mask_token=tokenizer.mask_token_id)
     return measured / emulator.perplexity
 
 

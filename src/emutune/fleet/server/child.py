@@ -13,8 +13,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from emutune.errors import EmutuneError, FleetError
@@ -31,10 +33,11 @@ class Child:
     Args:
         module: what it runs; its ``main`` calls ``answer_lines``.
         quiet: drop what it writes to standard error, which is the server's otherwise.
+        arguments: more of them, for its ``main``.
     """
 
-    def __init__(self, module: str, *, quiet: bool) -> None:
-        self._module, self._quiet = module, quiet
+    def __init__(self, module: str, *, quiet: bool, arguments: Sequence[str] = ()) -> None:
+        self._module, self._quiet, self._arguments = module, quiet, arguments
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -56,6 +59,9 @@ class Child:
         for _ in range(ATTEMPTS):
             answer = await self._ask_once(question)
             if answer is not None:
+                if answer.get("unexpected"):
+                    # Who knows what it left behind.
+                    await self.stop()
                 return checked(answer)
         raise FleetError(dying)
 
@@ -78,7 +84,9 @@ class Child:
             process.stdin.write(question.encode() + b"\n")
             await process.stdin.drain()
             line = await process.stdout.readline()
-            answer: dict[str, Any] = json.loads(line)
+            answer = json.loads(line)
+            if not isinstance(answer, dict):
+                raise ValueError("its answer is no JSON object")
             return answer
         # The last is what uvloop says of a pipe whose reader has just died.
         except (ConnectionError, ValueError, RuntimeError):
@@ -93,7 +101,7 @@ class Child:
         if self._process is None or self._process.returncode is not None:
             environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", self._module, str(os.getpid())),
+                *(sys.executable, "-m", self._module, str(os.getpid()), *self._arguments),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL if self._quiet else None,
@@ -126,8 +134,11 @@ def answer_lines(answer: Callable[[str], dict[str, Any]]) -> None:
     # Ctrl-C reaches all processes of a terminal; it is for the server to say when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(server,), daemon=True).start()
+    # Whatever a library prints is no answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
-        print(json.dumps(answer(line)), flush=True)
+        said = faults_as_answers(partial(answer, line))
+        print(json.dumps(said), file=answers, flush=True)
 
 
 def errors_as_answers(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -142,6 +153,18 @@ def errors_as_answers(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if not (full or isinstance(error, EmutuneError)):
             raise
         return {"error": str(error), "full": full}
+
+
+def faults_as_answers(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function returns; whatever else it raises becomes ``{"error": message, "unexpected": true}``.
+
+    The process should then answer no more.
+    """
+    try:
+        return function()
+    except BaseException as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}", "unexpected": True}
 
 
 def _die_with(parent: int) -> None:

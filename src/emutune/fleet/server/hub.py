@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
+from emutune.tuning.adapter_manifest import Asked
 
 
 class Hub(Protocol):
@@ -43,12 +44,12 @@ class Hub(Protocol):
         """The file that ``GET .../adapter`` answers with; None while there is none."""
         ...
 
-    async def adapter_received(self, device: str, lease: str, path: Path) -> None:
-        """A device has put an adapter, already checked to be one.
+    def adapter_asked(self, device: str, lease: str) -> Asked:
+        """The adapter that a lease to train is to end with."""
+        ...
 
-        Raises:
-            AdapterError: it belongs to another model, or to other layers.
-        """
+    async def adapter_received(self, device: str, lease: str, path: Path) -> None:
+        """A device has put an adapter, already checked to be the one that was asked for."""
         ...
 
     async def result(self, device: str, lease: str, message: Result) -> None:

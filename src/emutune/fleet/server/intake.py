@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import Request
@@ -21,6 +22,7 @@ from emutune.files import sync_directory
 from emutune.fleet.protocol import Received
 from emutune.fleet.server.bodies import gathered, pieces
 from emutune.fleet.server.refusals import Refused
+from emutune.tuning.adapter_manifest import Asked
 
 HEADER_BYTES = 1 << 20
 
@@ -168,24 +170,32 @@ class Uploads:
         return self._directory / f"{lease}.data"
 
 
-async def receive_adapter(request: Request, directory: Path, limit: int) -> tuple[Path, bool]:
-    """Write a request's body as ``directory/SHA256.safetensors``, if it is a safetensors file.
+async def receive_adapter(request: Request, directory: Path, limit: int, asked: Asked) -> tuple[Path, bool]:
+    """Write a request's body as ``directory/SHA256.safetensors``, if it is the adapter that is asked for.
+
+    Its header is checked before anything after it is kept, its values once they are there.
 
     Returns:
         The path, and whether it is new.
 
     Raises:
-        Refused: 413 if it is too long, 422 if it is no safetensors file or has too long a header.
+        Refused: 413 if it is too long, 422 if it is no safetensors file, has too long a header or numbers that are
+            not finite.
+        AdapterError: it is another adapter.
         OSError: the disk is full; nothing is left behind.
     """
     aside = directory / f"{uuid.uuid4().hex}.partial"
     digest, at, start = hashlib.sha256(), 0, b""
+    length: int | None = None
     file = await run_sync(_open_part, aside)
     try:
         try:
             async for piece in gathered(pieces(request, limit)):
-                start = start if len(start) >= 9 else (start + piece)[:9]
-                _check_start(start, limit)
+                if length is None:
+                    start += piece
+                    length = await run_sync(_check_start, start, limit, asked)
+                if length is not None and at + len(piece) > length:
+                    raise Refused(422, "no safetensors file: it goes on after its tensors")
                 await run_sync(_write_all, file, piece, at)
                 digest.update(piece)
                 at += len(piece)
@@ -202,33 +212,47 @@ async def receive_adapter(request: Request, directory: Path, limit: int) -> tupl
             aside.unlink()
 
 
-def _check_start(start: bytes, limit: int) -> None:
-    """Refuse a header that is too long before any of it is kept."""
+def _check_start(start: bytes, limit: int, asked: Asked) -> int | None:
+    """Refuse a header that is too long, or another adapter's; how long the file is, once its header is whole."""
     length = int.from_bytes(start[:8], "little")
     if len(start) >= 8 and not 2 <= length <= min(HEADER_BYTES, limit):
         raise Refused(422, f"no safetensors file: its header must have at most {HEADER_BYTES} bytes")
     if len(start) >= 9 and start[8:9] != b"{":
         raise Refused(422, "no safetensors file: its header is no JSON object")
+    if len(start) < 8 + length:
+        return None
+    try:
+        header = json.loads(start[8 : 8 + length], object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise _no_safetensors(error) from error
+    asked.check(header)
+    return 8 + length + asked.bytes
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; of a name that comes twice, readers differ about which counts."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name comes twice in its header")
+    return dict(pairs)
 
 
 def _check_safetensors(path: Path) -> None:
-    """Read a file's header and compare it with the file's length.
+    """Compare a file's length with its header, and look at every number.
 
     Raises:
         Refused: 422.
     """
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, HEADER_BYTES))
-        if not 2 <= length <= HEADER_BYTES or len(header) != length:
-            raise ValueError("the file ends within its header")
-        if not isinstance(json.loads(header), dict):
-            raise ValueError("the header is no JSON object")
         with safe_open(path, "np") as opened:
-            opened.keys()
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise Refused(422, f"no safetensors file: {ascii(str(error))[:200]}") from error
+            for name in opened.keys():  # noqa: SIM118
+                if not np.isfinite(opened.get_tensor(name)).all():
+                    raise ValueError(f"tensor {name} has numbers that are not finite")
+    except (SafetensorError, ValueError) as error:
+        raise _no_safetensors(error) from error
+
+
+def _no_safetensors(error: Exception) -> Refused:
+    return Refused(422, f"no safetensors file: {ascii(str(error))[:200]}")
 
 
 def _open_part(path: Path) -> int:

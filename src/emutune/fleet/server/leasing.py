@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
-from emutune.fleet.protocol import Lease, Report
+from emutune.fleet.protocol import FleetInfo, Lease, Report
 from emutune.fleet.rows import Decision
 from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
 from emutune.fleet.server.links import DrawnLink, middle_gain
@@ -49,6 +50,21 @@ class Leasing:
         self._scenario = decider.scenario
         self.emulators = _usable_emulators(catalogue, decider.scenario)
         self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
+
+    def describe(self) -> FleetInfo:
+        """What a device has to know before its first task."""
+        info, folder = self._catalogue.info, self._catalogue.directory / "tokenizer"
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return FleetInfo(
+            name=self._config.name,
+            base=info.base,
+            config=info.config,
+            layers=info.layers,
+            bottom=info.bottom,
+            top=info.top,
+            tokenizer={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            smallest_bytes=min(emulator.bytes for emulator in self.emulators),
+        )
 
     async def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
         """Decide a step; the same for the same step and reports."""

@@ -6,33 +6,33 @@ import asyncio
 import hashlib
 import logging
 import os
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from emutune.errors import AdapterError, EmutuneError, FleetError, LedgerError
+from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
-from emutune.fleet.disk import is_full
+from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
+from emutune.fleet.server.at_server import AtServer
 from emutune.fleet.server.choices import Deciding
+from emutune.fleet.server.jobs import Jobs, Work, noted
+from emutune.fleet.server.judging import Judging
 from emutune.fleet.server.leasing import Leasing
 from emutune.fleet.server.links import DrawnLink, gain_of_rate
 from emutune.fleet.server.pool import Pool
-from emutune.fleet.server.worker import JudgeJob, TrainJob
-from emutune.tuning.adapter_manifest import check_belongs, read_manifest
-from emutune.tuning.inventory import BASE, Inventory
+from emutune.tuning.adapter_manifest import Asked, check_belongs, read_manifest
+from emutune.tuning.inventory import Inventory
+from emutune.tuning.manifest import Emulator
 
 log = logging.getLogger("emutune.fleet")
 
 _LONGEST_WAIT_S = 30.0
 _CLOSED = ("done", "failed")
-_DISK_FULL_S = 5.0
 
 
 class Orchestrator:
@@ -48,6 +48,9 @@ class Orchestrator:
         trainers: does the training of uploaded tasks.
         judge: evaluates adapters.
         report: told of every step that ends.
+
+    Raises:
+        EmutuneError: the catalogue is of another model than the scenario's, or lacks what the fleet's file asks for.
     """
 
     def __init__(
@@ -63,42 +66,50 @@ class Orchestrator:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._trainers, self._judge, self._report = trainers, judge, report
         self._scenario = decider.scenario
-        self._leasing = Leasing(
-            config, catalogue, decider, self._held_back_complexity, self._last_gain, ledger.in_service
+        self._judging = Judging(
+            config, ledger, catalogue.directory, self._scenario, self._judge, self._adapter
         )
+        self._leasing = Leasing(
+            config, catalogue, decider, self._judging.complexity, self._last_gain, ledger.in_service
+        )
+        largest = self._leasing.emulators[-1].name
+        self._at_server = AtServer(
+            config, ledger, catalogue.directory, largest, self._trainers, self._adapter
+        )
+        # Said now, not when the first adapter comes.
+        catalogue.asked(catalogue.base(), config.training.adapter, config.training.width)
         self._wakers: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = asyncio.Event()
-        self._one_judgement = asyncio.Lock()
-        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._jobs = Jobs()
         self._stopping = False
         self._told: set[str] = set()
-        self._info = self._describe()
+        self._info = self._leasing.describe()
         self._adapters = config.server.directory / "adapters"
         self._adapters.mkdir(parents=True, exist_ok=True)
 
     @property
     def jobs(self) -> list[asyncio.Task[None]]:
         """Training and judging under way."""
-        return [job for job in self._jobs.values() if not job.done()]
+        return self._jobs.running
 
     def at_work(self) -> set[str]:
         """The leases that are trained or judged now."""
-        return set(self._jobs)
+        return self._jobs.named(_job_of(""))
 
     # The loop
 
     async def run(self) -> None:
         """Run all steps that the ledger lacks, then tell the devices to stop."""
         for row in self._ledger.unfinished_leases():
-            await self._noted(partial(self._take_up, row))
+            await noted(partial(self._take_up, row))
         last = self._ledger.last_step()
         if last >= 0 and not self._ledger.step_ended(last):
             await self._see_through(last)
         for step in range(self._ledger.last_step() + 1, self._config.steps.count):
             reports = await self._gather()
-            await self._measure_complexities(reports)
+            await self._measured([device for device, report in reports if report.perplexity_ratio is None])
             decided = await self._leasing.lease_step(step, reports)
-            await self._noted(partial(self._ledger.begin_step, step, decided))
+            await noted(partial(self._ledger.begin_step, step, decided))
             for decision in decided:
                 self._wake(decision.device)
             await self._see_through(step)
@@ -111,7 +122,7 @@ class Orchestrator:
         while True:
             self._news.clear()
             reports = self._ledger.open_reports()
-            busy = {row.device for row in self._ledger.open_leases()}
+            busy = self._ledger.at_work()
             reports = [(device, report) for device, report in reports if device not in busy]
             if reports:
                 first = loop.time() if first is None else first
@@ -139,23 +150,26 @@ class Orchestrator:
         return min(self._config.steps.devices or len(taking_part), len(taking_part)) or 1
 
     async def _see_through(self, step: int) -> None:
-        """Wait until the step's leases are closed or its deadline has passed."""
+        """Wait until the devices have done what they were leased, or the deadline has passed."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._config.steps.deadline_s
         while True:
             self._news.clear()
             # News come with every request, and reading all leases of a large step takes long.
-            if not self._ledger.devices_of(step, "open") or loop.time() >= end:
+            late = self._ledger.at_work(step)
+            if not late or loop.time() >= end:
                 break
             await self._wait(self._news, end - loop.time())
         for row in self._ledger.step_leases(step):
-            if row.state == "open":
+            if row.device in late:
                 log.warning("step %d: %s is late", step, row.device)
-                await self._noted(partial(self._ledger.close_lease, row.lease, "expired"))
+                await noted(partial(self._ledger.close_lease, row.lease, "expired"))
+        judged = [_job_of(row.lease) for row in self._ledger.step_leases(step) if row.state == "open"]
+        await self._jobs.allow(judged, self._config.steps.gather_s)
         delays = [
             row.transferred_s for row in self._ledger.step_leases(step) if row.transferred_s is not None
         ]
-        await self._noted(partial(self._ledger.end_step, step, max(delays, default=0.0)))
+        await noted(partial(self._ledger.end_step, step, max(delays, default=0.0)))
         self._report(step)
 
     async def _let_go(self) -> None:
@@ -171,7 +185,7 @@ class Orchestrator:
             if here <= self._told:
                 break
             await self._wait(self._news, end - loop.time())
-        await asyncio.gather(*self._jobs.values(), return_exceptions=True)
+        await asyncio.gather(*self.jobs, return_exceptions=True)
 
     @staticmethod
     async def _wait(event: asyncio.Event, seconds: float) -> None:
@@ -236,12 +250,12 @@ class Orchestrator:
         row = self._row(device, lease)
         if row.kind != "upload" or row.adapter_sha256 is not None:
             return
-        kept = self._data(lease)
+        kept = self._at_server.data(lease)
         if path != kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, kept)
         self._ledger.data_complete(lease)
-        self._start(lease, partial(self._train, row))
+        self._start(row, partial(self._train, row))
 
     async def transferred(self, device: str, lease: str, message: Transferred) -> None:
         """See ``Hub.transferred``."""
@@ -256,14 +270,18 @@ class Orchestrator:
         sha256 = row.adapter_sha256 if row.kind == "upload" else row.message.start
         return None if sha256 is None else self._adapter(sha256)
 
+    def adapter_asked(self, device: str, lease: str) -> Asked:
+        """See ``Hub.adapter_asked``."""
+        message = self._row(device, lease).message
+        emulator = Emulator.model_validate(message.emulator)
+        return self._catalogue.asked(emulator, message.training.adapter, message.training.width)
+
     async def adapter_received(self, device: str, lease: str, path: Path) -> None:
         """See ``Hub.adapter_received``."""
         row = self._row(device, lease)
-        if row.kind != "train":
-            raise AdapterError(f"lease {lease}: the server trains here, it takes no adapter")
         sha256 = await asyncio.to_thread(self._keep_adapter, path)
         self._ledger.adapter(lease, sha256, self._adapter(sha256).stat().st_size)
-        self._start(lease, partial(self._evaluate, lease, device))
+        self._start(row, partial(self._evaluate, row))
 
     async def result(self, device: str, lease: str, message: Result) -> None:
         """See ``Hub.result``."""
@@ -281,114 +299,35 @@ class Orchestrator:
     def _take_up(self, row: LeaseRow) -> None:
         """Go on with what a killed server had begun."""
         if row.kind == "upload" and row.adapter_sha256 is not None:
-            self._forget_data(row)
+            self._at_server.forget(row)
         if row.adapter_sha256 is not None and row.accepted is None:
-            self._start(row.lease, partial(self._evaluate, row.lease, row.device))
+            self._start(row, partial(self._evaluate, row))
         elif row.data_complete and row.adapter_sha256 is None:
-            self._start(row.lease, partial(self._train, row))
+            self._start(row, partial(self._train, row))
         self._finish(row.device, row.lease)
 
-    def _start(self, lease: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        running = self._jobs.get(lease)
-        if running is None or running.done():
-            self._jobs[lease] = asyncio.create_task(self._guarded(lease, work))
-            self._jobs[lease].add_done_callback(partial(self._ended, lease))
+    def _start(self, row: LeaseRow, work: Work) -> None:
+        def failed(reason: str) -> None:
+            self._ledger.audit(FAILED, row.device, row.lease, reason)
+            self._ledger.close_lease(row.lease, "failed")
+            self._news.set()
 
-    def _ended(self, lease: str, job: asyncio.Task[None]) -> None:
-        if self._jobs.get(lease) is job:
-            del self._jobs[lease]
-
-    async def _guarded(self, lease: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        while True:
-            try:
-                await work()
-                return
-            except Exception as error:
-                known = isinstance(error, EmutuneError | OSError)
-                log.error("lease %s: %s", lease, error, exc_info=not known)
-                if not is_full(error):
-                    break
-            await asyncio.sleep(_DISK_FULL_S)
-        # Whatever it was, the step must not wait for this lease.
-        await self._noted(partial(self._ledger.close_lease, lease, "failed"))
-        self._news.set()
-
-    async def _noted(self, change: Callable[[], object]) -> None:
-        """Make a change of the ledger, as soon as the disk has room for it."""
-        while True:
-            try:
-                change()
-                return
-            except LedgerError as error:
-                if not is_full(error):
-                    raise
-                log.error("%s", error)
-            await asyncio.sleep(_DISK_FULL_S)
+        self._jobs.start(_job_of(row.lease), work, failed)
 
     async def _train(self, row: LeaseRow) -> None:
         """Train an uploaded task; its data stay until that is done, whatever comes between."""
         if self._row(row.device, row.lease).adapter_sha256 is None:
-            await self._train_adapter(row)
-        self._forget_data(row)
-        self._wake(row.device)
-        await self._evaluate(row.lease, row.device)
-
-    async def _train_adapter(self, row: LeaseRow) -> None:
-        out = self._work(row.lease) / "adapter.safetensors"
-        start, training = row.message.start, row.message.training
-        emulator = BASE if self._config.at_server.model == "full" else self._cached_emulator(row)
-        job = TrainJob(
-            catalogue=self._catalogue.directory,
-            emulator=emulator,
-            text=self._data(row.lease),
-            start=None if start is None else self._adapter(start),
-            out=out,
-            work=out.parent,
-            training=training,
-        )
-        try:
-            await self._trainers.run(job)
+            out = await self._at_server.train(row)
             sha256 = await asyncio.to_thread(self._keep_adapter, out)
             self._ledger.adapter(row.lease, sha256, self._adapter(sha256).stat().st_size)
-        except (EmutuneError, OSError) as error:
-            if not is_full(error):
-                self._forget_data(row)
-            raise
+        self._at_server.forget(row)
+        self._wake(row.device)
+        await self._evaluate(row)
 
-    def _cached_emulator(self, row: LeaseRow) -> str:
-        report = self._ledger.report_of(row.device, row.task)
-        return report.emulator or self._leasing.emulators[-1].name
-
-    def _forget_data(self, row: LeaseRow) -> None:
-        data = self._data(row.lease)
-        if data.exists():
-            # Noted first: after a kill between the two it is deleted, and noted once, by the next start.
-            self._ledger.audit("data deleted", row.device, row.lease, "after training")
-            data.unlink()
-        shutil.rmtree(self._work(row.lease), ignore_errors=True)
-
-    async def _evaluate(self, lease: str, device: str) -> None:
-        """Judge a lease's adapter against the one in service, one judgement after another."""
-        async with self._one_judgement:
-            row = self._row(device, lease)
-            assert row.adapter_sha256 is not None
-            if row.accepted is None:
-                serving = self._ledger.in_service(device)
-                before, after = await self._perplexities(device, [serving, row.adapter_sha256])
-                self._ledger.evaluation(lease, before, after, after <= before)
-        self._finish(device, lease)
-
-    async def _perplexities(self, device: str, adapters: Sequence[str | None]) -> list[float]:
-        outcome = await self._judge.run(
-            JudgeJob(
-                catalogue=self._catalogue.directory,
-                text=self._config.acceptance.text_of(device),
-                block=self._config.training.block,
-                adapters=tuple(None if sha256 is None else self._adapter(sha256) for sha256 in adapters),
-            )
-        )
-        values: list[float] = outcome["perplexity"]
-        return values
+    async def _evaluate(self, row: LeaseRow) -> None:
+        """Have a lease's adapter judged."""
+        await self._judging.judge(row)
+        self._finish(row.device, row.lease)
 
     def _finish(self, device: str, lease: str) -> None:
         """Close a lease once everything about it is known."""
@@ -403,20 +342,15 @@ class Orchestrator:
 
     # What decisions need
 
-    async def _measure_complexities(self, reports: Sequence[tuple[str, Report]]) -> None:
-        """Of the text that is held back for devices which hold no emulator yet, as all do that are new."""
-        untuned = self._scenario.quality.curve.untuned
-        for device, report in reports:
-            if report.perplexity_ratio is None and untuned and self._held_back_complexity(device) is None:
-                (measured,) = await self._perplexities(device, [None])
-                await self._noted(partial(self._ledger.set_meta, _untuned_on(device), repr(measured)))
-
-    def _held_back_complexity(self, device: str) -> float | None:
-        untuned = self._scenario.quality.curve.untuned
-        measured = self._ledger.meta(_untuned_on(device))
-        if measured is None or untuned is None:
-            return None
-        return self._scenario.quality.complexity_weight * (float(measured) / untuned - 1)
+    async def _measured(self, devices: list[str]) -> None:
+        """Give the text that is held back for devices which hold no emulator yet, as all do that are new, a while."""
+        for device in filter(self._judging.unmeasured, devices):
+            self._jobs.start(
+                _measure_of(device),
+                partial(self._judging.measure, device),
+                partial(self._judging.give_up, device),
+            )
+        await self._jobs.allow(map(_measure_of, devices), self._config.steps.gather_s)
 
     def _last_gain(self, device: str) -> float | None:
         row = self._ledger.last_transfer(device)
@@ -430,27 +364,7 @@ class Orchestrator:
         rate = 8 * row.transferred_bytes / row.transferred_s
         return gain_of_rate(self._scenario, rate, power, sharers, uplink=uplink)
 
-    def _describe(self) -> FleetInfo:
-        info, folder = self._catalogue.info, self._catalogue.directory / "tokenizer"
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return FleetInfo(
-            name=self._config.name,
-            base=info.base,
-            config=info.config,
-            layers=info.layers,
-            bottom=info.bottom,
-            top=info.top,
-            tokenizer={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            smallest_bytes=min(emulator.bytes for emulator in self._leasing.emulators),
-        )
-
     # Files
-
-    def _data(self, lease: str) -> Path:
-        return self._config.server.directory / "data" / f"{lease}.txt"
-
-    def _work(self, lease: str) -> Path:
-        return self._config.server.directory / "work" / lease
 
     def _adapter(self, sha256: str) -> Path:
         return self._adapters / f"{sha256}.safetensors"
@@ -464,7 +378,8 @@ class Orchestrator:
         manifest = read_manifest(path)
         info = self._catalogue.info
         check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         # As new as if it had been written now, though a kill may have come after it was.
         os.utime(path)
         os.replace(path, self._adapter(sha256))
@@ -482,6 +397,9 @@ def _trained_late(row: LeaseRow) -> bool:
     return row.state == "expired" and row.kind == "upload" and row.data_complete
 
 
-def _untuned_on(device: str) -> str:
-    """Where the ledger keeps the untuned model's perplexity on the text that is held back for a device."""
-    return f"untuned perplexity of {device}"
+def _job_of(lease: str) -> str:
+    return f"lease {lease}"
+
+
+def _measure_of(device: str) -> str:
+    return f"complexity of {device}"

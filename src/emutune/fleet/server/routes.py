@@ -283,7 +283,9 @@ async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Lea
     """The adapter that the device trained."""
     if lease.kind != "train":
         raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which takes no adapter")
-    path, new = await receive_adapter(request, fleet.adapters, fleet.adapter_bytes)
+    path, new = await receive_adapter(
+        request, fleet.adapters, fleet.adapter_bytes, fleet.hub.adapter_asked(device, lease.lease)
+    )
     row = fleet.ledger.lease(device, lease.lease)
     first = None if row is None else row.adapter_sha256
     if first is not None and path.stem != first:

@@ -207,9 +207,9 @@ async def _until_told(work: asyncio.Task[None]) -> None:
 
 @asynccontextmanager
 async def _pools(config: FleetConfig, judge: Pool | None) -> AsyncIterator[tuple[Pool, Pool]]:
-    trainers = open_pool(config.at_server.pool, config.at_server.workers)
+    trainers = open_pool(config.at_server.pool, config.at_server.workers, config.jobs)
     # Judging waits for no training.
-    judging = ProcessPool(1) if judge is None else judge
+    judging = ProcessPool(1, config.jobs) if judge is None else judge
     try:
         yield trainers, judging
     finally:

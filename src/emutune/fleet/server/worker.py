@@ -7,16 +7,22 @@ standard input, one a line, and writes an outcome for each.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from emutune.fleet.protocol import Training
-from emutune.fleet.server.child import answer_lines, errors_as_answers
+from emutune.fleet.server.child import answer_lines, errors_as_answers, faults_as_answers
+from emutune.tuning.inventory import CatalogueInfo
 
 _HELD_BACK_BLOCKS = 24
+# What Python, torch and C++ say of it.
+_NO_MEMORY = ("MemoryError", "allocate memory", "bad_alloc")
 
 
 class TrainJob(BaseModel):
@@ -70,18 +76,17 @@ def _train(job: TrainJob) -> dict[str, Any]:
     from emutune.fleet.training import trainer_config
     from emutune.tuning.adapters import attach, save_adapter, start_from
     from emutune.tuning.catalogue import open_catalogue
-    from emutune.tuning.text import fitting_block, pack, read_text, split_blocks
-    from emutune.tuning.tune import Bench, adapter_layers, adapter_manifest
+    from emutune.tuning.text import fitting_block, task_blocks
+    from emutune.tuning.tune import Bench, adapter_layers
 
     catalogue = open_catalogue(job.catalogue)
     emulator, tokenizer = catalogue.emulator(job.emulator), catalogue.tokenizer()
     assert emulator is not None
-    splits = split_blocks(
-        pack(read_text(job.text), tokenizer), fitting_block(catalogue.config, job.training.block)
-    )
-    full = catalogue.assemble(catalogue.base())
     training = job.training
-    manifest = adapter_manifest(catalogue, emulator, training.adapter, training.width)
+    block = fitting_block(catalogue.config, training.block)
+    splits = task_blocks(job.text, tokenizer, block, training.steps * training.batch)
+    full = catalogue.assemble(catalogue.base())
+    manifest = catalogue.adapter_manifest(emulator, training.adapter, training.width)
     parameters = attach(adapter_layers(catalogue, full), manifest.kind, manifest.width, training.seed)
     if job.start is not None:
         start_from(job.start, manifest, parameters)
@@ -93,18 +98,27 @@ def _train(job: TrainJob) -> dict[str, Any]:
 
 
 def _judge(job: JudgeJob) -> dict[str, Any]:
-    model, splits, mask_token = _whole_model(job.catalogue, job.text, job.block)
-    return {"perplexity": [_plugged_perplexity(model, path, splits, mask_token) for path in job.adapters]}
+    bench = _bench(job.catalogue, job.text, job.block)
+    return {"perplexity": [_plugged_perplexity(bench, path) for path in job.adapters]}
+
+
+class _Bench(NamedTuple):
+    """What adapters are judged with: the whole model, what its catalogue says of it, and held-back text."""
+
+    info: CatalogueInfo
+    model: Any
+    blocks: Any
+    mask_token: int | None
 
 
 @lru_cache(maxsize=4)
-def _whole_model(catalogue_directory: Path, text: Path | None, block: int) -> Any:
+def _bench(catalogue_directory: Path, text: Path | None, block: int) -> _Bench:
     from emutune.tuning.text import fitting_block, pack, read_text
 
-    tokenizer, model = _opened(catalogue_directory)
+    info, tokenizer, model = _opened(catalogue_directory)
     words = _documentation() if text is None else read_text(text)
     blocks = _held_back(pack(words, tokenizer), fitting_block(model.config, block))
-    return model, blocks, tokenizer.mask_token_id
+    return _Bench(info, model, blocks, tokenizer.mask_token_id)
 
 
 def _documentation() -> str:
@@ -118,7 +132,7 @@ def _opened(directory: Path) -> Any:
     from emutune.tuning.catalogue import open_catalogue
 
     catalogue = open_catalogue(directory)
-    return catalogue.tokenizer(), catalogue.assemble(catalogue.base())
+    return catalogue.info, catalogue.tokenizer(), catalogue.assemble(catalogue.base())
 
 
 def _held_back(tokens: Any, block: int) -> Any:
@@ -133,37 +147,68 @@ def _held_back(tokens: Any, block: int) -> Any:
         raise DataError(
             f"acceptance: held-back text has {len(tokens)} tokens, fewer than a block of {block}; give more text"
         )
-    numbers = np.unique(np.linspace(0, count - 1, min(count, _HELD_BACK_BLOCKS)).astype(int))
-    return Blocks(tokens, block, numbers)
+    return Blocks(tokens, block, np.arange(count)).spread(_HELD_BACK_BLOCKS)
 
 
-def _plugged_perplexity(model: Any, adapter: Path | None, blocks: Any, mask_token: int | None) -> float:
+def _plugged_perplexity(bench: _Bench, adapter: Path | None) -> float:
     import copy
 
     from emutune.tuning.adapters import check_belongs, load_adapter, plug_in
     from emutune.tuning.layers import keep_layers, layer_stack, replace_stack, stack_name
     from emutune.tuning.perplexity import perplexity
 
+    model = bench.model
     if adapter is None:
-        return perplexity(model, blocks, mask_token=mask_token)
+        return perplexity(model, bench.blocks, mask_token=bench.mask_token)
     manifest, values = load_adapter(adapter)
     layers = list(layer_stack(model))
-    check_belongs(manifest, base=manifest.base, layers=len(layers))
+    info = bench.info
+    check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
     plugged = keep_layers(model, range(len(layers)))
     own = {index: copy.deepcopy(layers[index]) for index in manifest.layer_map}
-    plug_in(own, manifest, values)
+    plug_in(own, manifest, values, info.adapters.get(manifest.kind))
     replace_stack(plugged, stack_name(plugged), [own.get(i, layer) for i, layer in enumerate(layers)])
-    return perplexity(plugged, blocks, mask_token=mask_token)
+    return perplexity(plugged, bench.blocks, mask_token=bench.mask_token)
 
 
-def outcome_of(line: str | bytes) -> dict[str, Any]:
-    """Do a job given as JSON; see ``errors_as_answers`` for what goes wrong."""
-    return errors_as_answers(lambda: run_job(_JOB.validate_json(line)))
+def outcome_of(line: str | bytes, memory_bytes: int = 0) -> dict[str, Any]:
+    """Do a job given as JSON; see ``errors_as_answers`` and ``faults_as_answers`` for what goes wrong.
+
+    Args:
+        line: the job.
+        memory_bytes: the most that the process may have while it does it; 0 for no limit.
+    """
+    with _limited_memory(memory_bytes):
+        outcome = faults_as_answers(lambda: errors_as_answers(lambda: run_job(_JOB.validate_json(line))))
+    if any(sign in outcome.get("error", "") for sign in _NO_MEMORY):
+        outcome["error"] += (
+            f" (it may have {memory_bytes / 1e6:.0f} MB; raise jobs.memory_mb in the fleet's file)"
+        )
+    return outcome
+
+
+@contextmanager
+def _limited_memory(most: int) -> Iterator[None]:
+    """Let whatever asks for more memory fail, where the system can do that."""
+    try:
+        import resource
+    except ImportError:  # there is none for Windows
+        yield
+        return
+    # Not the address space, of which torch maps many times what it uses.
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if most and (before == resource.RLIM_INFINITY or most < before):
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
 def main() -> None:
     """Do jobs until the server ends."""
-    answer_lines(outcome_of)
+    memory_bytes = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    answer_lines(lambda line: outcome_of(line, memory_bytes))
 
 
 if __name__ == "__main__":

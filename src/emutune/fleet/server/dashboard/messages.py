@@ -177,7 +177,7 @@ class Fault(Shown):
     """A lease that failed or was not done in time.
 
     Attributes:
-        reason: the device's own words, if it said any.
+        reason: the words of the server or of the device, if there are any.
     """
 
     step: int
@@ -243,7 +243,7 @@ class LeaseDetail(Shown):
     Attributes:
         trained_by: who made the adapter.
         accepted: whether the adapter entered service; it did not if the whole model got worse with it.
-        reason: why the device failed, in its own words.
+        reason: why the lease failed, in the words of the server or of the device.
     """
 
     step: int

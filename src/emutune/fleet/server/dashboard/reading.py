@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from emutune.fleet.comparison import Comparison, Deviations, compare_steps, deviations, medians
+from emutune.fleet.figures import FAILED, REASON
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.rows import Kind, State
 from emutune.fleet.server.dashboard.messages import (
@@ -60,8 +61,8 @@ _PROGRESS = """
         count(*) FILTER (WHERE state = 'expired') AS expired, count(*) FILTER (WHERE state = 'late') AS late
     FROM leases {which} GROUP BY step ORDER BY step
 """
-_FAULTS = """
-    SELECT step, device, lease, state, closed_at, json_extract(result, '$.reason') AS reason
+_FAULTS = f"""
+    SELECT step, device, lease, state, closed_at, {REASON}
     FROM leases WHERE state IN ('failed', 'expired', 'late') ORDER BY id DESC LIMIT ?
 """
 
@@ -200,22 +201,14 @@ class Reading(Ledger):
         row = self._one(_PROGRESS.format(which=f"WHERE step = {number:d}"))
         if step is None or row is None:
             return None
-        reasons = {
-            row["lease"]: row["reason"]
-            for row in self._all(
-                "SELECT lease, json_extract(result, '$.reason') AS reason FROM leases WHERE step = ?", number
-            )
-        }
         return StepDetail(
             summary=self._read_step(row, step, ()).summary,
-            leases=[_lease_detail(lease, reasons[lease.lease] or "") for lease in self.comparison(number)],
+            leases=[_lease_detail(lease) for lease in self.comparison(number)],
         )
 
     def faults(self) -> list[Fault]:
         """The last leases that failed or were not done in time, newest first."""
-        return [
-            Fault(**{**dict(row), "reason": row["reason"] or ""}) for row in self._all(_FAULTS, _SHOWN_ROWS)
-        ]
+        return [Fault(**dict(row)) for row in self._all(_FAULTS, _SHOWN_ROWS)]
 
     def audit_so_far(self) -> Audit:
         """What was refused and deleted."""
@@ -230,7 +223,8 @@ class Reading(Ledger):
             self._audited = max(self._audited, row["last"])
         if self._audited > last:
             self._note(self._deletions, "event = ?", last)
-            self._note(self._refusals, "event NOT IN (?, 'pruned')", last)
+            # A lease that failed is shown among the faults.
+            self._note(self._refusals, f"event NOT IN (?, 'pruned', '{FAILED}')", last)
         of = self._events.get
         return Audit(
             strangers=of(("refused", True), 0),
@@ -292,9 +286,8 @@ def _device_now(row: sqlite3.Row, report: sqlite3.Row | None) -> DeviceNow:
     )
 
 
-def _lease_detail(lease: Comparison, reason: str) -> LeaseDetail:
-    names = LeaseDetail.model_fields.keys() - {"reason"}
-    return LeaseDetail(reason=reason, **{name: getattr(lease, name) for name in names})
+def _lease_detail(lease: Comparison) -> LeaseDetail:
+    return LeaseDetail(**{name: getattr(lease, name) for name in LeaseDetail.model_fields})
 
 
 def _mean_perplexities(leases: Sequence[Comparison]) -> tuple[float | None, float | None]:

@@ -1,0 +1,88 @@
+"""Training at the server (z = 1): from a task's uploaded text to its adapter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from emutune.errors import EmutuneError
+from emutune.fleet.config import FleetConfig
+from emutune.fleet.disk import is_full
+from emutune.fleet.ledger import Ledger
+from emutune.fleet.rows import LeaseRow
+from emutune.fleet.server.pool import Pool
+from emutune.fleet.server.worker import TrainJob
+from emutune.tuning.inventory import BASE
+
+
+class AtServer:
+    """Has uploaded tasks trained, and deletes their data after that.
+
+    Args:
+        config: the fleet's file.
+        ledger: where deletions are noted.
+        catalogue: directory of the emulators.
+        largest: name of the emulator of a device that holds none.
+        trainers: do the training.
+        adapter: the file of an adapter, by its SHA-256.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        ledger: Ledger,
+        catalogue: Path,
+        largest: str,
+        trainers: Pool,
+        adapter: Callable[[str], Path],
+    ) -> None:
+        self._config, self._ledger, self._catalogue = config, ledger, catalogue
+        self._largest, self._trainers, self._adapter = largest, trainers, adapter
+
+    def data(self, lease: str) -> Path:
+        """Where the uploaded text of a lease is."""
+        return self._config.server.directory / "data" / f"{lease}.txt"
+
+    async def train(self, row: LeaseRow) -> Path:
+        """Train an uploaded task; its data stay until ``forget``, unless they are at fault.
+
+        Returns:
+            The adapter's file, which ``forget`` deletes.
+
+        Raises:
+            FleetError: see ``Pool.run``.
+        """
+        work = self._work(row.lease)
+        start, training = row.message.start, row.message.training
+        job = TrainJob(
+            catalogue=self._catalogue,
+            emulator=BASE if self._config.at_server.model == "full" else self._cached_emulator(row),
+            text=self.data(row.lease),
+            start=None if start is None else self._adapter(start),
+            out=work / "adapter.safetensors",
+            work=work,
+            training=training,
+        )
+        try:
+            await self._trainers.run(job)
+        except (EmutuneError, OSError) as error:
+            if not is_full(error):
+                self.forget(row)
+            raise
+        return job.out
+
+    def forget(self, row: LeaseRow) -> None:
+        """Delete a task's data, and all that its training left."""
+        data = self.data(row.lease)
+        if data.exists():
+            # Noted first: after a kill between the two it is deleted, and noted once, by the next start.
+            self._ledger.audit("data deleted", row.device, row.lease, "after training")
+            data.unlink()
+        shutil.rmtree(self._work(row.lease), ignore_errors=True)
+
+    def _cached_emulator(self, row: LeaseRow) -> str:
+        return self._ledger.report_of(row.device, row.task).emulator or self._largest
+
+    def _work(self, lease: str) -> Path:
+        return self._config.server.directory / "work" / lease
