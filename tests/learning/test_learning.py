@@ -67,13 +67,19 @@ def test_nothing_has_moved_at_the_first_step():
     world = training.build_world(scenario)
     state = training.initial_state(config, world, 0)
     silent = state.parameters._replace(critics=jax.tree.map(jnp.zeros_like, state.parameters.critics))
-    _, rows = training.run_updates(
-        config, world, state._replace(parameters=silent), jnp.asarray(1), jnp.asarray(10)
+    rows, again = (
+        training.run_updates(
+            config, world, state._replace(parameters=silent, key=key), jnp.asarray(1), jnp.asarray(10)
+        )[1]
+        for key in (state.key, jax.random.key(9))
     )
     assert float(rows.diagnostics.clip_fraction[0]) == 0
     assert float(rows.diagnostics.approximate_kl[0]) == pytest.approx(0, abs=1e-6)
     # Critics that say nothing are off by the spread of what comes, which is their unit.
     assert float(rows.diagnostics.value_loss[0]) == pytest.approx(len(silent.critics), rel=1e-4)
+    # What is measured is what the actors do without noise on episodes that are the same for all.
+    assert rows.evaluation.episode_return[0] == again.evaluation.episode_return[0]
+    assert rows.training.episode_return[0] != again.training.episode_return[0]
 
 
 @pytest.mark.parametrize("algorithm", ["hmppo", pytest.param("ippo", marks=pytest.mark.slow)])
