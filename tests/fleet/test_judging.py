@@ -13,6 +13,7 @@ from whole_fleet import WholeFleet, catalogue_at
 
 from emutune.errors import AdapterError, CatalogueError, FleetError
 from emutune.fleet.ledger import Ledger
+from emutune.fleet.server.jobs import Jobs
 from emutune.fleet.server.worker import JudgeJob, run_job
 from emutune.tuning.adapters import save_adapter
 from emutune.tuning.catalogue import Catalogue
@@ -95,9 +96,7 @@ def test_a_judge_that_hangs_keeps_no_device_waiting(tmp_path: Path, catalogue: C
         assert {(row.state, row.accepted) for row in rows} == {("done", True)}
 
 
-def test_only_one_step_waits_for_what_hangs(tmp_path: Path) -> None:
-    from emutune.fleet.server.jobs import Jobs
-
+def test_only_one_step_waits_for_what_hangs() -> None:
     async def scenario() -> None:
         jobs, hanging = Jobs(), asyncio.Event()
 
@@ -126,7 +125,7 @@ def test_only_one_step_waits_for_what_hangs(tmp_path: Path) -> None:
         await jobs.allow(["quick"], 10.0)
         assert time.monotonic() - begun > 0.04, "what hung is over, so steps wait again"
 
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
 @pytest.mark.parametrize("error", [FleetError("judge: was not done"), KeyError("weight"), MemoryError()])
