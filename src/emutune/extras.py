@@ -9,7 +9,7 @@ from emutune.errors import EmutuneError, UsageError
 
 Extra = Literal["tuning", "fleet", "ray"]
 
-_TUNING = ("accelerate", "peft", "tokenizers", "torch", "transformers")
+_TUNING = ("accelerate", "peft", "psutil", "tokenizers", "torch", "transformers")
 _FLEET = (*_TUNING, "cryptography", "fastapi", "filelock", "httptools", "httpx2", "uvicorn")
 # What each extra of pyproject.toml brings, by the names under which it is imported.
 MODULES: dict[Extra, tuple[str, ...]] = {"tuning": _TUNING, "fleet": _FLEET, "ray": (*_FLEET, "ray")}

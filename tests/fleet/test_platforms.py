@@ -46,7 +46,8 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 
 def test_no_module_imports_what_only_posix_has() -> None:
     for path, tree in trees():
-        for node in ast.walk(tree):
+        # What the server imports when it runs is not imported where it is refused.
+        for node in tree.body if OF_THE_SERVER in path.parents else ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not POSIX_MODULES & set(names), path
