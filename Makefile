@@ -11,8 +11,9 @@ demo: .venv/.ready  ## learn on the paper's world, compare, write a report; lear
 test: .venv/.ready  ## all tests but the slow ones, a process for each of two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-lint: .venv/.ready  ## style, types and import rules
+lint: .venv/.ready  ## style, types and import rules; and the shape of the code, counted
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	$(BIN)/python tools/shape.py
 
 bench: .venv/.ready  ## the numbers of docs/results.md; about 35 minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

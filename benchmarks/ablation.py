@@ -45,9 +45,9 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
     from emutune.bounds import certified_bounds
+    from emutune.learning.teachers import teacher_of
     from emutune.learning.training import train_seeds
     from emutune.scenario import load_scenario
-    from emutune.study.baselines import teacher_of
     from emutune.study.compare import training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 

@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
     from emutune.scenario import load_scenario
-    from emutune.study.compare import compare
+    from emutune.study.compare import Effort, compare
 
     results = []
     print("N policy return over_bound_% worst_seed_% delay/random changes/UE")
@@ -29,7 +29,7 @@ def main() -> None:
         figures = compare(
             load_scenario("paper", [f"fleet.ues={ues}"]),
             POLICIES,
-            seeds=arguments.seeds,
+            Effort(arguments.seeds),
             directory=arguments.out / str(ues),
         )
         results.append(figures)

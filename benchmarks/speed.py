@@ -71,14 +71,16 @@ def world(episodes=2048, repeats=5):
     import jax
 
     from emutune.policies import Random
+    from emutune.policies.measure import draw_episodes, run_episodes
     from emutune.scenario import load_scenario
-    from emutune.study.evaluate import draw_episodes, run_episodes
     from emutune.world import build_world
 
     scenario = load_scenario("paper")
     numbers = build_world(scenario)
     play = jax.jit(
-        lambda world, stream: run_episodes(world, Random(), draw_episodes(world, stream, episodes))[0].sum()
+        lambda world, stream: run_episodes(
+            world, Random(), draw_episodes(world, stream, episodes)
+        ).episode_return.sum()
     )
     batches = [jax.device_put((numbers, index), device) for index, device in enumerate(jax.devices())]
 
@@ -98,13 +100,13 @@ def fleet_sizes(sizes=(6, 64, 1024, 10_000)):
     import jax
 
     from emutune.policies import Random
+    from emutune.policies.measure import draw_episodes, run_episodes
     from emutune.scenario import load_scenario
-    from emutune.study.evaluate import draw_episodes, run_episodes
     from emutune.world import build_world
 
     @partial(jax.jit, static_argnums=2)
     def play(world, stream, episodes):
-        return run_episodes(world, Random(), draw_episodes(world, stream, episodes))[0].sum()
+        return run_episodes(world, Random(), draw_episodes(world, stream, episodes)).episode_return.sum()
 
     def rate(scenario):
         numbers, episodes = build_world(scenario), max(1, 12_288 // scenario.fleet.ues)
@@ -159,7 +161,7 @@ def large_decisions(ues=256):
     for name in ("families", "city"):
         scenario = load_scenario(name, [f"fleet.ues={ues}"])
         world = build_world(scenario)
-        planned = plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
+        planned = plan_lookahead(world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
         # Weights do not change how long it takes.
         actors = create_actors(np.random.default_rng(0), SIZED, world)
         policies = {

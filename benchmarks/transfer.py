@@ -43,9 +43,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
+    from emutune.learning.teachers import teacher_of
     from emutune.learning.training import train_seeds
+    from emutune.policies.registry import baseline_policy
     from emutune.scenario import load_scenario
-    from emutune.study.baselines import baseline_policy, teacher_of
     from emutune.study.compare import run_directory, training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
     from emutune.study.statistics import bootstrap_interval

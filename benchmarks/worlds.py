@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
     from emutune.scenario import load_scenario
-    from emutune.study.compare import compare
+    from emutune.study.compare import Effort, compare
     from emutune.study.comparison_figure import draw_comparison, save_figure
 
     results = []
@@ -45,8 +45,7 @@ def main() -> None:
         figures = compare(
             load_scenario(name, changes),
             arguments.policies.split(","),
-            seeds=arguments.seeds,
-            episodes=arguments.episodes,
+            Effort(arguments.seeds, arguments.episodes),
             directory=arguments.out,
         )
         results.append({"changes": changes, **figures})

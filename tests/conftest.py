@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -36,7 +37,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # This must come before the first import of any of these packages; one that nobody imports costs nothing.
-install_import_hook(("emutune.world", "emutune.policies", "emutune.learning"), "shape_checks.check_calls")
+install_import_hook(
+    ("emutune.step", "emutune.world", "emutune.policies", "emutune.learning"), "shape_checks.check_calls"
+)
 
 from emutune.scenario import Scenario, load_scenario  # noqa: E402  (after the hook)
 
@@ -48,14 +51,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 # Where tests compile much and compute little.
-HASTY = {"bounds", "learning", "policies", "study", "world"}
+HASTY = {"bounds", "learning", "policies", "step", "study", "world"}
 _IN_HASTE = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_in_haste(request: pytest.FixtureRequest) -> None:
     """Programs that are compiled in haste serve most tests as well."""
-    hasty, stash = not HASTY.isdisjoint(request.path.parts), request.session.stash
+    room, stash = request.path.relative_to(Path(__file__).parent).parts[0], request.session.stash
+    hasty = room in HASTY
     if hasty == stash.get(_IN_HASTE, False):
         return
     import jax

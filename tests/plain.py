@@ -48,7 +48,7 @@ def tasks_of(episode: Episode) -> list[list[dict[str, Any]]]:
         "family": episode.family,
         "active": episode.active,
     }
-    fixed = {"transmit_power_w": episode.transmit_power_w, **episode.device._asdict()}
+    fixed = {"transmit_power_w": episode.transmit_power_w, **episode.devices._asdict()}
     steps, ues = episode.complexity.shape
     host = {name: None if part is None else np.asarray(part) for name, part in {**drawn, **fixed}.items()}
     defaults = {"family": 0, "active": True, "private": False, "memory_bits": math.inf}

@@ -77,7 +77,7 @@ def test_enumeration_never_beats_it_in_any_world(features, seed, weight, uplink_
 
 
 def every_policy(scenario):
-    world, most = build_world(scenario), max(model.most for model in scenario.models)
+    world = build_world(scenario)
     patience = [jnp.float32(300.0)] if scenario.computation else []
     counts = jnp.minimum(jnp.arange(scenario.fleet.ues + 1), 2)
     return [
@@ -85,8 +85,8 @@ def every_policy(scenario):
         AllServer(),
         Fixed(jnp.float32(0.75)),
         Hold(jnp.float32(0.3), jnp.float32(0.5), *patience),
-        CountTable(most, counts, jnp.array([0.3, 0.75]), *patience),
-        plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), *patience)),
+        CountTable(counts, jnp.array([0.3, 0.75]), *patience),
+        plan_lookahead(world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), *patience)),
     ]
 
 

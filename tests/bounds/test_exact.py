@@ -61,7 +61,7 @@ def best_prices(drawn: Drawn, outcomes: list[dict]) -> Prices:
     """The dual solution: a second costs where the step waits; where one emulator fits, the one in use pays."""
     costs, energy = drawn.costs, drawn.scenario.energy
     tasks, ues, _ = costs.local_cost.shape
-    own_time = ues == 1 and costs.training_s is not None
+    own_time = ues == 1 and costs.trains
     shares = np.zeros((tasks, ues + 2))
     for share, outcome in zip(shares, outcomes, strict=True):
         someone = 2 + int(np.argmax(outcome["perplexity"]))
@@ -69,12 +69,10 @@ def best_prices(drawn: Drawn, outcomes: list[dict]) -> Prices:
             someone if own_time else 0 if any(outcome["sent"]) else 1 if outcome["uploads"] else someone
         ] = 1.0
     exceeds = energy is not None and energy.budget_j is not None and joules_of(outcomes) > energy.budget_j
-    rent = None
-    if costs.room is not None:
-        rent = np.zeros((tasks, ues, len(costs.room.limits)))
-        if plain.cache_of(drawn.scenario) < BOTH_GB:
-            # Not more than one emulator, of which the one in use pays.
-            rent[[not outcome["uploads"] for outcome in outcomes], :, 1:] = 100.0
+    rent = np.zeros((tasks, ues, len(costs.room.limits)))
+    if (plain.cache_of(drawn.scenario) or BOTH_GB) < BOTH_GB:
+        # Not more than one emulator, of which the one in use pays.
+        rent[[not outcome["uploads"] for outcome in outcomes], :, 1:] = 100.0
     return Prices(shares[:, 0], shares[:, 1], shares[:, 2:], np.full(ues, float(exceeds)), rent)
 
 
@@ -92,7 +90,7 @@ def test_a_ue_without_a_choice_is_charged_all_that_it_costs(
         drawn = forced(where, seed, features, "fleet.ues=1", *changes)
         cost, outcomes = only_plan(drawn)
         costs, prices = drawn.costs, best_prices(drawn, outcomes)
-        over |= prices.joule is not None and bool(prices.joule.any())
+        over |= bool(np.any(prices.joule))
         for proved in (cost_bound(costs), cost_bound(costs, "integer"), bound_at_prices(costs, prices)):
             assert proved == pytest.approx(cost, rel=1e-5)
             assert proved <= cost * (1 + 1e-12)

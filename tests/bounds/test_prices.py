@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bound import TASKS, UES, enumerated_optimum
-from tiny import draw_tiny
+from test_bound import TASKS, UES, drawn, enumerated_optimum
+from tiny import costs_of, draw_tiny
 
 import plain
 from emutune.bounds import (
     Costs,
     Prices,
+    Room,
     bound_at_prices,
     certified_bounds,
     cost_bound,
-    episode_costs,
+    find_prices,
     price_bound,
 )
 from emutune.policies import AllServer, Fixed, Random
@@ -44,7 +45,7 @@ def small_episode(name: str, seed: int, delay_weight: float) -> tuple[Scenario, 
     power = draw.uniform(0.2, 1, UES)
     family = None if name == "paper" else draw.integers(0, 2, shape)
     optimum = enumerated_optimum(scenario, gain, complexity, data, power, family)
-    return scenario, episode_costs(scenario, gain, complexity, data, power, family), optimum
+    return scenario, costs_of(scenario, drawn(gain, complexity, data, power, family)), optimum
 
 
 @pytest.mark.parametrize("name", ["paper", "families", "delta"])
@@ -81,9 +82,9 @@ DEAR = ["energy.receive_w=40.0", "energy.weight_per_j=-1e-4"]
 def assert_rents_and_joules_prove_no_more(features: set[str], seed: int, *changes: str) -> None:
     if features & {"energy", "budget"}:
         changes = (*changes, *DEAR)
-    drawn, draw = draw_tiny(features, seed, *changes), np.random.default_rng(seed)
-    costs, cost = drawn.costs, -plain.best_return(drawn.scenario, drawn.tasks)
-    limits = 1 if costs.room is None else len(costs.room.limits)
+    small, draw = draw_tiny(features, seed, *changes), np.random.default_rng(seed)
+    costs, cost = small.costs, -plain.best_return(small.scenario, small.tasks)
+    limits = len(costs.room.limits)
     for _ in range(25):
         shares = draw.gamma(0.3, 10 ** draw.uniform(-2, 2), (TASKS, UES + 2)) * draw.integers(0, 2, UES + 2)
         joule = draw.uniform(0, 1, UES) ** draw.choice([0, 1, 10])
@@ -105,6 +106,21 @@ def test_no_prices_prove_more_than_the_best_plan_in_any_world(
     features: set[str], seed: int, weight: float
 ) -> None:
     assert_rents_and_joules_prove_no_more(features, seed, f"reward.delay_weight_per_min={weight}")
+
+
+def test_a_cache_of_one_emulator_is_a_cache_of_several_with_room_for_one() -> None:
+    small, draw = draw_tiny({"computation", "delta"}, 3, "fleet.tasks=6"), np.random.default_rng(3)
+    one = small.costs
+    several = one._replace(
+        room=Room(one.family, np.asarray(small.episode.family), np.ones((1, len(one.family))))
+    )
+    assert cost_bound(several) == pytest.approx(cost_bound(one), rel=1e-6)
+    found = find_prices(several, 100)
+    for scale in (0.0, 0.3, 1.0, 3.0, *draw.gamma(1.0, 1.0, 20)):
+        rented = bound_at_prices(several, found._replace(rent=scale * found.rent))
+        # Without rents there are as many caches as families.
+        assert rented <= bound_at_prices(one, found._replace(rent=0.0))
+    assert bound_at_prices(several, found) >= 0.97 * bound_at_prices(one, found._replace(rent=0.0))
 
 
 def test_free_seconds_prove_what_perplexity_costs_at_least() -> None:

@@ -6,12 +6,14 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 import plain
-from emutune.bounds import Costs, Draws, episode_costs
+from emutune.bounds import Costs, episode_costs
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import Device, Episode
+from emutune.world import Episode
+from emutune.world.devices import Devices
 
 OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
 
@@ -49,46 +51,19 @@ class Drawn:
     @property
     def costs(self) -> Costs:
         """The coefficients of its bounds."""
-        episode, device, down = self.episode, self.episode.device, self.episode.downlink_gain
-        draws = Draws(
-            active=episode.active,
-            tflops=device.tflops,
-            compute_w=device.compute_w,
-            private=device.private,
-            most_layers=None if device.memory_bits is None else self._most_layers(),
-            downlink_gain=None if down is None else down[1:],
-        )
-        return episode_costs(
-            self.scenario,
-            episode.gain[1:],
-            episode.complexity,
-            episode.data_bits,
-            episode.transmit_power_w,
-            episode.family,
-            draws,
-        )
-
-    def _most_layers(self) -> np.ndarray:
-        families = range(len(self.scenario.models))
-        return np.array(
-            [
-                [
-                    max(plain.possible_layers(self.scenario, {**task, "family": f}), default=0)
-                    for f in families
-                ]
-                for task in self.tasks[0]
-            ]
-        )
+        return costs_of(self.scenario, self.episode)
 
     def alike(self) -> Drawn:
         """The same episode with every UE like the first, but for when it has a task."""
 
-        def first(part: Any) -> Any:
-            return None if part is None else np.repeat(part[..., :1], part.shape[-1], axis=-1)
+        alike = jax.tree.map(lambda part: np.repeat(part[..., :1], part.shape[-1], axis=-1), self.episode)
+        return replace(self, episode=alike._replace(active=self.episode.active))
 
-        device = Device(*map(first, self.episode.device))
-        parts = {name: first(part) for name, part in self.episode._asdict().items() if name != "device"}
-        return replace(self, episode=Episode(**parts | {"active": self.episode.active}, device=device))
+
+def costs_of(scenario: Scenario, episode: Episode) -> Costs:
+    """The coefficients of one episode's bounds."""
+    (costs,) = episode_costs(scenario, jax.tree.map(lambda part: part[None], episode))
+    return costs
 
 
 def draw_tiny(features: set[str], seed: int, *changes: str) -> Drawn:
@@ -102,7 +77,7 @@ def draw_tiny(features: set[str], seed: int, *changes: str) -> Drawn:
     memory = scenario.memory and draw.uniform(
         scenario.memory.device_gb.min, scenario.memory.device_gb.max, ues
     )
-    device = Device(
+    devices = Devices(
         tflops=tflops,
         compute_w=draw.uniform(2, 5, ues) * tflops if consumes else None,
         memory_bits=None if memory is None else 8e9 * memory,
@@ -114,7 +89,7 @@ def draw_tiny(features: set[str], seed: int, *changes: str) -> Drawn:
         data_bits=draw.uniform(2.4e9, 4e9, shape),
         transmit_power_w=draw.uniform(0.2, 1, ues),
         family=draw.integers(0, len(scenario.models), shape),
-        device=device,
+        devices=devices,
         active=draw.random(shape) < 0.6 if scenario.activity else None,
         downlink_gain=draw.uniform(50, 500, rows) ** -2 if scenario.trace else None,
     )

@@ -17,10 +17,11 @@ from emutune.fleet.server.decide import Candidate, Choice, Decider, open_decider
 from emutune.fleet.server.links import DrawnLink, gain_of_rate, middle_gain
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
-from emutune.learning.training import initial_state
+from emutune.learning.ppo import initial_state
 from emutune.policies import AllServer, register_policy
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import Action, Observation, World, build_world
+from emutune.step import Plan, Situation, plan_of_wish
+from emutune.world import World, build_world
 
 PAPER = load_scenario("paper")
 NOISE = 10 ** (-174 / 10) / 1000
@@ -71,23 +72,24 @@ def test_rules_decide_the_same_for_the_same_step(policy: str) -> None:
 @register_policy
 @dataclass(frozen=True)
 class Above:
-    """Uploads where a field of the observation is above a limit."""
+    """Uploads where a field of the situation is above a limit."""
 
     name: str = field(metadata={"static": True})
     limit: jax.Array
 
-    def decide(self, world: World, observation: Observation, key: jax.Array) -> Action:
-        seen = getattr(observation, self.name) * jnp.ones_like(observation.complexity)
-        return Action(seen > self.limit, jnp.full_like(seen, 0.5))
+    def decide(self, world: World, situation: Situation, key: jax.Array) -> Plan:
+        seen = situation.held[..., 0] if self.name == "held" else getattr(situation, self.name)
+        half = jnp.full_like(situation.complexity, 0.5)
+        return plan_of_wish(world.rules, situation, jnp.broadcast_to(seen > self.limit, half.shape), half)
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("previous_gain", [candidate.gain for candidate in CANDIDATES]),
+        ("gain", [candidate.gain for candidate in CANDIDATES]),
         ("complexity", [candidate.complexity for candidate in CANDIDATES]),
         ("data_bits", [8 * candidate.data_bytes for candidate in CANDIDATES]),
-        ("cached_retention", [candidate.cached_layers / 32 for candidate in CANDIDATES]),
+        ("held", [candidate.cached_layers for candidate in CANDIDATES]),
         ("transmit_power_w", [candidate.transmit_power_w for candidate in CANDIDATES]),
         # The paper's episodes have 50 tasks; the next begins after them.
         ("progress", [(107 - 100) / 50] * len(CANDIDATES)),

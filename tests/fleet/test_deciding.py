@@ -26,8 +26,8 @@ from emutune.fleet.server.choices import Candidate, Choice
 from emutune.fleet.server.decide import Decider, open_decider
 from emutune.fleet.server.deciding import ChildDecider, Decide, Open, Opening, Predict, answer_to, deciding
 from emutune.learning.configuration import TrainingConfig
+from emutune.policies.registry import baseline_policy
 from emutune.scenario import load_scenario
-from emutune.study.baselines import baseline_policy
 
 RANDOM = Opening(policy="random", scenario=PAPER, seed=3)
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from emutune.errors import CheckpointError, UsageError
-from emutune.learning.agents import network_inputs, view_s2, wanted_retention, with_ranks
+from emutune.learning.agents import to_retention
+from emutune.learning.architectures import ARCHITECTURES
 from emutune.learning.configuration import GuidedConfig, TrainingConfig
 from emutune.learning.guided import begin_guided, correction, validate
 from emutune.learning.training import load_policy, train_seed
 from emutune.policies import AllServer, LaterPrices, Random, plan_lookahead
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
-from emutune.world import Cache, build_world, observe, reset, ue_features
+from emutune.world import build_world, observe, reset
+from holding import holding
 
 SCENARIO = load_scenario("families", ["fleet.ues=3", "fleet.tasks=10"])
 WORLD = build_world(SCENARIO)
@@ -26,10 +28,8 @@ CONFIG = GuidedConfig(rounds=2, decisions=2000, fits=100, width=8, validation=16
 
 @pytest.fixture(scope="module")
 def base():
-    plan = jax.jit(
-        lambda world: plan_lookahead(SCENARIO, world, LaterPrices(jnp.float32(0.2), jnp.float32(0.2)))
-    )
-    return plan(WORLD)
+    prices = LaterPrices(jnp.float32(0.2), jnp.float32(0.2))
+    return jax.jit(lambda world: plan_lookahead(world, prices))(WORLD)
 
 
 @pytest.mark.slow
@@ -83,49 +83,50 @@ def test_a_correction_by_hand():
     assert correction(coefficients, jnp.asarray(0.0), jnp.asarray(0.0)) == 7
 
 
-def some_observation():
-    state = jax.jit(reset)(jax.random.key(1), build_world(load_scenario("families", ["fleet.ues=4"])))
+FOUR = build_world(load_scenario("families", ["fleet.ues=4"]))
+
+
+@pytest.fixture(scope="module")
+def ranked_inputs():
+    """UE 0 holds what it needs, UE 2 something else; data alone decides how fast uploads are."""
+    state = jax.jit(reset)(jax.random.key(1), FOUR)
     family = state.episode.family[0]
-    cache = Cache(jnp.array([9, 0, 9, 0], jnp.int32), family.at[2].add(1) % 3)
+    carried = holding(FOUR, family.at[2].add(1) % 3, [9, 0, 9, 0])
     data = jnp.array([1.0, 4.0, 3.0, 2.0]) * 1e9
     episode = state.episode._replace(
         data_bits=state.episode.data_bits.at[0].set(data),
         gain=jnp.full_like(state.episode.gain, 1e-4),
         transmit_power_w=jnp.full(4, 0.5),
     )
-    return state._replace(episode=episode, cache=cache)
+    seen = observe(FOUR, state._replace(episode=episode, carried=carried))
+    return jax.jit(lambda seen: ARCHITECTURES["ranked"].inputs(FOUR, seen))(seen)
 
 
-def test_ranks_by_hand():
-    world = build_world(load_scenario("families", ["fleet.ues=4"]))
-    seen = observe(world, some_observation())
-    ranked = jax.jit(lambda seen: with_ranks("ranked", world, seen, ue_features(world, seen)))
-    more = ranked(seen)[:, 7:]
+def test_ranks_by_hand(ranked_inputs):
+    more = ranked_inputs.features[:, 7:]
     np.testing.assert_allclose(more[:, 0], [-1, 1, 1, 1])  # who waits
     np.testing.assert_allclose(more[:, 1], np.full(4, 2 * 3 / 4 - 1))  # how many
     np.testing.assert_allclose(more[:, 2], 2 * np.array([4, 2, 1, 0]) / 4 - 1)  # the fastest is first
     np.testing.assert_allclose(more[:, 3] / more[0, 3], [1, 4, 3, 2], rtol=1e-6)
 
 
-def test_the_share_that_fits_into_the_uploads_by_hand():
-    world = build_world(load_scenario("families", ["fleet.ues=4"]))
-    inputs = jax.jit(lambda state: network_inputs("ranked", world, observe(world, state)))(some_observation())
+def test_the_share_that_fits_into_the_uploads_by_hand(ranked_inputs):
+    view_s2 = ARCHITECTURES["ranked"].view_s2
     # UE 3 uploads, UEs 1 and 2 download, UE 0 uses what it holds.
     at_server = jnp.array([False, False, False, True])
-    up, down = np.asarray(inputs.lone).T
+    up, down, _ = map(np.asarray, ranked_inputs.times)
     expected = up[3] / (2 * down)
-    np.testing.assert_allclose(view_s2(inputs, at_server)[:, -1], expected, rtol=1e-5)
-    nobody = view_s2(inputs, jnp.zeros(4, bool))
+    np.testing.assert_allclose(view_s2(ranked_inputs, at_server)[:, -1], expected, rtol=1e-5)
+    nobody = view_s2(ranked_inputs, jnp.zeros(4, bool))
     np.testing.assert_array_equal(nobody[:, -1], 2)
 
 
 def test_ranked_networks_keep_what_is_usable():
-    world = build_world(load_scenario("families", ["fleet.ues=4"]))
     usable = jnp.array([9 / 16, 0.0, 0.0, 0.0])
-    unclipped = jnp.array([1.0, 1.0, -1.0, 0.0])
-    wanted = wanted_retention("ranked", world, unclipped, usable)
+    drawn = to_retention(FOUR, jnp.array([1.0, 1.0, -1.0, 0.0]))
+    wanted = ARCHITECTURES["ranked"].wanted_retention(drawn, usable)
     np.testing.assert_allclose(wanted, [9 / 16, 0.8125, 0.1875, 0.5])
-    np.testing.assert_allclose(wanted_retention("set", world, unclipped, usable)[0], 0.8125)
+    np.testing.assert_allclose(ARCHITECTURES["set"].wanted_retention(drawn, usable)[0], 0.8125)
 
 
 @pytest.mark.slow
@@ -148,11 +149,8 @@ def test_it_learns_where_devices_differ(tmp_path, name):
     scenario = load_scenario(name, ["fleet.ues=3", "fleet.tasks=10"])
     world = build_world(scenario)
     limits = [jnp.float32(60.0)] if scenario.computation else []
-    base = jax.jit(
-        lambda world: plan_lookahead(
-            scenario, world, LaterPrices(jnp.float32(0.2), jnp.float32(0.2), *limits)
-        )
-    )
+    prices = LaterPrices(jnp.float32(0.2), jnp.float32(0.2), *limits)
+    base = jax.jit(lambda world: plan_lookahead(world, prices))
     short = CONFIG.model_copy(update={"rounds": 1})
     policy = train_seed(scenario, short, 0, tmp_path, teacher=base(world))
     start = begin_guided(base(world), world, short.width, 0)

@@ -15,11 +15,13 @@ from emutune.errors import UsageError
 from emutune.learning.agents import LearnedPolicy, from_retention, to_retention
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.imitation import imitate
-from emutune.learning.training import initial_state, train_seed
+from emutune.learning.ppo import initial_state
+from emutune.learning.training import train_seed
 from emutune.policies import register_policy
 from emutune.scenario import load_scenario
+from emutune.step import Plan, Situation, plan_of_wish
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
-from emutune.world import Action, Observation, World, build_world
+from emutune.world import World, build_world
 
 SCENARIO = load_scenario("families", ["fleet.ues=3", "fleet.tasks=8"])
 WORLD = build_world(SCENARIO)
@@ -33,9 +35,9 @@ CONFIG = TrainingConfig(
 class Simple:
     """Uploads what is complex, and wants an emulator that grows with the data otherwise."""
 
-    def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
-        share = observation.data_bits / world.data_bits[1]
-        return Action(observation.complexity > 6.0, 0.2 + 0.6 * share)
+    def decide(self, world: World, situation: Situation, key: Key[Array, ""]) -> Plan:
+        share = situation.data_bits / world.data_bits[1]
+        return plan_of_wish(world.rules, situation, situation.complexity > 6.0, 0.2 + 0.6 * share)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_critics_know_the_scale_of_what_comes(pupil) -> None:
 
 
 def test_a_retention_goes_there_and_back() -> None:
-    wanted = jnp.linspace(*WORLD.retention_bounds, 7)
+    wanted = jnp.linspace(*WORLD.rules.retention_bounds, 7)
     np.testing.assert_allclose(to_retention(WORLD, from_retention(WORLD, wanted)), wanted, rtol=1e-6)
 
 

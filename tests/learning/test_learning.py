@@ -10,14 +10,15 @@ import pytest
 
 from checkpoints import assert_same_bits
 from emutune.errors import CheckpointError
-from emutune.learning import checkpoint, training
+from emutune.learning import checkpoint, ppo, training
 from emutune.learning.advantages import episode_advantages
 from emutune.learning.agents import case_log_probability, retention_log_probability
-from emutune.learning.configuration import TrainingConfig
-from emutune.learning.networks import create_network, ue_outputs, value_output
+from emutune.learning.configuration import GuidedConfig, TrainingConfig
+from emutune.learning.networks import create_network, set_outputs, set_value
 from emutune.learning.update import clipped_loss
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
+from emutune.world import build_world
 
 SHORT = TrainingConfig(steps=400, environments=2, minibatches=2, evaluation_episodes=2)
 SMALL = ["fleet.ues=2", "fleet.tasks=4"]
@@ -53,22 +54,20 @@ def test_set_networks_treat_ues_alike():
     generator = np.random.default_rng(0)
     features, context = jnp.asarray(generator.normal(size=(5, 3)), jnp.float32), jnp.ones(1)
     order = jnp.array([3, 1, 4, 0, 2])
-    for head, output in (("ue", ue_outputs), ("value", value_output)):
-        network = create_network(
-            generator, "set", ues=5, features=3, context=1, width=8, head=head, head_gain=1.0
-        )
-        plain, shuffled = (output("set", network, rows, context) for rows in (features, features[order]))
+    for head, output in (("ue", set_outputs), ("value", set_value)):
+        network = create_network(generator, features=3, context=1, width=8, head=head, head_gain=1.0)
+        plain, shuffled = (output(network, rows, context) for rows in (features, features[order]))
         np.testing.assert_allclose(shuffled, plain[order] if head == "ue" else plain, atol=1e-6)
 
 
 def test_nothing_has_moved_at_the_first_step():
     scenario = load_scenario("paper", SMALL)
     config = SHORT.model_copy(update={"epochs": 1, "minibatches": 1, "trace_decay": 1.0})
-    world = training.build_world(scenario)
-    state = training.initial_state(config, world, 0)
+    world = build_world(scenario)
+    state = ppo.initial_state(config, world, 0)
     silent = state.parameters._replace(critics=jax.tree.map(jnp.zeros_like, state.parameters.critics))
     rows, again = (
-        training.run_updates(
+        ppo.run_updates(
             config, world, state._replace(parameters=silent, key=key), jnp.asarray(1), jnp.asarray(10)
         )[1]
         for key in (state.key, jax.random.key(9))
@@ -86,7 +85,7 @@ def test_nothing_has_moved_at_the_first_step():
 def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch, algorithm):
     scenario = load_scenario("paper", SMALL)
     config = SHORT.model_copy(update={"algorithm": algorithm})
-    monkeypatch.setattr(training, "CHUNK", 7)
+    monkeypatch.setattr(ppo, "CHUNK", 7)
     jax.clear_caches()
     training.train_seed(scenario, config, 3, tmp_path / "whole")
 
@@ -137,12 +136,53 @@ def test_a_checkpoint_of_another_format_version_is_refused(tmp_path, monkeypatch
         training.load_policy(tmp_path / "checkpoint.safetensors")
 
 
+@pytest.mark.parametrize("change", [lambda leaves: leaves[:-1], lambda leaves: [leaves[0][1:], *leaves[1:]],
+                                    lambda leaves: [leaves[0] > 0, *leaves[1:]]],
+                         ids=["fewer", "shape", "kind"])  # fmt: skip
+@pytest.mark.parametrize("name", ["hmppo", "guided"])
+def test_a_run_of_a_version_that_learned_other_arrays_is_refused_as_that(tmp_path, name, change):
+    scenario = load_scenario("paper", SMALL)
+    header = checkpoint.CheckpointHeader(scenario, {"hmppo": SHORT, "guided": GuidedConfig(width=4)}[name], 0)
+    path, learner = tmp_path / "checkpoint.safetensors", training.learner_of(header)
+    leaves = jax.tree.leaves(learner.template())
+    checkpoint.save_checkpoint(path, header, leaves)
+    policy, found = training.load_policy(path)
+    assert found == header
+    assert jax.tree.structure(policy) == jax.tree.structure(learner.policy(learner.template()))
+    checkpoint.save_checkpoint(path, header, change(leaves))
+    with pytest.raises(CheckpointError) as raised:
+        training.load_policy(path)
+    assert str(raised.value) == (
+        f"{path}: was written by another version of emutune, whose {name} runs hold other arrays; "
+        "use that version, or train again with another --out"
+    )
+
+
+def test_networks_are_kept_as_they_always_were():
+    """What is kept of a run, so that those of earlier versions load: change it, and they do not."""
+    config = TrainingConfig(width=4)
+    state = ppo.initial_state(config, build_world(load_scenario("paper", SMALL)), 0)
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(state)]
+
+    def network(features, outputs_of_each):
+        first, second = [[features, 4], [features + 1, 4], [4]], [[4, 4], [4, 4], [4]]
+        return [*first, *second, [4 * outputs_of_each, 1], [4, 1], [1]]
+
+    networks = [*network(4, 1), *network(3, 1), [], *network(4, 0)]
+    sizes = [
+        sum(math.prod(shape) for shape in part)
+        for part in (network(4, 1), [*network(3, 1), []], network(4, 0))
+    ]
+    memories = [part for size in sizes for part in ([], [size], [size])]
+    assert shapes == [*networks, *memories, [], [], [1], [1]]
+
+
 def test_a_sweep_keeps_the_programs_of_one_training(tmp_path):
     scenario = load_scenario("paper", SMALL)
     for number, rate in enumerate((1e-3, 2e-3)):
         config = SHORT.model_copy(update={"learning_rate": rate, "steps": 10})
         training.train_seed(scenario, config, 0, tmp_path / str(number))
-    assert training.run_updates._cache_size() == 1
+    assert ppo.run_updates._cache_size() == 1
 
 
 def test_a_small_fleet_learns_to_hold(tmp_path):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from emutune.learning import rollout
-from emutune.learning.agents import network_inputs, retention_means, to_retention
+from emutune.learning.agents import retention_means, to_retention
+from emutune.learning.architectures import ARCHITECTURES
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.training import train_seed
 from emutune.scenario import load_scenario
+from emutune.step import retention_of
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import build_world, observe, reset, serve
 
@@ -53,12 +55,14 @@ def test_a_bandit_without_delay_costs_takes_the_best_retention(tmp_path):
 def test_a_bandit_in_which_agent_2_must_depend_on_a1(tmp_path, monkeypatch):
     # Small data belongs to the server. Training on the UE wants retention 0.8 while the other UE is at the
     # server, else 0.2: agent 2 sees no data sizes, so all it can go by is what agent 1 decided.
-    def pay(world, cache, task, action):
-        misplaced = action.at_server != (task.data_bits < world.data_bits.mean())
-        wanted = jnp.where(action.at_server[::-1], 0.8, 0.2)
-        error = jnp.where(action.at_server, 0.0, (action.retention - wanted) ** 2)
-        cached, outcome = serve(world, cache, task, action)
-        return cached, outcome._replace(reward=-(error + 0.2 * misplaced).mean())
+    def pay(world, situation, plan):
+        misplaced = plan.at_server != (situation.data_bits < world.data_bits.mean())
+        wanted = jnp.where(plan.at_server[::-1], 0.8, 0.2)
+        retention = retention_of(world.rules.models, situation.family, plan.layers)
+        error = jnp.where(plan.at_server, 0.0, (retention - wanted) ** 2)
+        carried, outcome = serve(world, situation, plan)
+        total = (error + 0.2 * misplaced).mean()
+        return carried, outcome._replace(charge=outcome.charge._replace(total=total))
 
     monkeypatch.setattr(rollout, "serve", pay)
     jax.clear_caches()
@@ -67,9 +71,8 @@ def test_a_bandit_in_which_agent_2_must_depend_on_a1(tmp_path, monkeypatch):
     policy = train_seed(scenario, config, 0, tmp_path)
     jax.clear_caches()
     world = build_world(scenario)
-    inputs = network_inputs(
-        config.network, world, jax.vmap(lambda key: observe(world, reset(key, world)))(KEYS)
-    )
+    seen = jax.vmap(lambda key: observe(world, reset(key, world)))(KEYS)
+    inputs = ARCHITECTURES[config.network].inputs(world, seen)
     for other_at_server, wanted in ((True, 0.8), (False, 0.2)):
         at_server = jnp.broadcast_to(jnp.array([False, other_at_server]), (len(KEYS), 2))
         means = retention_means(config.network, policy.actors, inputs, at_server)

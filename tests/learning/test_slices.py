@@ -10,20 +10,23 @@ import numpy as np
 import pytest
 
 from emutune.errors import UsageError
-from emutune.learning.agents import LearnedPolicy, network_inputs
+from emutune.learning.agents import LearnedPolicy
+from emutune.learning.architectures import ARCHITECTURES
 from emutune.learning.configuration import GuidedConfig, TrainingConfig
 from emutune.learning.guided import begin_guided
 from emutune.learning.imitation import imitate
+from emutune.learning.ppo import initial_state
 from emutune.learning.slices import draw_shares, fixed_shares, slice_of
-from emutune.learning.training import initial_state, train_seed
+from emutune.learning.teachers import teacher_of
+from emutune.learning.training import train_seed
 from emutune.learning.update import explore
 from emutune.policies import LaterPrices, plan_lookahead
+from emutune.policies.measure import draw_episodes, run_episodes
 from emutune.scenario import load_scenario
-from emutune.study.baselines import teacher_of
-from emutune.study.evaluate import draw_episodes, evaluate_policy, held_out_episodes, run_episodes
+from emutune.step import plan_of_wish
+from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.study.transfer import transferred
-from emutune.world import Action, build_world, draw_batch, empty_cache, observe_task, serve
-from emutune.world.dynamics import all_tasks, draw_episode
+from emutune.world import build_world, draw_batch, draw_episode, nothing_carried, serve, situation_at
 
 SMALL = ("fleet.ues=4", "fleet.tasks=6")
 CONFIG = TrainingConfig(
@@ -36,26 +39,31 @@ def test_copies_of_a_fleet_on_the_whole_cell_are_the_fleet_on_a_slice(name: str)
     few, many = (load_scenario(name, [f"fleet.ues={ues}", "fleet.tasks=3"]) for ues in (4, 12))
     world = build_world(few)
     part = slice_of(world, jnp.float32(1 / 3))
-    task = jax.tree.map(lambda leaf: leaf[1], all_tasks(draw_episode(jax.random.key(5), world)))
-    action = Action(jnp.array([True, False, True, False]), jnp.array([0.4, 0.5, 0.6, 0.7]))
+    situation = situation_at(
+        world, draw_episode(jax.random.key(5), world), jnp.asarray(1), nothing_carried(world)
+    )
+    plan = plan_of_wish(
+        world.rules, situation, jnp.array([True, False, True, False]), jnp.array([0.4, 0.5, 0.6, 0.7])
+    )
 
     def copies(tree):
-        return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), tree)
+        return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3) if leaf.ndim else leaf, tree)
 
-    _, alone = serve(part, empty_cache(part), task, action)
+    _, alone = serve(part, situation, plan)
     whole = build_world(many)
-    _, together = serve(whole, empty_cache(whole), copies(task), copies(action))
-    np.testing.assert_allclose(together.step_delay_s, alone.step_delay_s, rtol=1e-5)
+    _, together = serve(whole, copies(situation), copies(plan))
+    np.testing.assert_allclose(together.charge.delay_s, alone.charge.delay_s, rtol=1e-5)
     np.testing.assert_allclose(together.reward, alone.reward, rtol=1e-5)
 
     seen, apart = (
-        network_inputs("sized", at, observe_task(at, empty_cache(at), each, jnp.asarray(1)))
-        for at, each in ((whole, copies(task)), (part, task))
+        ARCHITECTURES["sized"].inputs(at, each)
+        for at, each in ((whole, copies(situation)), (part, situation))
     )
     np.testing.assert_allclose(seen.context, apart.context, rtol=1e-5)
-    np.testing.assert_allclose(seen.lone, copies(apart.lone), rtol=1e-5)
+    for mine, other in zip(seen.times, apart.times, strict=True):
+        np.testing.assert_allclose(mine, copies(other), rtol=1e-5)
     # All but ranks: of twelve there are three at each of four places, in the middle of which the four stand.
-    rank = seen.features.shape[-1] - seen.lone.shape[-1] - 1
+    rank = seen.features.shape[-1] - (3 if world.rules.trains_in_time else 2) - 1
     others = np.delete(np.arange(seen.features.shape[-1]), rank)
     np.testing.assert_allclose(
         seen.features[:, others], copies(apart.features)[:, others], rtol=1e-4, atol=1e-6
@@ -77,9 +85,9 @@ def test_one_slice_of_the_whole_is_the_fleet_itself() -> None:
     episodes = draw_batch(jax.random.key(1), world, 8)
     found, rewards = explore(config, world, episodes, jax.random.key(2), actors)
     np.testing.assert_allclose(rewards[0], found.outcome.reward, rtol=1e-5)
-    np.testing.assert_array_equal(found.task.complexity, jnp.swapaxes(episodes.complexity, 0, 1))
+    np.testing.assert_array_equal(found.situation.complexity, jnp.swapaxes(episodes.complexity, 0, 1))
     # Credit of retentions: what each UE adds, so its own perplexity at the least.
-    perplexity = 0.092 / 4 * found.outcome.perplexity
+    perplexity = 0.092 / 4 * found.outcome.charge.taken.perplexity
     assert np.all(-rewards[1] >= perplexity * (1 - 1e-5))
 
 
@@ -133,6 +141,6 @@ def test_what_does_not_fit_is_refused_and_guided_lookahead_plans_anew() -> None:
     pooled = LearnedPolicy("set", initial_state(TrainingConfig(width=8), world, 0).parameters.actors)
     with pytest.raises(UsageError, match="see other features of a UE"):
         transferred(pooled, scenario, busy)
-    base = plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
+    base = plan_lookahead(world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
     guided = transferred(begin_guided(base, world, GuidedConfig().width, 0), scenario, larger)
     assert not np.array_equal(guided.base.worth, base.worth)

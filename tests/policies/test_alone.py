@@ -33,7 +33,7 @@ def test_a_ue_alone_in_a_world_without_chance_does_the_best_there_is() -> None:
     features = plain.changes_for({"computation", "budget", "delta"})
     scenario = load_scenario("families", [*CERTAIN, *features, *OVER, *DEAR])
     prices = LaterPrices(*map(jnp.float32, (1.0, 1.0, 0.0)))
-    policy = jax.jit(lambda world: plan_lookahead(scenario, world, prices))(build_world(scenario))
+    policy = jax.jit(lambda world: plan_lookahead(world, prices))(build_world(scenario))
     drawn = held_out_episodes(scenario, 24)
     mine = evaluate_policy(scenario, policy, drawn)
     episodes = [jax.tree.map(lambda leaf, n=n: leaf[n], drawn) for n in range(24)]

@@ -11,11 +11,12 @@ import pytest
 
 import plain
 from emutune.policies import CountTable, Hold, LaterPrices, plan_lookahead
-from emutune.policies.assignment import Assignment
-from emutune.policies.joint import assign_jointly, joint_cost, list_options, single_changes
-from emutune.policies.prices import step_prices
+from emutune.policies.choices import Options, joint_cost, list_options
+from emutune.policies.joint import assign_jointly, single_changes
 from emutune.scenario import load_scenario
-from emutune.world import Action, Cache, Device, build_world, current_task, observe, reset, serve
+from emutune.step import Plan
+from emutune.world import State, World, build_world, observe, reset, serve
+from holding import charged_at, holding
 
 OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
 EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
@@ -40,10 +41,18 @@ def some_state(scenario, seed: int, step: int):
         possible = plain.possible_layers(scenario, {**task, "family": of})
         family.append(of)
         layers.append(int(draw.choice(possible)) if possible and draw.random() < 0.7 else 0)
-    cache = Cache(jnp.asarray(layers, jnp.int32), jnp.asarray(family, jnp.int32), state.cache.spent_j)
-    if cache.spent_j is not None:
-        cache = cache._replace(spent_j=jnp.asarray(draw.uniform(0, 5000, len(rows)), jnp.float32))
-    return state._replace(step=jnp.asarray(step, jnp.int32), cache=cache), rows
+    spent = draw.uniform(0, 5000, len(rows)) if scenario.energy else 0.0
+    carried = holding(world, family, layers, spent)
+    mine = zip(family, layers, np.broadcast_to(spent, len(rows)), strict=True)
+    state = state._replace(step=jnp.asarray(step, jnp.int32), carried=carried)
+    return state, rows, [plain.carrying(*one) for one in mine]
+
+
+def options_of(world: World, state: State) -> Options:
+    """Options of a step after which nothing is worth anything."""
+    nothing = jnp.zeros(world.ues)
+    renewed = jnp.zeros((world.rules.models.most + 1, world.ues))
+    return list_options(world.rules, observe(world, state), nothing, renewed, nothing)
 
 
 @pytest.mark.parametrize(
@@ -54,20 +63,15 @@ def some_state(scenario, seed: int, step: int):
 def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
     scenario = make(features, 3, "reward.delay_weight_per_min=-0.1")
     world = build_world(scenario)
-    policy = plan_lookahead(
-        scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
-    )
+    policy = plan_lookahead(world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0)))
 
     @jax.jit
     def act(state):
-        action = policy.decide(world, observe(world, state), jax.random.key(0))
-        return serve(world, state.cache, current_task(state), action)[1].reward
+        plan = policy.decide(world, observe(world, state), jax.random.key(0))
+        return serve(world, charged_at(world, state), plan)[1].reward
 
     for seed in range(8):
-        state, rows = some_state(scenario, seed, scenario.fleet.tasks - 1)
-        spent = [0.0] * 3 if state.cache.spent_j is None else np.asarray(state.cache.spent_j, float)
-        cache = zip(np.asarray(state.cache.family), np.asarray(state.cache.layers), spent, strict=True)
-        carried = [plain.carrying(*mine) for mine in cache]
+        state, rows, carried = some_state(scenario, seed, scenario.fleet.tasks - 1)
         best = max(
             plain.serve(scenario, rows, carried, list(plan))[1]["reward"]
             for plan in itertools.product(*(plain.options(scenario, task) for task in rows))
@@ -80,24 +84,19 @@ def test_a_joint_choice_costs_what_the_step_costs() -> None:
     world = build_world(scenario)
 
     @jax.jit
-    def both(state, at_server, layers):
-        seen = observe(world, state)
-        prices = step_prices(world, seen, 4)
-        nothing = jnp.zeros(5)
-        listed = list_options(world, seen, prices, nothing, jnp.zeros((5, 5)), None)
-        whole = jnp.where(seen.family == 0, 6, 4)
-        _, outcome = serve(world, state.cache, current_task(state), Action(at_server, layers / whole))
-        return joint_cost(listed, at_server, layers), -outcome.reward
+    def both(state, plan):
+        _, outcome = serve(world, charged_at(world, state), plan)
+        return joint_cost(options_of(world, state), plan), -outcome.reward
 
     draw = np.random.default_rng(0)
     for seed in range(6):
-        state, rows = some_state(scenario, seed, 3)
+        state, rows, _ = some_state(scenario, seed, 3)
         for _ in range(4):
             every = [plain.options(scenario, task) for task in rows]
             plan = [one[draw.integers(len(one))] for one in every]
             at_server = jnp.array([kind == "server" for kind, _ in plan])
             layers = jnp.array([int(k) for _, k in plan])
-            predicted, charged = both(state, at_server, layers)
+            predicted, charged = both(state, Plan(at_server, layers))
             assert float(predicted) == pytest.approx(float(charged), rel=1e-3)
 
 
@@ -110,22 +109,20 @@ def test_single_changes_cost_what_the_changed_choice_does_and_improvement_ends_w
 
     @jax.jit
     def solve(state, drawn):
-        seen = observe(world, state)
-        zero = jnp.zeros((9, 5))
-        listed = list_options(world, seen, step_prices(world, seen, 4), zero[:, 0], zero, None)
+        listed = options_of(world, state)
         who, what = jnp.divmod(jnp.arange(9 * 6), 6)
 
         def one_by_one(chosen):
             changed = jnp.arange(9) == who[:, None]
-            uploads = jnp.where(changed, (what == 5)[:, None], chosen.uploads)
+            at_server = jnp.where(changed, (what == 5)[:, None], chosen.at_server)
             layers = jnp.where(changed, jnp.minimum(what, 4)[:, None], chosen.layers)
-            return joint_cost(listed, uploads, layers).reshape(9, 6)
+            return joint_cost(listed, Plan(at_server, layers)).reshape(9, 6).T
 
         best = assign_jointly(listed)
-        exists = listed.local < 1e5
-        some = Assignment(drawn & (listed.upload < 1e5) | ~exists.any(1), jnp.argmax(exists, axis=1))
+        exists = listed.after < 1e5
+        some = Plan(drawn & (listed.left < 1e5) | ~exists.any(0), jnp.argmax(exists, axis=0))
         same = [(single_changes(listed, chosen), one_by_one(chosen)) for chosen in (best, some)]
-        return joint_cost(listed, *best), same
+        return joint_cost(listed, best), same
 
     draw = np.random.default_rng(0)
     for seed in range(5):
@@ -141,11 +138,11 @@ def slow_and_fast(scenario):
     """UE 0 trains slowly, UE 1 fast; both hold 4 of 6 layers of what they need."""
     world = build_world(scenario)
     state = jax.jit(reset)(jax.random.key(0), world)
-    device = Device(tflops=jnp.array([0.3, 20.0]))
-    family = jnp.zeros(2, jnp.int32)
-    cache = Cache(jnp.full(2, 4, jnp.int32), family)
-    episode = state.episode._replace(device=device, family=state.episode.family.at[0].set(family))
-    return world, observe(world, state._replace(episode=episode, cache=cache))
+    episode = state.episode._replace(
+        devices=state.episode.devices._replace(tflops=jnp.array([0.3, 20.0])),
+        family=state.episode.family.at[0].set(0),
+    )
+    return world, observe(world, state._replace(episode=episode, carried=holding(world, [0, 0], [4, 4])))
 
 
 def test_rules_send_the_slow_to_the_server() -> None:
@@ -156,11 +153,11 @@ def test_rules_send_the_slow_to_the_server() -> None:
     for patience, expected in ((patient, [False, False]), (impatient, [True, False])):
         hold = Hold(jnp.float32(0.0), jnp.float32(0.5), patience)
         np.testing.assert_array_equal(hold.decide(world, seen, key).at_server, expected)
-        table = CountTable(4, jnp.array([0, 1, 2]), jnp.array([0.25, 0.75]), patience)
+        table = CountTable(jnp.array([0, 1, 2]), jnp.array([0.25, 0.75]), patience)
         np.testing.assert_array_equal(table.decide(world, seen, key).at_server, expected)
     # Of two that hold nothing, the one whose training an upload saves.
-    table = CountTable(4, jnp.array([0, 1, 1]), jnp.array([0.25, 0.75]), patient)
-    nothing = seen._replace(cached_retention=jnp.zeros(2), held_retention=jnp.zeros(2))
+    table = CountTable(jnp.array([0, 1, 1]), jnp.array([0.25, 0.75]), patient)
+    nothing = seen._replace(held=jnp.zeros_like(seen.held))
     np.testing.assert_array_equal(table.decide(world, nothing, key).at_server, [True, False])
 
 
@@ -168,8 +165,6 @@ def test_rules_send_the_slow_to_the_server() -> None:
 def test_lookahead_sends_the_slow_to_the_server() -> None:
     scenario = make({"computation"}, 2, "computation.server_tflops=500.0", "reward.delay_weight_per_min=-0.5")
     world, seen = slow_and_fast(scenario)
-    policy = plan_lookahead(
-        scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0))
-    )
+    policy = plan_lookahead(world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5), jnp.float32(0.0)))
     chosen = jax.jit(policy.decide)(world, seen, jax.random.key(0))
     np.testing.assert_array_equal(chosen.at_server, [True, False])

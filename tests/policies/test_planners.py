@@ -13,27 +13,16 @@ import pytest
 
 from emutune.policies import CountTable, Hold, LaterPrices, Lookahead, plan_lookahead
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import (
-    Action,
-    Cache,
-    State,
-    Task,
-    World,
-    build_world,
-    current_task,
-    observe,
-    reset,
-    serve,
-)
+from emutune.step import Plan, Situation, usable_layers
+from emutune.world import State, World, build_world, observe, reset, serve
+from holding import charged_at, holding
 
 STEADY = ["radio.fading_blocks=1000000"]
 UNEQUAL = "families.others=[{size_gb = 4.0, layers = 4, curve = {quadratic = 0.0, linear = -12.0, constant = 30.0}}]"
 
 
-def planned(scenario: Scenario, world: World, exact: bool | None = None) -> Lookahead:
-    plan = jax.jit(
-        lambda world, price: plan_lookahead(scenario, world, LaterPrices(price, price), exact=exact)
-    )
+def planned(world: World, exact: bool | None = None) -> Lookahead:
+    plan = jax.jit(lambda world, price: plan_lookahead(world, LaterPrices(price, price), exact=exact))
     return plan(world, jnp.float32(0.5))
 
 
@@ -46,32 +35,27 @@ def some_state(scenario: Scenario, seed: int, step: int) -> State:
     family = draw.integers(0, len(scenario.models), ues)
     layers = [draw.integers(scenario.models[f].fewest, scenario.models[f].most + 1) for f in family]
     layers = np.where(draw.random(ues) < 0.25, 0, layers)
-    cache = Cache(jnp.asarray(layers, jnp.int32), jnp.asarray(family, jnp.int32))
-    return state._replace(step=jnp.asarray(step, jnp.int32), cache=cache)
+    return state._replace(step=jnp.asarray(step, jnp.int32), carried=holding(world, family, layers))
 
 
 def cheapest_reward(scenario: Scenario, state: State) -> float:
-    """The best reward of one step over all joint actions, by the simulator itself."""
-    world, task = build_world(scenario), current_task(state)
+    """The best reward of one step over all joint plans, by the simulator itself."""
+    world = build_world(scenario)
+    true = charged_at(world, state)
     options = []
-    for f in np.asarray(task.family):
+    for f in np.asarray(true.family):
         model = scenario.models[f]
-        options.append(
-            [(True, 0.5), *((False, k / model.layers) for k in range(model.fewest, model.most + 1))]
-        )
-    plans = list(itertools.product(*options))
-    action = Action(
-        jnp.asarray([[z for z, _ in plan] for plan in plans]),
-        jnp.asarray([[e for _, e in plan] for plan in plans], jnp.float32),
-    )
+        options.append([(True, 0), *((False, k) for k in range(model.fewest, model.most + 1))])
+    chosen = np.array(list(itertools.product(*options)))
+    plans = Plan(jnp.asarray(chosen[..., 0], bool), jnp.asarray(chosen[..., 1], jnp.int32))
     # Padded to one length, so that one program serves all states.
-    padded = jax.tree.map(lambda leaf: jnp.resize(leaf, (1000, scenario.fleet.ues)), action)
-    return float(rewards_of(world, state.cache, task, padded).max())
+    padded = jax.tree.map(lambda leaf: jnp.resize(leaf, (1000, scenario.fleet.ues)), plans)
+    return float(rewards_of(world, true, padded).max())
 
 
 @jax.jit
-def rewards_of(world: World, cache: Cache, task: Task, actions: Action) -> jax.Array:
-    return jax.vmap(lambda one: serve(world, cache, task, one)[1].reward)(actions)
+def rewards_of(world: World, true: Situation, plans: Plan) -> jax.Array:
+    return jax.vmap(lambda one: serve(world, true, one)[1].reward)(plans)
 
 
 @pytest.mark.parametrize("delta", ["false", "true"])
@@ -79,13 +63,13 @@ def test_the_last_step_of_lookahead_is_the_best_there_is(delta: str) -> None:
     changes = [*STEADY, "fleet.ues=3", "model.layers=8", UNEQUAL, f"download.delta={delta}"]
     scenario = load_scenario("families", changes)
     world = build_world(scenario)
-    policy = planned(scenario, world)
+    policy = planned(world)
     assert policy.exact
     decide = jax.jit(lambda state: policy.decide(world, observe(world, state), jax.random.key(0)))
     for seed in range(6):
         state = some_state(scenario, seed, scenario.fleet.tasks - 1)
         chosen = jax.tree.map(lambda leaf: leaf[None], decide(state))
-        reward = rewards_of(world, state.cache, current_task(state), chosen)[0]
+        reward = rewards_of(world, charged_at(world, state), chosen)[0]
         assert float(reward) == pytest.approx(cheapest_reward(scenario, state), rel=2e-3)
 
 
@@ -97,8 +81,8 @@ def test_what_several_emulators_are_worth_together_in_plain_numbers(delta: bool,
     changes += ["families.persistence=0.3", "tasks.complexity={min=5.0, max=5.0}", "families.cache_gb=50.0"]
     scenario = load_scenario("families", [*changes, f"download.delta={str(delta).lower()}"])
     prices = LaterPrices(*(jnp.float32(price) for price in (up, down)), rent=jnp.float32(rent))
-    policy = plan_lookahead(scenario, build_world(scenario), prices)
-    gain = float(jnp.exp(policy.log_gains[3]))
+    policy = plan_lookahead(build_world(scenario), prices)
+    gain = float(jnp.exp(policy.kinds.log_gains[3]))
     noise = 10 ** (-174 / 10) / 1000
     scale = 0.092 / 2 * 1.5
     per_s = -scenario.reward.delay_weight_per_min / 60
@@ -143,7 +127,7 @@ def test_ranking_comes_close_to_trying_everything() -> None:
     changes = ["tasks.data_mb={min=20.0,max=900.0}", "reward.delay_weight_per_min=-0.1", *STEADY]
     scenario = load_scenario("families", ["fleet.ues=6", *changes])
     world = build_world(scenario)
-    tried, ranked = (planned(scenario, world, exact) for exact in (True, False))
+    tried, ranked = (planned(world, exact) for exact in (True, False))
 
     @jax.jit
     def costs(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -151,18 +135,19 @@ def test_ranking_comes_close_to_trying_everything() -> None:
         seen = observe(world, state)
         kept, renewed = tried.later(world, seen)
 
-        def cost(action: Action) -> jax.Array:
-            cache, outcome = serve(world, state.cache, current_task(state), action)
-            after = jnp.where(outcome.at_server, kept, renewed[jnp.arange(6), cache.layers])
+        def cost(plan: Plan) -> jax.Array:
+            _, outcome = serve(world, charged_at(world, state), plan)
+            done = outcome.plan
+            after = jnp.where(done.at_server, kept, renewed[done.layers, jnp.arange(6)])
             return -outcome.reward + after.sum()
 
         best, found = (policy.decide(world, seen, jax.random.key(0)) for policy in (tried, ranked))
-        # To the server, or to a retention of 3 to 13 of 16 layers.
+        # To the server, or to 3 to 13 layers.
         who, what = jnp.divmod(jnp.arange(6 * 12), 12)
         change = jnp.arange(6) == who[:, None]
-        changed = Action(
+        changed = Plan(
             jnp.where(change, (what == 0)[:, None], found.at_server),
-            jnp.where(change, (what[:, None] + 2) / 16, found.retention),
+            jnp.where(change, what[:, None] + 2, found.layers),
         )
         return cost(best), cost(found), jax.vmap(cost)(changed).min()
 
@@ -180,16 +165,16 @@ def test_a_batch_is_decided_as_its_members() -> None:
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(observe(world, state) for state in states))
     key = jax.random.key(0)
     for policy in (
-        planned(scenario, world),
-        planned(scenario, world, exact=False),
-        CountTable(13, jnp.array([0, 1, 1, 2, 2]), jnp.array([0.6, 0.8])),
+        planned(world),
+        planned(world, exact=False),
+        CountTable(jnp.array([0, 1, 1, 2, 2]), jnp.array([0.6, 0.8])),
     ):
         decide = jax.jit(lambda seen, policy=policy: policy.decide(world, seen, key))
         together = decide(batch)
         for n, state in enumerate(states):
             alone = decide(observe(world, state))
             np.testing.assert_array_equal(together.at_server[n], alone.at_server)
-            np.testing.assert_allclose(together.retention[n], alone.retention, rtol=1e-6)
+            np.testing.assert_array_equal(together.layers[n], alone.layers)
 
 
 def test_the_count_table_by_hand() -> None:
@@ -198,24 +183,24 @@ def test_the_count_table_by_hand() -> None:
     state = reset(jax.random.key(0), world)
     family = state.episode.family[0]
     # UE 0 holds what it needs, UE 1 something else, UEs 2 and 3 nothing; data decides who is fast.
-    cache = Cache(jnp.array([9, 9, 0, 0], jnp.int32), family.at[1].add(1) % 3)
+    carried = holding(world, family.at[1].add(1) % 3, [9, 9, 0, 0])
     data = jnp.array([2.4e9, 4e9, 2.5e9, 3.2e9])
     episode = state.episode._replace(
         data_bits=state.episode.data_bits.at[0].set(data),
         gain=jnp.full_like(state.episode.gain, 1e-4),
         transmit_power_w=jnp.full(4, 0.5),
     )
-    seen = observe(world, State(episode, cache, jnp.asarray(0)))
-    table = CountTable(13, jnp.array([0, 1, 1, 2, 3]), jnp.array([0.25, 0.8125]))
+    seen = observe(world, State(episode, carried, jnp.asarray(0)))
+    table = CountTable(jnp.array([0, 1, 1, 2, 3]), jnp.array([0.25, 0.8125]))
     chosen = table.decide(world, seen, jax.random.key(0))
     np.testing.assert_array_equal(chosen.at_server, [False, False, True, True])
-    assert chosen.retention[0] == 9 / 16
+    assert chosen.layers[0] == 9
     # Two uploads of at most 3.2e9 bits share 1e5 Hz; one download must fit into their time.
     snr = 0.5 * 1e-4 / (10**-20.4 * 5e4)
     seconds = 3.2e9 / (5e4 * math.log2(1 + snr))
     rate = 1e6 * math.log2(1 + 60 * 1e-4 / (10**-20.4 * 1e6))
     level = max(k for k in range(3, 14) if 8 * 10.8e9 * k / 16 / rate <= seconds)
-    assert chosen.retention[1] == pytest.approx(level / 16)
+    assert chosen.layers[1] == level
     assert 3 < level < 13
 
 
@@ -225,8 +210,9 @@ def test_hold_uses_what_is_usable_and_tosses_for_the_rest() -> None:
     state = some_state(scenario, 3, 5)
     seen = observe(world, state)
     chosen = Hold(jnp.float32(0.3), jnp.float32(0.75)).decide(world, seen, jax.random.key(1))
-    usable = np.asarray(seen.cached_retention) > 0
+    held = np.asarray(usable_layers(seen))
+    usable = held > 0
     assert not chosen.at_server[usable].any()
-    np.testing.assert_array_equal(chosen.retention[usable], seen.cached_retention[usable])
+    np.testing.assert_array_equal(chosen.layers[usable], held[usable])
     assert chosen.at_server[~usable].mean() == pytest.approx(0.3, abs=0.03)
-    assert (chosen.retention[~usable] == 0.75).all()
+    assert (chosen.layers[~usable] == 12).all()

@@ -9,7 +9,7 @@ import pytest
 
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.configuration import TrainingConfig
-from emutune.learning.training import initial_state
+from emutune.learning.ppo import initial_state
 from emutune.policies import AllServer, CountTable, Fixed, Hold, LaterPrices, Policy, Random, plan_lookahead
 from emutune.world import build_world, observe, reset
 
@@ -22,10 +22,8 @@ def every_policy(scenario) -> list[Policy]:
         for kind in ("set", "flat")
     ]
     hold = Hold(jnp.asarray(0.5), jnp.asarray(0.5))
-    lookahead = plan_lookahead(
-        scenario, build_world(scenario), LaterPrices(jnp.float32(0.5), jnp.float32(0.5))
-    )
-    table = CountTable(25, jnp.zeros(7, int), jnp.array([0.2, 0.8]))
+    lookahead = plan_lookahead(build_world(scenario), LaterPrices(jnp.float32(0.5), jnp.float32(0.5)))
+    table = CountTable(jnp.zeros(7, int), jnp.array([0.2, 0.8]))
     return [Random(), AllServer(), Fixed(jnp.asarray(0.5)), hold, lookahead, table, *learned]
 
 
@@ -42,16 +40,16 @@ def test_a_policy_survives_flattening(paper, index):
     again = jax.tree.unflatten(structure, leaves)
     assert type(again) is type(policy)
     world = build_world(paper)
-    observation = observe(world, reset(jax.random.key(0), world))
-    decided = [one.decide(world, observation, jax.random.key(1)) for one in (policy, again)]
+    seen = observe(world, reset(jax.random.key(0), world))
+    decided = [one.decide(world, seen, jax.random.key(1)) for one in (policy, again)]
     np.testing.assert_array_equal(decided[0].at_server, decided[1].at_server)
-    np.testing.assert_array_equal(decided[0].retention, decided[1].retention)
+    np.testing.assert_array_equal(decided[0].layers, decided[1].layers)
 
 
 def test_fixed_policies_decide_what_they_say(paper):
     world = build_world(paper)
-    observation = observe(world, reset(jax.random.key(0), world))
-    assert AllServer().decide(world, observation, jax.random.key(1)).at_server.all()
-    fixed = Fixed(jnp.asarray(0.5)).decide(world, observation, jax.random.key(1))
+    seen = observe(world, reset(jax.random.key(0), world))
+    assert AllServer().decide(world, seen, jax.random.key(1)).at_server.all()
+    fixed = Fixed(jnp.asarray(0.5)).decide(world, seen, jax.random.key(1))
     assert not fixed.at_server.any()
-    assert (fixed.retention == 0.5).all()
+    assert (fixed.layers == 16).all()

@@ -19,7 +19,9 @@ import pytest
 import plain
 from emutune.policies import LaterPrices, plan_lookahead
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import Cache, Device, State, World, build_world, observe, reset
+from emutune.step import Situation, situation_of
+from emutune.world import World, build_world
+from holding import holding
 
 OTHER = "{size_gb=5.4,layers=4,parameters_billion=1.0,curve={quadratic=0.0,linear=-9.0,constant=24.0}}"
 UES, TASKS, UPLOAD, DOWNLOAD, BACKGROUND_S = 3, 4, 0.7, 0.4, 50.0
@@ -155,29 +157,15 @@ def expected_later(scenario: Scenario, ue: dict[str, Any], shadow_per_j: float =
     return later
 
 
-def state_of(
-    start: State, ue: dict, now: int, family: int, carried: plain.Carried, spent_j: float = 0.0
-) -> State:
-    """A state in which a UE is at the end of a row of such tasks."""
-    drawn, episode = start.episode, {}
-    for name in ("gain", "downlink_gain", "complexity", "data_bits", "transmit_power_w"):
-        part = getattr(drawn, name)
-        episode[name] = None if part is None else jnp.full_like(part, ue[name])
-    fields = {
-        name: None if part is None else jnp.full_like(part, ue[name])
-        for name, part in drawn.device._asdict().items()
-    }
-    active = None if drawn.active is None else jnp.ones_like(drawn.active)
+def situation_with(
+    world: World, ue: dict[str, Any], now: int, family: int, carried: plain.Carried, spent_j: float = 0.0
+) -> Situation:
+    """The situation of a fleet of such UEs, all with a task of a family."""
     held_family, held = carried.emulators[0] if carried.emulators else (0, 0)
-    spent = None if start.cache.spent_j is None else jnp.full(UES, spent_j)
-    cache = Cache(jnp.full(UES, held, jnp.int32), jnp.full(UES, held_family, jnp.int32), spent)
-    return State(
-        drawn._replace(
-            **episode, device=Device(**fields), active=active, family=jnp.full_like(drawn.family, family)
-        ),
-        cache,
-        jnp.asarray(now, jnp.int32),
-    )
+    kept = holding(world, [held_family] * UES, [held] * UES, spent_j)
+    known = {name: None if value is None else jnp.full(UES, value) for name, value in ue.items()}
+    family_of_each = jnp.full(UES, family, jnp.int32)
+    return situation_of(progress=jnp.asarray(now / TASKS), family=family_of_each, **known, **kept._asdict())
 
 
 @pytest.mark.parametrize(
@@ -189,24 +177,19 @@ def test_what_a_cache_is_worth_is_the_recursion_in_plain_numbers(features: set[s
     scenario = priced_world(features)
     world = build_world(scenario)
     prices = LaterPrices(*(jnp.float32(price) for price in (UPLOAD, DOWNLOAD, BACKGROUND_S)))
-    start = jax.jit(reset)(jax.random.key(0), world)
-
-    @jax.jit
-    def worths(world: World, state: State) -> tuple[jax.Array, jax.Array]:
-        return policy.later(world, observe(world, state))
-
-    policy = jax.jit(lambda world: plan_lookahead(scenario, world, prices))(world)
+    policy = jax.jit(lambda world: plan_lookahead(world, prices))(world)
+    worths = jax.jit(lambda situation: policy.later(world, situation))
     for ue in ues_apart(scenario):
         later = expected_later(scenario, ue)
         for now, family in itertools.product(range(TASKS), range(2)):
             possible = plain.possible_layers(scenario, ue | {"family": family})
             other = plain.carrying(1 - family, 3, 0.0)
             for held in [plain.Carried(), other, *(plain.carrying(family, k, 0.0) for k in possible)]:
-                kept, renewed = worths(world, state_of(start, ue, now, family, held))
+                kept, renewed = worths(situation_with(world, ue, now, family, held))
                 # Gains at the ends of a grid are a third of a percent beyond the nearest and farthest UEs.
                 assert float(kept[0]) == pytest.approx(later(now, family, held), rel=4e-3, abs=1e-4)
             expected = [later(now, family, plain.carrying(family, k, 0.0)) for k in possible]
-            np.testing.assert_allclose(renewed[0, np.array(possible)], expected, rtol=4e-3, atol=1e-4)
+            np.testing.assert_allclose(renewed[np.array(possible), 0], expected, rtol=4e-3, atol=1e-4)
 
 
 def test_a_joule_of_a_budget_is_worth_what_makes_later_costs_less_the_budget_highest() -> None:
@@ -215,9 +198,8 @@ def test_a_joule_of_a_budget_is_worth_what_makes_later_costs_less_the_budget_hig
     scenario = priced_world({"computation", "budget"}, *changes, f"energy.over_budget_weight_per_j={-over}")
     world = build_world(scenario)
     prices = LaterPrices(*(jnp.float32(price) for price in (UPLOAD, DOWNLOAD, BACKGROUND_S)))
-    start = jax.jit(reset)(jax.random.key(0), world)
-    policy = jax.jit(lambda world: plan_lookahead(scenario, world, prices))(world)
-    shadow_of = jax.jit(lambda state: policy.shadow_per_j(world, observe(world, state))[0])
+    policy = jax.jit(lambda world: plan_lookahead(world, prices))(world)
+    shadow_of = jax.jit(lambda situation: policy.shadow_per_j(world, situation)[0])
     chosen = set()
     for ue in ues_apart(scenario):
         laters = {share: expected_later(scenario, ue, share * over) for share in (0.0, 0.1, 0.25, 0.5, 1.0)}
@@ -228,7 +210,7 @@ def test_a_joule_of_a_budget_is_worth_what_makes_later_costs_less_the_budget_hig
                 share: later(now, 0, plain.Carried()) - share * over * left_j / UES
                 for share, later in laters.items()
             }
-            found = float(shadow_of(state_of(start, ue, now, 0, plain.Carried(), spent_j))) / over
+            found = float(shadow_of(situation_with(world, ue, now, 0, plain.Carried(), spent_j))) / over
             share = min(values, key=lambda share: abs(share - found))
             assert found == pytest.approx(share, abs=1e-5)
             assert values[share] > max(values.values()) - 2e-3

@@ -8,8 +8,8 @@ import pytest
 
 from emutune.policies import AllServer, Random
 from emutune.scenario import load_scenario
-from emutune.study.compare import compare, expand_policy_names
-from emutune.study.evaluate import evaluate_policy, held_out_episodes, search_best_fixed
+from emutune.study.compare import Effort, compare, expand_policy_names
+from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.study.figures import draw_fig2, read_curves
 from emutune.study.paper_table import paper_ratio
 from emutune.study.reproduce import render_report
@@ -48,10 +48,6 @@ def test_every_policy_meets_the_same_episodes(paper):
     assert (evaluate_policy(paper, AllServer(), few).server_share == 1).all()
 
 
-def test_the_best_fixed_retention_of_the_paper_is_the_largest(paper):
-    assert float(search_best_fixed(paper, episodes=4).retention) == 25 / 32
-
-
 def test_paper_ratios():
     assert paper_ratio(6, "hmppo", "delay_min") == pytest.approx(23.25 / 775.97)
     assert paper_ratio(7, "hmppo", "delay_min") is None
@@ -60,9 +56,8 @@ def test_paper_ratios():
 @pytest.mark.slow
 def test_the_report_holds_its_tables_and_panels(tmp_path):
     scenario = load_scenario("paper", ["fleet.tasks=5"])
-    figures = compare(
-        scenario, ["random", "ippo", "hmppo"], seeds=2, directory=tmp_path, episodes=3, steps=500
-    )
+    effort = Effort(seeds=2, episodes=3, steps=500)
+    figures = compare(scenario, ["random", "ippo", "hmppo"], effort, directory=tmp_path)
     curves = {name: read_curves(Path(figures["policies"][name]["run"])) for name in ("hmppo", "ippo")}
     assert curves["hmppo"]["episode_return"].shape == (2, 10)
     page = render_report(draw_fig2(curves, [figures]), [figures], steps=500, command="emutune reproduce")

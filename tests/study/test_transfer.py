@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from emutune.learning.guided import begin_guided
+from emutune.policies.lookahead import search_lookahead
 from emutune.scenario import load_scenario
-from emutune.study.search import search_lookahead
 from emutune.study.transfer import transferred
 from emutune.world import build_world, observe, reset
 
@@ -40,4 +40,4 @@ def test_corrections_are_as_large_beside_worths_as_they_were() -> None:
         for one, of in ((policy, world), (elsewhere, build_world(there)))
     )
     np.testing.assert_array_equal(decided.at_server, same.at_server)
-    np.testing.assert_allclose(decided.retention, same.retention)
+    np.testing.assert_array_equal(decided.layers, same.layers)

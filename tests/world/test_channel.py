@@ -136,3 +136,12 @@ def test_fading_of_an_episode_follows_the_gamma_law(paper: Scenario) -> None:
     blocks = paper.radio.fading_blocks
     gains = np.asarray(episode.gain, float).ravel()
     assert stats.kstest(gains, stats.gamma(blocks, scale=1 / blocks).cdf).pvalue > 1e-3
+
+
+def test_fading_is_no_part_of_the_gain_where_it_is_in_the_rate(paper: Scenario) -> None:
+    worlds = [build_world(edited(paper, {"radio.rate": rate})) for rate in ("ergodic", "shannon")]
+    assert worlds[0].fading_quantiles is None
+    ergodic, shannon = (np.asarray(draw_episode(jax.random.key(3), world).gain) for world in worlds)
+    np.testing.assert_array_equal(ergodic, np.broadcast_to(ergodic[0], ergodic.shape))
+    # The distances are the same ones: what sets the two apart is the fading, whose mean is 1.
+    assert (shannon / ergodic).mean() == pytest.approx(1, abs=0.05)

@@ -14,32 +14,15 @@ from hypothesis import given, settings
 from scipy import stats
 
 import plain
-from emutune.policies import AllServer, Fixed, Random
+from emutune.policies import AllServer, Fixed, Random, play
+from emutune.policies.measure import POLICY_STREAM, episode_keys
 from emutune.scenario import load_scenario
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
-from emutune.world import (
-    Action,
-    Device,
-    DeviceTables,
-    build_world,
-    chooses_case,
-    draw_episode,
-    empty_cache,
-    feature_count,
-    observe,
-    possible_case,
-    possible_levels,
-    reset,
-    step,
-    ue_features,
-)
+from emutune.world import build_world, draw_episode, features_of, observe, reset, ue_features
+from emutune.world.devices import DeviceLaws, Devices
 from emutune.world.environments import OrchestrationEnv, OrchestrationVectorEnv, parallel_env
+from worlds import EVERYTHING, OTHER, alike, assert_same, play_both, reset_compiled, step_wish, world_with
 
-OTHER = (
-    "families.others=[{size_gb=4.0,layers=12,parameters_billion=1.0,"
-    "curve={quadratic=0.0,linear=-9.0,constant=30.0}}]"
-)
-EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
 ALONE = ("computation", "energy", "budget", "memory", "privacy", "activity")
 COMBINATIONS = [
     *(pytest.param({feature}, marks=pytest.mark.slow) for feature in ALONE),
@@ -49,52 +32,6 @@ COMBINATIONS = [
     pytest.param(EVERYTHING | {"ergodic", "mobility"}, marks=pytest.mark.slow),
 ]
 
-step_compiled = jax.jit(step)
-reset_compiled = jax.jit(reset)
-
-
-def world_with(features: set[str], *changes: str, name: str = "families"):
-    base = [OTHER] if name == "families" else []
-    return load_scenario(name, [*base, *plain.changes_for(features), *changes])
-
-
-def play_both(scenario, seed: int, tasks: int):
-    """An episode of random wishes, by the simulator and in plain numbers; yields both at every step."""
-    world, draw = build_world(scenario), np.random.default_rng(seed)
-    state = reset_compiled(jax.random.key(seed), world)
-    every = plain.tasks_of(state.episode)
-    carried = [plain.Carried()] * scenario.fleet.ues
-    for t in range(tasks):
-        at_server = draw.random(scenario.fleet.ues) < 0.4
-        # A little off the levels and far from where two of them are equally near.
-        wanted = (draw.integers(240, 960, scenario.fleet.ues) + 0.1) / 1200
-        plan = [
-            plain.project(scenario, task, z, e)
-            for task, z, e in zip(every[t], at_server, wanted, strict=True)
-        ]
-        before, (carried, expected) = carried, plain.serve(scenario, every[t], carried, plan)
-        action = Action(jnp.asarray(at_server), jnp.asarray(wanted, jnp.float32))
-        old, (state, outcome) = state, step_compiled(world, state, action)
-        yield {"t": t, "before": before, "plan": plan, "tasks": every[t], "state": old}, (
-            carried, expected), (state, outcome)  # fmt: skip
-
-
-def assert_same(theirs, ours) -> None:
-    (carried, expected), (state, outcome) = theirs, ours
-    for field in ("delay_s", "perplexity", "reward"):
-        np.testing.assert_allclose(getattr(outcome, field), expected[field], rtol=3e-5, atol=1e-5)
-    for field in ("training_s", "energy_j"):
-        if getattr(outcome, field) is not None:
-            np.testing.assert_allclose(getattr(outcome, field), expected[field], rtol=3e-5, atol=1e-5)
-    np.testing.assert_array_equal(state.cache.layers, [mine.layers for mine in carried])
-    if state.cache.shelf is not None:
-        families = range(state.cache.shelf.layers.shape[1])
-        np.testing.assert_array_equal(
-            state.cache.shelf.layers, [[mine.of(family) for family in families] for mine in carried]
-        )
-    if state.cache.spent_j is not None:
-        np.testing.assert_allclose(state.cache.spent_j, [mine.spent_j for mine in carried], rtol=3e-5)
-
 
 @pytest.mark.parametrize("features", COMBINATIONS)
 def test_a_whole_episode_agrees_with_plain_numbers(features: set[str]) -> None:
@@ -103,7 +40,7 @@ def test_a_whole_episode_agrees_with_plain_numbers(features: set[str]) -> None:
     for told, theirs, ours in play_both(scenario, 3, scenario.fleet.tasks):
         assert_same(theirs, ours)
         kinds |= {kind for kind, _ in told["plan"]}
-        np.testing.assert_array_equal(ours[1].at_server, [kind == "server" for kind, _ in told["plan"]])
+        np.testing.assert_array_equal(ours[1].plan.at_server, [kind == "server" for kind, _ in told["plan"]])
     assert kinds == {"server", "local", *(["idle"] if "activity" in features else [])}
 
 
@@ -129,11 +66,11 @@ BEFORE = {
 def test_what_is_off_changes_nothing(name: str) -> None:
     scenario = load_scenario(name)
     world, drawn = build_world(scenario), held_out_episodes(scenario, 3)
-    assert world.devices == DeviceTables()
-    assert jax.tree.leaves(world.devices) == []
-    assert drawn.device == Device()
+    assert world.devices == DeviceLaws()
+    assert drawn.devices == Devices()
     assert drawn.active is None
-    assert empty_cache(world).spent_j is None
+    assert not world.has_devices
+    assert world.rules.terms == ("perplexity",)
     returns = evaluate_policy(scenario, Random(), drawn).episode_return
     # Compilers may put the same operations together in another way, so the last bit may differ.
     np.testing.assert_allclose(returns, BEFORE[name], rtol=3e-7)
@@ -156,7 +93,7 @@ def test_one_program_serves_all_numbers() -> None:
     def begin_and_step(world):
         traces.append(None)
         state = reset(jax.random.key(0), world)
-        return step(world, state, Action(jnp.ones(4, bool), jnp.full(4, 0.5)))[1]
+        return step_wish(world, state, *alike(world, True, 0.5))[1]
 
     base = world_with(EVERYTHING, "fleet.ues=4")
     begin_and_step(build_world(base))
@@ -179,7 +116,7 @@ def test_one_program_serves_all_numbers() -> None:
 def test_devices_follow_their_laws() -> None:
     scenario = world_with(EVERYTHING, "fleet.ues=4000", "fleet.tasks=2")
     episode = draw_episode(jax.random.key(2), build_world(scenario))
-    device = episode.device
+    device = episode.devices
     logs = np.log(np.asarray(device.tflops, float))
     assert stats.kstest(logs, stats.uniform(math.log(0.3), math.log(20 / 0.3)).cdf).pvalue > 1e-3
     each = np.asarray(device.compute_w / device.tflops, float)
@@ -197,7 +134,7 @@ def test_devices_follow_their_laws() -> None:
 def test_who_may_not_upload_changes_from_episode_to_episode() -> None:
     world = build_world(world_with({"privacy"}, "fleet.ues=5"))
     drawn = jax.vmap(draw_episode, (0, None))(jax.random.split(jax.random.key(0), 200), world)
-    private = np.asarray(drawn.device.private)
+    private = np.asarray(drawn.devices.private)
     assert (private.sum(1) == 2).all()
     assert np.abs(private.mean(0) - 0.4).max() < 0.15
 
@@ -207,10 +144,10 @@ def test_who_may_not_upload_changes_from_episode_to_episode() -> None:
 
 def one_step(scenario, at_server, retention):
     world = build_world(scenario)
-    state = reset(jax.random.key(0), world)
-    ues = scenario.fleet.ues
-    action = Action(jnp.full(ues, at_server), jnp.full(ues, retention, jnp.float32))
-    return state, *step(world, state, action)
+    state, outcome = step_wish(
+        world, reset_compiled(jax.random.key(0), world), *alike(world, at_server, retention)
+    )
+    return state, outcome.charge
 
 
 def test_training_time_by_hand() -> None:
@@ -222,10 +159,10 @@ def test_training_time_by_hand() -> None:
         "tasks.data_mb={min=400.0,max=400.0}",
         name="paper",
     )
-    _, _, outcome = one_step(scenario, False, 0.5)
-    np.testing.assert_allclose(outcome.training_s, 1080, rtol=1e-5)
-    _, _, outcome = one_step(scenario, True, 0.5)
-    np.testing.assert_allclose(outcome.training_s, 5184, rtol=1e-5)
+    _, charged = one_step(scenario, False, 0.5)
+    np.testing.assert_allclose(charged.taken.training_s, 1080, rtol=1e-5)
+    _, charged = one_step(scenario, True, 0.5)
+    np.testing.assert_allclose(charged.taken.training_s, 5184, rtol=1e-5)
 
 
 def test_energy_and_its_excess_by_hand() -> None:
@@ -237,13 +174,21 @@ def test_energy_and_its_excess_by_hand() -> None:
         name="paper",
     )
     # 4320 TFLOP at E = 0.5 and 3 J each are 6480 J; the budget is 2500 J, and receiving takes 1.5 W.
-    _, after, outcome = one_step(scenario, False, 0.5)
-    spent = 6480 + 1.5 * (outcome.delay_s - outcome.training_s)
-    np.testing.assert_allclose(outcome.energy_j, spent, rtol=1e-5)
-    np.testing.assert_allclose(after.cache.spent_j, spent, rtol=1e-5)
-    cost = 1e-5 * spent.mean() + 1e-3 * (spent - 2500).mean()
-    plain_cost = 0.092 * outcome.perplexity.mean() + 0.015 / 60 * outcome.step_delay_s
-    np.testing.assert_allclose(-outcome.reward, plain_cost + cost, rtol=1e-5)
+    after, charged = one_step(scenario, False, 0.5)
+    taken = charged.taken
+    spent = 6480 + 1.5 * taken.download_s
+    np.testing.assert_allclose(taken.joules, spent, rtol=1e-5)
+    np.testing.assert_allclose(after.carried.spent_j, spent, rtol=1e-5)
+    expected = {
+        "perplexity": 0.092 * taken.perplexity.mean(),
+        "delay": 0.015 / 60 * charged.delay_s,
+        "energy": 1e-5 * spent.mean(),
+        "budget": 1e-3 * (spent - 2500).mean(),
+    }
+    assert set(charged.terms) == set(expected)
+    for name, cost in expected.items():
+        np.testing.assert_allclose(charged.terms[name], cost, rtol=1e-5)
+    np.testing.assert_allclose(charged.total, sum(expected.values()), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -255,73 +200,33 @@ def test_an_episode_is_charged_its_excess_once() -> None:
         dear = evaluate_policy(scenario, policy, drawn)
         cheap = evaluate_policy(free, policy, drawn)
         np.testing.assert_allclose(dear.energy_kj, cheap.energy_kj, rtol=1e-6)
-        state = jax.tree.map(lambda leaf: leaf[0], drawn)
-        total = np.zeros(scenario.fleet.ues)
-        for _, _, (_, outcome) in play_with(scenario, state, policy):
-            total += np.asarray(outcome.energy_j, float)
+        first = jax.tree.map(lambda leaf: leaf[0], drawn)
+        total = np.asarray(joules_of(build_world(scenario), policy, first), float).sum(axis=0)
         excess = np.maximum(total - 60000, 0).mean()
         assert 0 < (total > 60000).mean() < 1 or excess > 0
         np.testing.assert_allclose(cheap.episode_return[0] - dear.episode_return[0], 1e-3 * excess, rtol=1e-3)
 
 
-def play_with(scenario, episode, policy):
-    from emutune.study.evaluate import _POLICY_KEY, _episode_keys
-    from emutune.world import State, empty_cache
-
-    world, key = build_world(scenario), _episode_keys(_POLICY_KEY, 1)[0]
-    state = State(episode, empty_cache(world), jnp.zeros((), jnp.int32))
-    act = jax.jit(
-        lambda state: step(
-            world, state, policy.decide(world, observe(world, state), jax.random.fold_in(key, state.step))
-        )
-    )
-    for _ in range(scenario.fleet.tasks):
-        old, (state, outcome) = state, act(state)
-        yield old, state, (state, outcome)
+@jax.jit
+def joules_of(world, policy, episode):
+    """What each UE spends in each step of the first held-out episode."""
+    key = episode_keys(POLICY_STREAM, 1)[0]
+    return play(world, policy, episode, key, lambda step: step.outcome.charge.taken.joules)
 
 
 def test_nobody_with_a_task_costs_nothing_and_changes_nothing() -> None:
     scenario = world_with(EVERYTHING)
     world = build_world(scenario)
     state = reset(jax.random.key(0), world)
-    state, _ = step(world, state, Action(jnp.zeros(6, bool), jnp.full(6, 0.5)))
+    state, _ = step_wish(world, state, *alike(world, False, 0.5))
     quiet = state._replace(episode=state.episode._replace(active=jnp.zeros_like(state.episode.active)))
     for at_server in (True, False):
-        after, outcome = step(world, quiet, Action(jnp.full(6, at_server), jnp.full(6, 0.25)))
+        after, outcome = step_wish(world, quiet, *alike(world, at_server, 0.25))
         assert outcome.reward == 0
-        assert outcome.step_delay_s == 0
+        assert outcome.charge.delay_s == 0
         assert not outcome.switched.any()
-        for mine, other in zip(after.cache, quiet.cache, strict=True):
+        for mine, other in zip(after.carried, quiet.carried, strict=True):
             np.testing.assert_array_equal(mine, other)
-
-
-# --- what is possible --------------------------------------------------------------------------------------
-
-
-def test_every_wish_becomes_what_is_possible() -> None:
-    scenario = world_with({"memory", "privacy", "activity"}, "fleet.ues=4", name="paper")
-    world = build_world(scenario)
-    # Layers of 10.8 GB / 32; levels 7 to 25. UE 1 can hold 7 layers, UE 2 none, UE 3 has nothing to do.
-    device = Device(
-        memory_bits=jnp.array([1e3, 7.0, 6.9, 1e3]) * 8e9 * 10.8 / 32,
-        private=jnp.array([True, False, False, False]),
-    )
-    active = jnp.array([True, True, True, False])
-    low, high = possible_levels(world, None, device)
-    assert low == 7
-    np.testing.assert_array_equal(high, [25, 7, 6, 25])
-    for wish, expected in ((True, [0, 1, 1, 0]), (False, [0, 0, 1, 0])):
-        np.testing.assert_array_equal(
-            possible_case(world, None, device, active, jnp.full(4, wish)), np.array(expected, bool)
-        )
-    np.testing.assert_array_equal(chooses_case(world, None, device, active), [False, True, False, False])
-    state = reset(jax.random.key(0), world)
-    episode = state.episode._replace(device=device, active=state.episode.active.at[0].set(active))
-    after, outcome = step(
-        world, state._replace(episode=episode), Action(jnp.zeros(4, bool), jnp.full(4, 0.75))
-    )
-    np.testing.assert_array_equal(after.cache.layers, [24, 7, 0, 0])
-    np.testing.assert_array_equal(outcome.at_server, [False, False, True, False])
 
 
 # --- observations and environments -------------------------------------------------------------------------
@@ -343,7 +248,7 @@ def test_every_wish_becomes_what_is_possible() -> None:
 def test_each_feature_is_seen_where_it_is_on(features: set[str], more: int) -> None:
     for name, usual in (("paper", 4), ("families", 7)):
         world = build_world(world_with(features, name=name))
-        assert feature_count(world) == usual + more
+        assert len(features_of(world)) == usual + more
         seen = jax.eval_shape(lambda world: ue_features(world, observe(world, start(world))), world)
         assert seen.shape == (6, usual + more)
 
@@ -358,15 +263,15 @@ def test_features_by_hand() -> None:
     world = build_world(scenario)
     state = reset(jax.random.key(0), world)
     tflops = jnp.array([0.3, 20.0])
-    device = Device(
+    devices = Devices(
         tflops, tflops * jnp.array([2.0, 5.0]), jnp.array([3.4, 9.0]) * 8e9, jnp.array([True, False])
     )
     episode = state.episode._replace(
-        device=device, active=state.episode.active.at[0].set(jnp.array([True, False])),
+        devices=devices, active=state.episode.active.at[0].set(jnp.array([True, False])),
         data_bits=state.episode.data_bits.at[0].set(jnp.array([500 * 8e6, 300 * 8e6])),
     )  # fmt: skip
-    cache = state.cache._replace(spent_j=jnp.array([500.0, 9000.0]))
-    seen = ue_features(world, observe(world, state._replace(episode=episode, cache=cache)))
+    carried = state.carried._replace(spent_j=jnp.array([500.0, 9000.0]))
+    seen = ue_features(world, observe(world, state._replace(episode=episode, carried=carried)))
     budget, speed, seconds, joules, largest, may, active = np.asarray(seen)[:, 4:].T
     np.testing.assert_allclose(budget, [0.8, -1], rtol=1e-5)
     np.testing.assert_allclose(speed, [-1, 1], atol=1e-5)
@@ -388,7 +293,7 @@ def test_environments_run_with_everything_on(name: str) -> None:
     agents, _ = both.reset(seed=3)
     batch, _ = many.reset(seed=3)
     scenario = load_scenario(name, changes)
-    count = feature_count(build_world(scenario))
+    count = len(features_of(build_world(scenario)))
     assert seen.shape == (4 * count + 1,)
     env.action_space.seed(1)
     for number in range(6):
@@ -407,8 +312,10 @@ def test_environments_run_with_everything_on(name: str) -> None:
         batch = np.stack(batch_info["final_obs"]) if number == 5 else batch
         assert info["active"].dtype == bool
         idle = ~info["active"]
-        for field in ("delay_s", "perplexity", "energy_j", "training_s", "at_server"):
+        for field in ("delay_s", "perplexity", "energy_j", "training_s", "at_server", "retention"):
             assert not info[field][idle].any()
+        assert (info["retention"] > 0)[~idle & ~info["at_server"]].all()
+        assert not info["retention"][info["at_server"]].any()
     assert ended
 
 

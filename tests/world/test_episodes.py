@@ -13,32 +13,30 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from emutune.scenario import Range, Scenario, load_scenario
+from emutune.step import Situation, plan_of_wish, situation_of
 from emutune.world import (
-    Action,
-    Cache,
+    Carried,
     Episode,
-    Observation,
     Outcome,
     State,
     World,
-    all_tasks,
     build_world,
-    current_task,
-    empty_cache,
+    cached_retention,
+    during,
+    nothing_carried,
     observe,
-    observe_task,
     progress_feature,
     reset,
     serve,
-    step,
+    situation_at,
     ue_features,
 )
-from worlds import edited
+from worlds import alike, edited, reset_compiled, step_wish
 
 PAPER = load_scenario("paper")
 
-reset_compiled = jax.jit(reset)
-step_compiled = jax.jit(step)
+Wish = tuple[jax.Array, jax.Array]
+
 observe_compiled = jax.jit(observe)
 
 
@@ -47,19 +45,25 @@ def world() -> World:
     return build_world(PAPER)
 
 
-def random_action(key: jax.Array, ues: int) -> Action:
+def random_wish(key: jax.Array, ues: int) -> Wish:
     where, what = jax.random.split(key)
-    return Action(jax.random.bernoulli(where, 0.5, (ues,)), jax.random.uniform(what, (ues,)))
+    return jax.random.bernoulli(where, 0.5, (ues,)), jax.random.uniform(what, (ues,))
 
 
-def play(world: World, seed: int, actions: list[Action]) -> tuple[list[State], list[Outcome]]:
-    """The states before each action and after the last one, and the outcomes."""
+def play(world: World, seed: int, wishes: list[Wish]) -> tuple[list[State], list[Outcome]]:
+    """The states before each step and after the last one, and the outcomes."""
     states, outcomes = [reset_compiled(jax.random.key(seed), world)], []
-    for action in actions:
-        state, outcome = step_compiled(world, states[-1], action)
+    for wish in wishes:
+        state, outcome = step_wish(world, states[-1], *wish)
         states.append(state)
         outcomes.append(outcome)
     return states, outcomes
+
+
+def task_of(world: World, state: State) -> Situation:
+    """What is asked of a fleet in a step, without what it carries."""
+    true = during(state.episode, state.step, observe(world, state))
+    return true._replace(**nothing_carried(world)._asdict())
 
 
 def assert_trees_equal(left: object, right: object) -> None:
@@ -72,8 +76,8 @@ def assert_trees_equal(left: object, right: object) -> None:
 def test_an_episode_starts_at_step_0_with_empty_caches(world: World) -> None:
     state = reset_compiled(jax.random.key(0), world)
     assert state.step == 0
-    assert not state.cache.layers.any()
-    assert_trees_equal(state.cache, empty_cache(world))
+    assert not state.carried.held.any()
+    assert_trees_equal(state.carried, nothing_carried(world))
 
 
 @pytest.mark.parametrize(("ues", "tasks"), [(1, 1), (6, 50)])
@@ -146,50 +150,44 @@ def test_draws_of_different_kinds_are_uncorrelated(farthest_m: float) -> None:
 def test_what_happens_to_a_fleet_does_not_depend_on_its_actions(seed: int, action_seed: int) -> None:
     world = build_world(PAPER)
     keys = jax.random.split(jax.random.key(action_seed), 3)
-    idle = [Action(jnp.zeros(6, bool), jnp.full(6, 0.5))] * 3
-    busy = [random_action(key, 6) for key in keys]
+    idle = [alike(world, False, 0.5)] * 3
+    busy = [random_wish(key, 6) for key in keys]
     for mine, other in zip(play(world, seed, idle)[0], play(world, seed, busy)[0], strict=True):
         assert_trees_equal(mine.episode, other.episode)
         assert_trees_equal(mine.step, other.step)
         if mine.step < world.tasks:
-            assert_trees_equal(current_task(mine), current_task(other))
+            assert_trees_equal(task_of(world, mine), task_of(world, other))
 
 
 def test_previous_gain_is_the_gain_of_the_step_before(world: World) -> None:
-    states, _ = play(world, 0, [Action(jnp.ones(6, bool), jnp.full(6, 0.5))] * 4)
+    states, _ = play(world, 0, [alike(world, True, 0.5)] * 4)
     for before, after in itertools.pairwise(states):
-        assert_trees_equal(current_task(after).previous_gain, current_task(before).gain)
-
-
-def test_tasks_of_all_steps_are_the_tasks_of_each_step(world: World) -> None:
-    states, _ = play(world, 0, [Action(jnp.ones(6, bool), jnp.full(6, 0.5))] * (world.tasks - 1))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(current_task(state) for state in states))
-    assert_trees_equal(all_tasks(states[0].episode), stacked)
+        assert_trees_equal(observe(world, after).gain, task_of(world, before).gain)
 
 
 # --- many at once ------------------------------------------------------------------------------------------
 
 
-def first_step(key: jax.Array, world: World, action: Action) -> tuple[State, State, Outcome, Observation]:
+def first_step(key: jax.Array, world: World, wish: Wish) -> tuple[State, State, Outcome, Situation]:
     """An episode's start, its first step, and what is seen after it."""
     start = reset(key, world)
-    state, outcome = step(world, start, action)
+    state, outcome = step_wish(world, start, *wish)
     return start, state, outcome, observe(world, state)
 
 
 def test_vmap_equals_loop(world: World) -> None:
     keys = jax.random.split(jax.random.key(7), 4)
-    actions = [random_action(key, 6) for key in keys]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *actions)
+    wishes = [random_wish(key, 6) for key in keys]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *wishes)
     together = jax.jit(jax.vmap(first_step, (0, None, 0)))(keys, world, stacked)
     alone = jax.jit(first_step)
-    for n, (key, action) in enumerate(zip(keys, actions, strict=True)):
+    for n, (key, wish) in enumerate(zip(keys, wishes, strict=True)):
         own = jax.tree.map(lambda leaf, n=n: leaf[n], together)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), own, alone(key, world, action))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), own, alone(key, world, wish))
 
 
 def test_features_of_a_batch_are_the_features_of_each(world: World) -> None:
-    states, _ = play(world, 0, [random_action(jax.random.key(1), 6)] * 3)
+    states, _ = play(world, 0, [random_wish(jax.random.key(1), 6)] * 3)
     observations = [observe_compiled(world, state) for state in states]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *observations)
     for n, observation in enumerate(observations):
@@ -203,25 +201,25 @@ def test_worlds_can_be_stacked(paper: Scenario) -> None:
     scenarios = [edited(paper, {"reward.delay_weight_per_min": weight}) for weight in (-0.015, -0.3)]
     worlds = [build_world(scenario) for scenario in scenarios]
     state = reset_compiled(jax.random.key(0), worlds[0])
-    action = Action(jnp.ones(6, bool), jnp.full(6, 0.5))
+    wish = alike(worlds[0], True, 0.5)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *worlds)
-    rewards = jax.jit(jax.vmap(lambda world: step(world, state, action)[1].reward))(stacked)
-    alone = [step_compiled(world, state, action)[1].reward for world in worlds]
+    rewards = jax.jit(jax.vmap(lambda world: step_wish(world, state, *wish)[1].reward))(stacked)
+    alone = [step_wish(world, state, *wish)[1].reward for world in worlds]
     np.testing.assert_allclose(rewards, alone, rtol=1e-6)
 
 
 def test_scan_over_all_tasks_equals_steps(world: World) -> None:
-    actions = jax.vmap(random_action, (0, None))(jax.random.split(jax.random.key(8), world.tasks), 6)
+    wishes = jax.vmap(random_wish, (0, None))(jax.random.split(jax.random.key(8), world.tasks), 6)
     start = reset_compiled(jax.random.key(9), world)
 
-    def serve_next(cached: jax.Array, inputs: tuple) -> tuple[jax.Array, Outcome]:
-        return serve(world, cached, *inputs)
+    def serve_next(carried: Carried, inputs: tuple) -> tuple[Carried, Outcome]:
+        now, wish = inputs
+        known = situation_at(world, start.episode, now, carried)
+        return serve(world, during(start.episode, now, known), plan_of_wish(world.rules, known, *wish))
 
-    cached, scanned = jax.lax.scan(serve_next, start.cache, (all_tasks(start.episode), actions))
-    states, outcomes = play(
-        world, 9, [jax.tree.map(lambda x, t=t: x[t], actions) for t in range(world.tasks)]
-    )
-    assert_trees_equal(cached, states[-1].cache)
+    carried, scanned = jax.lax.scan(serve_next, start.carried, (jnp.arange(world.tasks), wishes))
+    states, outcomes = play(world, 9, list(zip(*wishes, strict=True)))
+    assert_trees_equal(carried.held, states[-1].carried.held)
     stepped = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outcomes)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), scanned, stepped)
 
@@ -230,18 +228,18 @@ def test_scan_over_all_tasks_equals_steps(world: World) -> None:
 
 
 def test_observation_shows_last_gain_the_waiting_task_and_the_cache(world: World) -> None:
-    states, outcomes = play(world, 0, [Action(jnp.zeros(6, bool), jnp.full(6, 0.5))] * 2)
+    states, outcomes = play(world, 0, [alike(world, False, 0.5)] * 2)
     first, last = observe_compiled(world, states[0]), observe_compiled(world, states[-1])
     episode = states[0].episode
-    assert_trees_equal(first.previous_gain, episode.gain[0])
+    assert_trees_equal(first.gain, episode.gain[0])
     assert_trees_equal(first.complexity, episode.complexity[0])
     assert_trees_equal(first.data_bits, episode.data_bits[0])
-    assert_trees_equal(first.cached_retention, jnp.zeros(6))
+    assert_trees_equal(cached_retention(world, first), jnp.zeros(6))
     assert first.progress == 0
-    assert_trees_equal(last.previous_gain, episode.gain[2])
+    assert_trees_equal(last.gain, episode.gain[2])
     assert_trees_equal(last.complexity, episode.complexity[2])
     assert_trees_equal(last.data_bits, episode.data_bits[2])
-    assert_trees_equal(last.cached_retention, outcomes[-1].retention)
+    assert_trees_equal(cached_retention(world, last), outcomes[-1].plan.layers / 32)
     assert last.progress == pytest.approx(2 / 50)
 
 
@@ -252,18 +250,13 @@ def test_the_gain_of_the_coming_task_stays_hidden(world: World) -> None:
     assert_trees_equal(observe_compiled(world, state), observe_compiled(world, other_future))
 
 
-def test_observing_a_state_is_observing_its_task(world: World) -> None:
-    state = reset_compiled(jax.random.key(0), world)
-    parts = observe_task(world, state.cache, current_task(state), state.step)
-    assert_trees_equal(observe(world, state), parts)
-
-
 @settings(max_examples=25)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 49), st.sampled_from([0, 7, 16, 25]))
 def test_features_stay_within_their_range(seed: int, t: int, cached: int) -> None:
     world = build_world(PAPER)
     start = reset_compiled(jax.random.key(seed), world)
-    state = start._replace(step=jnp.asarray(t, jnp.int32), cache=Cache(jnp.full(6, cached, jnp.int32)))
+    carried = start.carried._replace(held=jnp.full((6, 1), cached, jnp.int32))
+    state = start._replace(step=jnp.asarray(t, jnp.int32), carried=carried)
     observation = observe_compiled(world, state)
     gain, complexity, data, retention = np.moveaxis(ue_features(world, observation), -1, 0)
     for feature in (complexity, data, retention):
@@ -273,22 +266,25 @@ def test_features_stay_within_their_range(seed: int, t: int, cached: int) -> Non
     assert -1 <= progress_feature(observation) <= 1
 
 
-def fleet_of_two(near: float, far: float) -> Observation:
+def fleet_of_two(near: float, far: float) -> Situation:
     """One UE at the low end of every range and one at the high end."""
-    return Observation(
-        previous_gain=jnp.array([far, near]),
+    return situation_of(
+        gain=jnp.array([far, near]),
         complexity=jnp.array([1.0, 10.0]),
         data_bits=jnp.array([2.4e9, 4e9]),
-        cached_retention=jnp.array([0.0, 0.8]),
+        held=jnp.array([[0], [80]]),
+        age=jnp.zeros((2, 1), jnp.int32),
         progress=jnp.asarray(1.0),
         transmit_power_w=jnp.array([0.2, 1.0]),
     )
 
 
-def test_features_map_the_ends_of_each_range_to_the_ends_of_the_scale(world: World) -> None:
+def test_features_map_the_ends_of_each_range_to_the_ends_of_the_scale() -> None:
     # 50 m and 500 m at path loss exponent 2, faded to normal scores of 3 and -3; an empty cache is 0, the
     # largest emulator allowed 1.
     deep, high = stats.gamma.ppf(stats.norm.cdf([-3, 3]), 100, scale=0.01)
+    # Of 100 layers 80 are the largest retention exactly.
+    world = build_world(edited(PAPER, {"model.layers": 100}))
     features = ue_features(world, fleet_of_two(near=50.0**-2 * high, far=500.0**-2 * deep))
     np.testing.assert_allclose(features, [[-1, -1, -1, 0], [1, 1, 1, 1]], atol=1e-5)
     assert progress_feature(fleet_of_two(1.0, 1.0)) == 1

@@ -14,7 +14,6 @@ from emutune.scenario import load_scenario
 from emutune.world import build_world, draw_episode
 from emutune.world.channel import fading_quantiles
 from emutune.world.fading import build_fading, doppler_hz, draw_drifting, fading_correlation
-from emutune.world.special import bessel_j0
 
 draw = jax.jit(draw_drifting)
 draw_episode_compiled = jax.jit(draw_episode)
@@ -24,11 +23,6 @@ def tables_of(blocks: int, speed_mps: float = 1.0, interval_s: float = 0.01):
     section = f"radio.fading={{speed_mps={speed_mps}, interval_s={interval_s}}}"
     scenario = load_scenario("paper", [section, "radio.carrier_ghz=3.5", f"radio.fading_blocks={blocks}"])
     return build_fading(scenario), jnp.asarray(fading_quantiles(blocks), jnp.float32)
-
-
-def test_j0_is_scipy_s() -> None:
-    x = np.concatenate([np.linspace(0, 60, 6001), np.geomspace(60, 1000, 500)]).astype(np.float32)
-    np.testing.assert_allclose(bessel_j0(jnp.asarray(x)), special.j0(x.astype(float)), atol=1e-6)
 
 
 def test_correlation_is_j0_of_the_doppler_spread_times_the_interval() -> None:

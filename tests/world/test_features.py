@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from scipy import stats
-from test_devices import EVERYTHING, play_both, world_with
 
 import plain
 from emutune.scenario import Range, Scenario
-from emutune.world import build_world, feature_bounds, observe, ue_features
+from emutune.world import build_world, features_of, observe, ue_features
+from worlds import EVERYTHING, play_both, world_with
 
 # NR's timing advance at 30 kHz of subcarrier spacing, as a distance.
 STEP_M = 39.06
@@ -96,8 +96,8 @@ def test_every_feature_is_what_the_documentation_says() -> None:
         ]
         found = np.asarray(features(told["state"]))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
-        for column, (low, high) in zip(found.T, feature_bounds(world), strict=True):
-            assert low - 1e-4 <= column.min() <= column.max() <= high + 1e-4
+        for column, feature in zip(found.T, features_of(world), strict=True):
+            assert feature.low - 1e-4 <= column.min() <= column.max() <= feature.high + 1e-4
         spread.append(found)
     # Nothing was compared with a feature that never moves.
     assert (np.concatenate(spread).std(axis=0) > 0.02).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,12 @@ from scipy import stats
 
 from emutune.scenario import Scenario, load_scenario, parse_scenario
 from emutune.scenario.load import dump_scenario
-from emutune.world import build_world, feature_count, observe, reset, step, ue_features
-from emutune.world.dynamics import Action, all_tasks, current_task, draw_links
+from emutune.world import build_world, features_of, observe, reset, ue_features
+from emutune.world.dynamics import draw_links
 from emutune.world.environments import OrchestrationEnv
 from emutune.world.mobility import Path, build_mobility, draw_paths, mean_way_m
 from emutune.world.radio import TIMING_ADVANCE_M
+from worlds import alike, step_wish
 
 WALK = "mobility={speed_mps={min=0.5, max=2.0}, pause_s={min=0, max=60}, interval_s=30}"
 UES = 6000
@@ -171,12 +171,12 @@ def test_the_base_station_knows_the_timing_advance_and_no_more() -> None:
     np.testing.assert_array_equal(observation.distance_m, seen[0])
     assert not np.asarray(observation.approach_m).any()
     for _ in range(2):
-        state, _ = step(world, state, Action(jnp.zeros(6, bool), jnp.full(6, 0.5)))
+        state, _ = step_wish(world, state, *alike(world, False, 0.5))
     observation = observe(world, state)
     np.testing.assert_array_equal(observation.distance_m, seen[2])
     np.testing.assert_allclose(observation.approach_m, seen[1] - seen[2], atol=1e-3)
     features = ue_features(world, observation)
-    assert features.shape == (6, feature_count(world)) == (6, 6)
+    assert features.shape == (6, len(features_of(world))) == (6, 6)
     assert np.abs(features).max() < 1.5
 
 
@@ -191,15 +191,6 @@ def test_what_comes_is_not_seen() -> None:
         strict=True,
     ):  # fmt: skip
         np.testing.assert_array_equal(mine, theirs)
-
-
-def test_all_tasks_are_the_tasks_of_each_step() -> None:
-    world = build_world(walking())
-    state = reset_compiled(jax.random.key(5), world)
-    every = all_tasks(state.episode)
-    for t in (0, 1, 30, 49):
-        one = current_task(state._replace(step=jnp.asarray(t)))
-        jax.tree.map(np.testing.assert_array_equal, one, jax.tree.map(itemgetter(t), every))
 
 
 @pytest.mark.slow

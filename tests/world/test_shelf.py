@@ -6,36 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import plain
 from emutune.policies import CountTable, Fixed, Hold, Policy, Random
 from emutune.scenario import Scenario, load_scenario
+from emutune.step import usable_layers
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.world import (
-    Action,
-    Shelf,
     State,
     build_world,
-    empty_cache,
-    feature_bounds,
-    feature_count,
+    cached_retention,
+    features_of,
     observe,
+    other_retention,
     reset,
-    step,
     ue_features,
-    usable_layers,
 )
-from emutune.world.cache import put_on_shelf
 from emutune.world.environments import OrchestrationEnv
+from worlds import alike, step_wish
 
 # 16 layers of 10.8 GB are 0.675 GB each.
 LAYER_GB = 10.8 / 16
-UNEQUAL = "families.others=[{size_gb=4.0,layers=12},{size_gb=20.0,layers=40},{size_gb=1.0,layers=8}]"
-
-step_compiled = jax.jit(step)
-put_compiled = jax.jit(put_on_shelf)
 
 
 def cached(gb: float, *changes: str) -> Scenario:
@@ -56,8 +46,7 @@ def play(scenario: Scenario, families: list[int], layers: list[int | None]) -> l
     state = with_families(reset(jax.random.key(0), world), families)
     states = []
     for level in layers:
-        action = Action(jnp.full(1, level is None), jnp.full(1, (level or 8) / 16))
-        state, _ = step_compiled(world, state, action)
+        state, _ = step_wish(world, state, *alike(world, level is None, (level or 8) / 16))
         states.append(state)
     return states
 
@@ -71,7 +60,7 @@ def test_the_least_recently_used_go_by_hand() -> None:
         #  0 and 1 fit; 0 is used again, so that 2 drives 1 out; an upload touches nothing; 1 drives 0 out.
         layers=[8, 8, 8, 8, None, None, 12, 10],
     )
-    held = [state.cache.shelf.layers[0].tolist() for state in played]
+    held = [state.carried.held[0].tolist() for state in played]
     assert held == [
         [8, 0, 0],
         [8, 8, 0],
@@ -82,43 +71,21 @@ def test_the_least_recently_used_go_by_hand() -> None:
         [8, 0, 12],
         [10, 0, 0],
     ]
-    assert [int(state.cache.layers[0]) for state in played] == [8, 8, 8, 8, 8, 8, 12, 10]
-    assert [int(state.cache.family[0]) for state in played] == [0, 1, 0, 2, 2, 2, 2, 0]
+    # The one used last is the youngest.
+    assert [int(jnp.argmin(state.carried.age[0])) for state in played] == [0, 1, 0, 2, 2, 2, 2, 0]
 
 
 def test_what_fills_the_cache_to_the_last_bit_fits() -> None:
     for layers in range(4, 14):
         scenario = cached(3 * layers * LAYER_GB, "fleet.ues=1")
-        held = play(scenario, [0, 1, 2], [layers] * 3)[-1].cache.shelf.layers
+        held = play(scenario, [0, 1, 2], [layers] * 3)[-1].carried.held
         np.testing.assert_array_equal(held, [[layers] * 3])
 
 
 def test_one_large_emulator_may_drive_out_several() -> None:
     scenario = cached(12.4 * LAYER_GB, "fleet.ues=1")
     played = play(scenario, [0, 1, 2, 0], [4, 4, 4, 12])
-    assert [state.cache.shelf.layers[0].tolist() for state in played[2:]] == [[4, 4, 4], [12, 0, 0]]
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 39)), min_size=1, max_size=30),
-    st.floats(16.5, 40),
-)
-def test_any_history_leaves_what_plain_numbers_say(uses: list[tuple[int, int]], cache_gb: float) -> None:
-    scenario = cached(cache_gb, UNEQUAL, "retention.max=0.8")
-    tables = build_world(scenario).families
-    assert tables is not None
-    shelf = Shelf(jnp.zeros((1, 4), jnp.int32), jnp.arange(4, dtype=jnp.int32)[None])
-    emulators: tuple[tuple[int, int], ...] = ()
-    for family, number in uses:
-        model = scenario.models[family]
-        layers = model.fewest + number % (model.most - model.fewest + 1)
-        emulators = plain.kept_after(scenario, emulators, (family, layers))
-        shelf = put_compiled(tables, shelf, jnp.asarray([family]), jnp.asarray([layers]))
-        assert shelf.layers[0].tolist() == [dict(emulators).get(one, 0) for one in range(4)]
-        assert sorted(shelf.age[0].tolist()) == [0, 1, 2, 3]
-        ages = shelf.age[0].tolist()
-        assert [one for one, _ in emulators] == sorted((one for one, _ in emulators), key=ages.__getitem__)
+    assert [state.carried.held[0].tolist() for state in played[2:]] == [[4, 4, 4], [12, 0, 0]]
 
 
 def test_with_room_for_all_nothing_is_fetched_twice() -> None:
@@ -135,7 +102,7 @@ def test_with_room_for_all_nothing_is_fetched_twice() -> None:
 
 ONE = (Hold(jnp.float32(0.4), jnp.float32(0.75)), Random())
 MORE = (
-    CountTable(13, jnp.array([0, 1, 1, 2, 2, 3, 3]), jnp.array([0.5, 0.8125])),
+    CountTable(jnp.array([0, 1, 1, 2, 2, 3, 3]), jnp.array([0.5, 0.8125])),
     Fixed(jnp.float32(0.6)),
     *ONE,
 )
@@ -172,30 +139,30 @@ def test_delta_downloads_add_to_what_is_held_of_the_family() -> None:
     state = with_families(reset(jax.random.key(0), world), [0, 1, 0, 1])
     minutes = []
     for level in (8, 12, 12, 6):
-        state, outcome = step_compiled(world, state, Action(jnp.zeros(1, bool), jnp.full(1, level / 16)))
-        minutes.append(float(outcome.step_delay_s) / 60)
+        state, outcome = step_wish(world, state, *alike(world, False, level / 16))
+        minutes.append(float(outcome.charge.delay_s) / 60)
     # 8 layers of one, 12 of another, then the 4 that the first lacks, and none to go down.
     np.testing.assert_allclose(np.array(minutes) / minutes[0], [1, 1.5, 0.5, 0], atol=0.01)
-    np.testing.assert_array_equal(state.cache.shelf.layers, [[12, 6, 0]])
+    np.testing.assert_array_equal(state.carried.held, [[12, 6, 0]])
 
 
 def test_what_else_is_held_is_seen() -> None:
     scenario = cached(20.0, "fleet.ues=1")
     world = build_world(scenario)
-    assert feature_count(world) == feature_count(build_world(load_scenario("families"))) + 1
+    assert len(features_of(world)) == len(features_of(build_world(load_scenario("families")))) + 1
     state = play(scenario, [0, 1, 1, 2], [4, 10, 10])[-1]
     seen = observe(world, state)
-    np.testing.assert_allclose(seen.held_retentions, [[4 / 16, 10 / 16, 0]])
-    np.testing.assert_array_equal(seen.held_ages[:, :2], [[1, 0]])
-    assert (seen.held_family, seen.held_retention) == (1, 10 / 16)
-    assert seen.cached_retention == 0
+    np.testing.assert_array_equal(seen.held, [[4, 10, 0]])
+    np.testing.assert_array_equal(seen.age[:, :2], [[1, 0]])
+    assert cached_retention(world, seen) == 0
+    assert other_retention(world, seen) == 10 / 16
     features = np.asarray(ue_features(world, seen))[0]
     np.testing.assert_allclose(features[3:6], [0, 10 / 13, 14 * LAYER_GB / 20], rtol=1e-6)
     of_first = ue_features(world, observe(world, with_families(state, [0, 0, 0, 0])))
     np.testing.assert_allclose(of_first[0, 3:6], [4 / 13, 10 / 13, 14 * LAYER_GB / 20], rtol=1e-6)
     of_second = ue_features(world, observe(world, with_families(state, [1, 1, 1, 1])))
     np.testing.assert_allclose(of_second[0, 3:5], [10 / 13, 4 / 13], rtol=1e-6)
-    assert feature_bounds(world)[5] == (0.0, 1.0)
+    assert features_of(world)[5][:4] == ("cache_share", "1", 0.0, 1.0)
 
 
 def test_numbers_of_families_do_not_matter() -> None:
@@ -208,18 +175,18 @@ def test_numbers_of_families_do_not_matter() -> None:
     np.testing.assert_array_equal(left[:, 3:], right[:, 3:])
 
 
-def test_without_the_field_there_is_no_shelf() -> None:
+def test_without_the_field_a_ue_keeps_one() -> None:
     world = build_world(load_scenario("families"))
-    assert world.families is not None
-    assert world.families.cache_bits is None
-    assert empty_cache(world).shelf is None
-    assert len(jax.tree.leaves(empty_cache(world))) == 2
-    state = reset(jax.random.key(0), world)
-    assert observe(world, state).held_retentions is None
-    assert observe(world, state).held_ages is None
+    assert not world.rules.several
+    assert "cache_share" not in {feature.name for feature in features_of(world)}
+    state = with_families(reset(jax.random.key(0), world), [0, 1])
+    for layers in (4, 6):
+        state, _ = step_wish(world, state, *alike(world, False, layers / 16))
+    np.testing.assert_array_equal(state.carried.held, [[0, 6, 0]] * 6)
 
 
 def test_usable_is_what_is_held_of_the_task_s_family() -> None:
-    state = play(cached(20.0, "fleet.ues=1"), [0, 1, 1], [4, 10])[-1]
+    scenario = cached(20.0, "fleet.ues=1")
+    seen = observe(build_world(scenario), play(scenario, [0, 1, 1], [4, 10])[-1])
     for family, layers in enumerate((4, 10, 0)):
-        assert usable_layers(state.cache, jnp.asarray([family])) == layers
+        assert usable_layers(seen._replace(family=jnp.asarray([family]))) == layers

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from emutune.policies import AllServer, Fixed, LaterPrices, Random, plan_lookahead
-from emutune.policies.prices import lone_downlink_bps, step_prices, upload_s
 from emutune.scenario import Scenario, load_scenario
+from emutune.step import Plan, at_server, downlink_bps, on_ue, uplink_bps
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
-from emutune.world import Action, build_world, draw_episode, feature_count, observe, reset, step, ue_features
-from emutune.world.dynamics import Cache, current_task, draw_links, serve
+from emutune.world import build_world, draw_episode, during, features_of, observe, reset, serve, ue_features
+from emutune.world.dynamics import draw_links
 from emutune.world.environments import OrchestrationEnv
-from emutune.world.link import shared_rate_bps
+from worlds import alike, step_wish
 
 DOWN = [float(rate) for rate in range(10, 40)]
 UP = [1.0 + 0.25 * rate for rate in range(30)]
@@ -33,12 +33,10 @@ def test_a_ue_alone_has_the_measured_rates(rate: str) -> None:
     world = build_world(traced(f"radio.rate={rate}", "fleet.ues=50"))
     channel, power_w = draw_links(jax.random.key(0), world)
     assert channel.downlink_gain is not None
+    links = world.rules.links
     up, down = (
-        shared_rate_bps(hertz, power, gain, world.noise_w_per_hz, jnp.asarray(1.0), world.ergodic_rate) / 1e6
-        for hertz, power, gain in (
-            (world.uplink_bandwidth_hz, power_w, channel.gain),
-            (world.downlink_bandwidth_hz, world.downlink_power_w, channel.downlink_gain),
-        )
+        uplink_bps(links, power_w, channel.gain) / 1e6,
+        downlink_bps(links, channel.downlink_gain) / 1e6,
     )
     begins = np.round(np.asarray(down)[0] - 10).astype(int)
     places = begins + np.arange(11)[:, None]
@@ -62,36 +60,35 @@ def test_windows_are_drawn_for_ue_and_episode_and_move_nothing_else() -> None:
 def test_each_link_is_served_at_its_own_gain() -> None:
     world = build_world(traced())
     state = reset_compiled(jax.random.key(1), world)
-    task = current_task(state)
-    one = Action(jnp.asarray([True, False, True, True, True, True]), jnp.full(6, 0.5))
-    _, outcome = serve_compiled(world, Cache(jnp.full(6, 16, jnp.int32)), task, one)
-    empty = Cache(jnp.asarray([16, 0, 16, 16, 16, 16], jnp.int32))
-    _, outcome = serve_compiled(world, empty, task, one)
-    down = float(lone_downlink_bps(world, task.downlink_gain)[1])
-    assert float(outcome.delay_s[1]) == pytest.approx(0.5 * 8e9 * 10.8 / down, rel=1e-5)
+    situation = during(state.episode, state.step, observe(world, state))
+    one = jnp.arange(6) == 1
+    _, outcome = serve_compiled(world, situation, Plan(~one, jnp.where(one, 16, 0)))
+    down = float(downlink_bps(world.rules.links, situation.downlink_gain)[1])
+    assert float(outcome.charge.taken.delay_s[1]) == pytest.approx(0.5 * 8e9 * 10.8 / down, rel=1e-5)
     assert down / 1e6 == pytest.approx(round(down / 1e6), abs=1e-3)
 
 
 def test_planners_see_the_gains_of_the_task_before_and_no_later_ones() -> None:
     world = build_world(traced())
     state = reset_compiled(jax.random.key(2), world)
-    state, _ = step(world, state, Action(jnp.ones(6, bool), jnp.full(6, 0.5)))
+    state, _ = step_wish(world, state, *alike(world, True, 0.5))
     seen, episode = observe(world, state), state.episode
-    np.testing.assert_array_equal(seen.previous_gain, episode.gain[1])
-    np.testing.assert_array_equal(seen.previous_downlink_gain, episode.downlink_gain[1])
-    alone = upload_s(world, seen, jnp.ones(1))[0]
+    np.testing.assert_array_equal(seen.gain, episode.gain[1])
+    np.testing.assert_array_equal(seen.downlink_gain, episode.downlink_gain[1])
+    alone = at_server(world.rules, seen, jnp.ones(1)).upload_s
     measured = np.asarray(seen.data_bits / alone) / 1e6
     np.testing.assert_allclose(measured * 4, np.round(measured * 4), atol=1e-3)
-    # A whole emulator alone on the downlink: 32 layers of 10.8 GB.
-    fetched = 8e3 * 10.8 / np.asarray(step_prices(world, seen, 32).download_s[:, 32])
-    np.testing.assert_allclose(fetched, lone_downlink_bps(world, episode.downlink_gain[1]) / 1e6, rtol=1e-4)
+    # The largest emulator alone on the downlink: 25 of the 32 layers of 10.8 GB.
+    fetched = 8e3 * 10.8 * 25 / 32 / np.asarray(on_ue(world.rules, seen, jnp.full(6, 25)).download_s)
+    carried = downlink_bps(world.rules.links, episode.downlink_gain[1]) / 1e6
+    np.testing.assert_allclose(fetched, carried, rtol=1e-4)
 
 
 def test_features_span_the_trace() -> None:
     world = build_world(traced("fleet.ues=300"))
     seen = observe(world, reset(jax.random.key(3), world))
     features = np.asarray(ue_features(world, seen))
-    assert features.shape == (300, feature_count(world)) == (300, 5)
+    assert features.shape == (300, len(features_of(world))) == (300, 5)
     assert np.abs(features).max() <= 1 + 1e-4
     assert features[:, 4].min() < -0.8
     assert OrchestrationEnv(traced()).reset(seed=0)[0].shape == (5 * 6 + 1,)
@@ -105,7 +102,7 @@ def test_policies_of_every_kind_act_on_a_trace() -> None:
         Random(),
         AllServer(),
         Fixed(jnp.float32(0.7)),
-        plan_lookahead(scenario, world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5))),
+        plan_lookahead(world, LaterPrices(jnp.float32(0.5), jnp.float32(0.5))),
     )
     returns = [evaluate_policy(scenario, policy, drawn).episode_return for policy in policies]
     assert np.isfinite(returns).all()

@@ -1,14 +1,16 @@
 """Certified lower bounds on the cost of every policy."""
 
 from emutune.bounds.certified import certified_bounds
+from emutune.bounds.costs import Costs, Joules, Room, episode_costs
 from emutune.bounds.prices import Prices, bound_at_prices, find_prices, price_bound
-from emutune.bounds.programme import Costs, Draws, Method, cost_bound, episode_costs
+from emutune.bounds.programme import Method, cost_bound
 
 __all__ = [
     "Costs",
-    "Draws",
+    "Joules",
     "Method",
     "Prices",
+    "Room",
     "bound_at_prices",
     "certified_bounds",
     "cost_bound",

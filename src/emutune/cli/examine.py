@@ -110,8 +110,8 @@ def compare(
     from rich.console import Console
 
     from emutune.scenario import load_scenario
+    from emutune.study.compare import Effort, expand_policy_names
     from emutune.study.compare import compare as run_comparison
-    from emutune.study.compare import expand_policy_names
     from emutune.study.comparison_figure import check_figure_path, draw_comparison, save_figure
 
     check_figure_path(figure)
@@ -121,9 +121,7 @@ def compare(
         figures = run_comparison(
             loaded,
             names,
-            seeds=seeds,
-            episodes=episodes,
-            steps=steps,
+            Effort(seeds, episodes, steps),
             retention=retention,
             directory=out,
             progress=status.update,

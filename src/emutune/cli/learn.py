@@ -34,10 +34,9 @@ def train(
 ) -> None:
     """Learn to orchestrate a scenario."""
     prepare_jax(seeds)
-    from emutune.learning.configuration import total_steps
+    from emutune.learning.teachers import teacher_of
     from emutune.learning.training import train_seeds
     from emutune.scenario import load_scenario
-    from emutune.study.baselines import teacher_of
     from emutune.study.compare import training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
@@ -55,7 +54,7 @@ def train(
     }
     changed = {name: value for name, value in given.items() if value is not None}
     config = validated(type(base), **{**base.model_dump(exclude_unset=True), **changed})
-    total = seeds * total_steps(config, loaded.fleet.ues, loaded.fleet.tasks)
+    total = seeds * config.total_steps(loaded.fleet.ues, loaded.fleet.tasks)
     with resumable(out), progress_bar("training", total) as advance:
         policies = train_seeds(
             loaded, config, range(seeds), out, teacher=teacher_of(config, loaded), progress=advance
@@ -85,8 +84,8 @@ def evaluate(
     With --set a run is measured elsewhere than where it was trained, such as in a larger fleet.
     """
     prepare_jax()
+    from emutune.policies.registry import baseline_policy
     from emutune.scenario import load_scenario
-    from emutune.study.baselines import baseline_policy
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     if policy is not None:

@@ -86,17 +86,22 @@ def load_checkpoint(path: Path, header: CheckpointHeader, template: State) -> St
         template: a state of the right shapes, as training starts from.
 
     Raises:
-        CheckpointError: the checkpoint belongs to something else, or is damaged.
+        CheckpointError: the checkpoint belongs to something else, was written by a version whose states held other
+            arrays, or is damaged.
     """
     _refuse_difference(path, read_header(path), header)
     leaves, structure = jax.tree.flatten(template)
     try:
         with safe_open(path, framework="numpy") as file:
-            loaded = [jnp.asarray(file.get_tensor(f"{index:04d}")) for index in range(len(leaves))]
+            loaded = [jnp.asarray(file.get_tensor(name)) for name in sorted(file.keys())]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); delete it and train again") from error
-    if any(_raw(a).shape != b.shape for a, b in zip(leaves, loaded, strict=True)):
-        raise CheckpointError(f"{path}: its arrays have other shapes than this network; train again")
+    # The header is right, and damage would not have been read: only what is learned can differ.
+    if [_outline(_raw(leaf)) for leaf in leaves] != [_outline(leaf) for leaf in loaded]:
+        raise CheckpointError(
+            f"{path}: was written by another version of emutune, whose {header.config.algorithm} runs hold other "
+            "arrays; use that version, or train again with another --out"
+        )
     state: State = jax.tree.unflatten(
         structure,
         [
@@ -114,6 +119,10 @@ def _is_key(leaf: Array) -> bool:
 def _raw(leaf: Array) -> Array:
     """What a file can hold: a random state as its words."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _outline(leaf: Array) -> tuple[tuple[int, ...], str]:
+    return leaf.shape, str(leaf.dtype)
 
 
 def _metadata(path: Path) -> dict[str, Any]:

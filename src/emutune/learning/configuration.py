@@ -68,6 +68,14 @@ class TrainingConfig(BaseModel):
     teacher: Teacher = "none"
     fleets: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (6, 256)
 
+    def updates(self, tasks: int) -> int:
+        """How many make up at least the configured steps, in episodes of so many tasks."""
+        return -(-self.steps // (self.environments * tasks))
+
+    def total_steps(self, ues: int, tasks: int) -> int:
+        """Environment steps of a training, for a fleet of so many UEs and episodes of so many tasks."""
+        return self.updates(tasks) * self.environments * tasks
+
 
 class GuidedConfig(BaseModel):
     """How guided lookahead learns.
@@ -102,17 +110,13 @@ class GuidedConfig(BaseModel):
         """Episodes of each round."""
         return max(8, self.decisions // (ues * tasks))
 
+    def total_steps(self, ues: int, tasks: int) -> int:
+        """Environment steps of a training, for a fleet of so many UEs and episodes of so many tasks."""
+        return self.rounds * self.episodes_for(ues, tasks) * tasks
+
     def validation_for(self, ues: int) -> int:
         """Episodes that decide what is kept."""
         return max(16, min(self.validation, 24 * self.validation // ues))
 
 
 Settings = TrainingConfig | GuidedConfig
-
-
-def total_steps(config: Settings, ues: int, tasks: int) -> int:
-    """Environment steps of a training, for a fleet of so many UEs and episodes of so many tasks."""
-    if isinstance(config, GuidedConfig):
-        return config.rounds * config.episodes_for(ues, tasks) * tasks
-    per_update = config.environments * tasks
-    return -(-config.steps // per_update) * per_update

@@ -10,39 +10,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, Key
 
+from emutune.errors import UsageError
 from emutune.learning.configuration import GuidedConfig
-from emutune.learning.credit import marginal_costs
+from emutune.learning.descent import descend
+from emutune.learning.learner import Record, wanted_teacher
 from emutune.learning.networks import Network, create_network, set_outputs
 from emutune.learning.rollout import one_axis
-from emutune.policies import LaterPrices, Lookahead, plan_lookahead, register_policy
+from emutune.policies import LaterPrices, Lookahead, Policy, Step, plan_lookahead, play, register_policy
 from emutune.scenario import Scenario
+from emutune.step import Plan, Situation, look_up, marginal_charges
 from emutune.world import (
-    Action,
-    Cache,
-    Observation,
-    Task,
     World,
-    all_tasks,
     build_world,
+    cached_retention,
     draw_episode,
-    empty_cache,
-    feature_count,
-    observe_task,
+    features_of,
+    other_retention,
     progress_feature,
-    serve,
     ue_features,
 )
-from emutune.world.observation import other_retention
-from emutune.world.parameters import layers_of
-from emutune.world.possible import mean_over_tasks
 
 # Worth of the task's family: constant, linear, quadratic in the retention; of another: the same; of nothing.
 _COEFFICIENTS = 7
@@ -68,40 +61,38 @@ class Guided:
     scale: Float[Array, ""]
     exploration: Float[Array, ""]
 
-    def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
+    def decide(self, world: World, situation: Situation, key: Key[Array, ""]) -> Plan:
         """See ``Policy.decide``."""
-        if observation.complexity.ndim > 1:
-            return jax.vmap(lambda one: self.decide(world, one, key))(observation)
-        kept, renewed = self.base.later(world, observation)
-        more_kept, more_renewed = self._corrections(world, observation)
+        if situation.complexity.ndim > 1:
+            return jax.vmap(lambda one: self.decide(world, one, key))(situation)
+        kept, renewed = self.base.later(world, situation)
+        more_kept, more_renewed = self._corrections(world, situation)
         kept, renewed = kept + self.share * more_kept, renewed + self.share * more_renewed
         noise = self.exploration * jax.random.normal(key, (2, *kept.shape))
-        return self.base.choose(world, observation, kept + noise[0], renewed + noise[1][:, None])
+        return self.base.choose(world, situation, kept + noise[0], renewed + noise[1])
 
     def _corrections(
-        self, world: World, observation: Observation
-    ) -> tuple[Float[Array, "ues"], Float[Array, "ues levels"]]:
-        """What the network adds to the worth of the cache as it is, and of every emulator."""
-        coefficients = self.scale * correction_coefficients(world, self.network, observation)
-        usable, other = _held(observation)
-        levels = (
-            jnp.arange(self.base.most + 1)
-            / jnp.broadcast_to(layers_of(world, observation.family), usable.shape)[:, None]
-        )
-        nothing = jnp.zeros_like(levels)
+        self, world: World, situation: Situation
+    ) -> tuple[Float[Array, "ues"], Float[Array, "levels ues"]]:
+        """What the network adds to the worth of the cache as it is, and with every emulator."""
+        models = world.rules.models
+        coefficients = self.scale * correction_coefficients(world, self.network, situation)
+        layers = jnp.arange(models.most + 1)[:, None]
+        levels = layers / jnp.broadcast_to(look_up(models.layers, situation.family), situation.family.shape)
         return (
-            correction(coefficients, usable, other),
-            correction(coefficients[:, None], levels, nothing),
+            correction(coefficients, *_held(world, situation)),
+            correction(coefficients, levels, jnp.zeros_like(levels)),
         )
 
 
 def correction_coefficients(
-    world: World, network: Network, observation: Observation
+    world: World, network: Network, situation: Situation
 ) -> Float[Array, "*batch ues 7"]:
-    """The network's outputs for a batch of observations."""
-    features = ue_features(world, observation)
-    waiting = mean_over_tasks(observation.active, jnp.asarray(observation.cached_retention <= 0, jnp.float32))
-    context = jnp.stack([progress_feature(observation), waiting], axis=-1)
+    """The network's outputs for a batch of situations."""
+    features, active = ue_features(world, situation), situation.active
+    waits = (cached_retention(world, situation) <= 0) & active
+    waiting = jnp.sum(waits, axis=-1) / jnp.maximum(jnp.sum(active, axis=-1), 1)
+    context = jnp.stack([progress_feature(situation), waiting], axis=-1)
     return set_outputs(network, features, context)
 
 
@@ -115,15 +106,17 @@ def correction(
     return jnp.where(usable > 0, of_task, jnp.where(other > 0, of_other, nothing))
 
 
-def _held(observation: Observation) -> tuple[Float[Array, "*batch ues"], Float[Array, "*batch ues"]]:
+def _held(
+    world: World, situation: Situation
+) -> tuple[Float[Array, "*batch ues"], Float[Array, "*batch ues"]]:
     """Retention held of the task's family, and the largest of another."""
-    return observation.cached_retention, other_retention(observation)
+    return cached_retention(world, situation), other_retention(world, situation)
 
 
 class Samples(NamedTuple):
     """What regression sees: states, what was held after the decision, and what each UE then added."""
 
-    observation: Observation
+    situation: Situation
     usable: Float[Array, "*batch ues"]
     other: Float[Array, "*batch ues"]
     missing: Float[Array, "*batch ues"]
@@ -131,12 +124,9 @@ class Samples(NamedTuple):
 
 def begin_guided(base: Lookahead, world: World, width: int, seed: int) -> Guided:
     """Guided lookahead before it has learned: decides as its base does."""
-    features = feature_count(world)
     network = create_network(
         np.random.default_rng(seed),
-        "set",
-        ues=world.ues,
-        features=features,
+        features=len(features_of(world)),
         context=2,
         width=width,
         head="ue",
@@ -163,37 +153,6 @@ class GuidedState(NamedTuple):
     round: Int[Array, ""]
 
 
-def begin_learning(base: Lookahead, world: World, config: GuidedConfig, seed: int) -> GuidedState:
-    """The state before the first round."""
-    best = begin_guided(base, world, config.width, seed)
-    return GuidedState(best, jnp.asarray(-jnp.inf), best.network, jnp.zeros((), jnp.int32))
-
-
-def guided_template(scenario: Scenario, config: GuidedConfig) -> GuidedState:
-    """A state of the shapes that learning has in a scenario, with nothing in it."""
-    world = build_world(scenario)
-    price = jnp.asarray(0.0)
-    prices = LaterPrices(price, price, price if scenario.computation else None)
-    shapes = jax.eval_shape(lambda world: plan_lookahead(scenario, world, prices), world)
-    base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return begin_learning(base, world, config, 0)
-
-
-def next_round(config: GuidedConfig, world: World, state: GuidedState, seed: int) -> GuidedState:
-    """Collect, fit, and keep what serves best; a function of its arguments alone."""
-    best, best_return, count = state.best, state.best_return, config.validation_for(world.ues)
-    if int(state.round) == 0:
-        best_return = validate(world, best, count)
-    key = jax.random.fold_in(jax.random.key(seed), int(state.round))
-    network, scale = learn_round(config, world, best, state.network, key)
-    for share in _SHARES:
-        candidate = replace(best, network=network, scale=scale, share=jnp.asarray(share))
-        value = validate(world, candidate, count)
-        if value > best_return:
-            best, best_return = candidate, value
-    return GuidedState(best, best_return, network, state.round + 1)
-
-
 @partial(jax.jit, static_argnums=2)
 def validate(world: World, policy: Guided, count: int) -> Float[Array, ""]:
     """Mean return on validation episodes, the same for all seeds."""
@@ -208,67 +167,87 @@ def learn_round(
 ) -> tuple[Network, Float[Array, ""]]:
     """Collect episodes with a policy and fit the network to what its base's worth leaves out."""
     episode_key, fit_key = jax.random.split(key)
-    noise = config.exploration * -world.perplexity_weight * 20.0 / world.ues
+    noise = config.exploration * -world.rules.perplexity_weight * 20.0 / world.ues
     loud = replace(policy, exploration=noise)
     keys = jax.random.split(episode_key, config.episodes_for(world.ues, world.tasks))
     samples, _ = jax.vmap(lambda key: _play(world, loud, key))(keys)
     samples = one_axis(samples)
     scale = samples.missing.std()
-    network = _fit(config, world, network, samples, scale, fit_key)
-    return network, scale
+    steps, count = jnp.arange(config.fits), samples.usable.shape[0]
 
-
-def _fit(
-    config: GuidedConfig,
-    world: World,
-    network: Network,
-    samples: Samples,
-    scale: Float[Array, ""],
-    key: Key[Array, ""],
-) -> Network:
-    optimiser = optax.adam(config.learning_rate)
-    count = samples.usable.shape[0]
+    def batch(step: Int[Array, ""]) -> Int[Array, "batch"]:
+        return jax.random.randint(jax.random.fold_in(fit_key, step), (config.batch,), 0, count)
 
     def loss(network: Network, batch: Samples) -> Float[Array, ""]:
-        coefficients = correction_coefficients(world, network, batch.observation)
+        coefficients = correction_coefficients(world, network, batch.situation)
         predicted = correction(coefficients, batch.usable, batch.other)
         return jnp.mean((predicted - batch.missing / scale) ** 2)
 
-    def fit(
-        carry: tuple[Network, optax.OptState], step: Int[Array, ""]
-    ) -> tuple[tuple[Network, optax.OptState], None]:
-        network, memory = carry
-        chosen = jax.random.randint(jax.random.fold_in(key, step), (config.batch,), 0, count)
-        gradient = jax.grad(loss)(network, jax.tree.map(lambda leaf: leaf[chosen], samples))
-        change, memory = optimiser.update(gradient, memory)
-        slower = 1 - step / config.fits
-        network = jax.tree.map(lambda weight, part: weight + slower * part, network, change)
-        return (network, memory), None
-
-    (network, _), _ = jax.lax.scan(fit, (network, optimiser.init(network)), jnp.arange(config.fits))
-    return network
+    return descend(loss, network, samples, jax.vmap(batch)(steps), config.learning_rate), scale
 
 
 def _play(world: World, policy: Guided, key: Key[Array, ""]) -> tuple[Samples, Float[Array, "tasks"]]:
     """One episode: samples of every step, and the rewards."""
-    episode = draw_episode(key, world)
 
-    def act(cache: Cache, now: tuple[Int[Array, ""], Task]) -> tuple[Cache, tuple[Any, ...]]:
-        step, task = now
-        observation = observe_task(world, cache, task, step)
-        action = policy.decide(world, observation, jax.random.fold_in(key, step))
-        after, outcome = serve(world, cache, task, action)
-        usable, other = _held(observe_task(world, after, task, step))
+    def watch(step: Step) -> tuple[Any, ...]:
         # What the base thinks of the cache after the step, whatever was decided.
-        worth, _ = policy.base.later(world, observe_task(world, after, task, step))
-        added = marginal_costs(world, cache, task, outcome)
-        return after, (observation, usable, other, worth, added, outcome.reward)
+        worth, _ = policy.base.later(world, step.after)
+        added = marginal_charges(world.rules, step.true, step.outcome.plan)
+        return step.known, *_held(world, step.after), worth, added, step.outcome.reward
 
-    steps = (jnp.arange(world.tasks), all_tasks(episode))
-    _, (observation, usable, other, worth, added, rewards) = jax.lax.scan(act, empty_cache(world), steps)
+    known, usable, other, worth, added, rewards = play(world, policy, draw_episode(key, world), key, watch)
     to_go = jnp.flip(jnp.cumsum(jnp.flip(added, 0), axis=0), 0) - added
-    return Samples(observation, usable, other, to_go - worth), rewards
+    return Samples(known, usable, other, to_go - worth), rewards
 
 
-# What is compiled anew for every scenario and configuration.
-PROGRAMS = (validate, learn_round)
+class GuidedLearner:
+    """``Learner`` of corrections, by the round; it records what the best policy so far returns on validation."""
+
+    programs: ClassVar[tuple[Any, ...]] = (validate, learn_round)
+
+    def __init__(self, scenario: Scenario, config: GuidedConfig, seed: int) -> None:
+        self._config, self._seed, self._world = config, seed, build_world(scenario)
+        self.length = config.rounds
+        self.steps_each = config.episodes_for(self._world.ues, self._world.tasks) * self._world.tasks
+
+    def template(self) -> GuidedState:
+        """See ``Learner``."""
+        price = jnp.asarray(0.0)
+        shapes = jax.eval_shape(lambda world: plan_lookahead(world, LaterPrices(price, price)), self._world)
+        return self._before(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+
+    def start(self, teacher: Policy | None) -> GuidedState:
+        """See ``Learner``."""
+        base = wanted_teacher(self._config, teacher)
+        if not isinstance(base, Lookahead):
+            raise UsageError(f"teacher: guided lookahead corrects a lookahead, got a {type(base).__name__}")
+        return self._before(base)
+
+    def _before(self, base: Lookahead) -> GuidedState:
+        best = begin_guided(base, self._world, self._config.width, self._seed)
+        return GuidedState(best, jnp.asarray(-jnp.inf), best.network, jnp.zeros((), jnp.int32))
+
+    def done(self, state: GuidedState) -> int:
+        """See ``Learner``."""
+        return int(state.round)
+
+    def advance(self, state: GuidedState) -> tuple[GuidedState, list[Record]]:
+        """See ``Learner``: collect, fit, and keep what serves best."""
+        world, done = self._world, self.done(state)
+        best, best_return, count = state.best, state.best_return, self._config.validation_for(world.ues)
+        if done == 0:
+            best_return = validate(world, best, count)
+        key = jax.random.fold_in(jax.random.key(self._seed), done)
+        network, scale = learn_round(self._config, world, best, state.network, key)
+        for share in _SHARES:
+            candidate = replace(best, network=network, scale=scale, share=jnp.asarray(share))
+            value = validate(world, candidate, count)
+            if value > best_return:
+                best, best_return = candidate, value
+        record = {"steps": (done + 1) * self.steps_each, "validation_return": float(best_return)}
+        after = GuidedState(best, best_return, network, state.round + 1)
+        return after, [{**record, "share": float(best.share)}]
+
+    def policy(self, state: GuidedState) -> Guided:
+        """See ``Learner``."""
+        return jax.device_put(state.best, jax.devices()[0])

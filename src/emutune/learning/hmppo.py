@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from emutune.learning.agents import Inputs, more_in_s2, view_both, view_s1, view_s2
+from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import TrainingConfig
+from emutune.learning.networks import Network
+from emutune.world import World
 
 Predicted = Literal["fleet", "marginal"]
 View = Callable[[Inputs, Bool[Array, "*batch ues"]], Float[Array, "*batch ues features"]]
@@ -27,6 +30,21 @@ class Critic(NamedTuple):
     view: View
     more_features: int
     credit: Predicted
+
+    def value(
+        self, config: TrainingConfig, network: Network, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
+    ) -> Float[Array, "..."]:
+        """Its output, in standardised units of return; per UE if credit is."""
+        architecture, seen = ARCHITECTURES[config.network], self.view(inputs, at_server)
+        output = architecture.outputs if self.credit == "marginal" else architecture.value
+        return output(network, seen, inputs.context)
+
+    def create(self, generator: np.random.Generator, config: TrainingConfig, world: World) -> Network:
+        """Its network before training."""
+        architecture = ARCHITECTURES[config.network]
+        seen = architecture.input_count(world) + self.more_features
+        head = "ue" if self.credit == "marginal" else "value"
+        return architecture.create(generator, world.ues, seen, config.width, head, 1.0)
 
 
 class CriticPlan(NamedTuple):
@@ -44,11 +62,12 @@ def critic_plan(config: TrainingConfig) -> CriticPlan:
     default the one critic sees s1 alone; ``baseline="as_printed"`` keeps the printed input. Mixed credit
     takes a critic for each of the two things that are predicted.
     """
+    see = ARCHITECTURES[config.network]
     of_case: Predicted = "marginal" if config.credit == "marginal" else "fleet"
     of_emulator: Predicted = "fleet" if config.credit == "fleet" else "marginal"
     if config.algorithm == "ippo":
-        own = Critic(view_s1, 0, of_case), Critic(view_s2, more_in_s2(config.network), of_emulator)
+        own = Critic(see.view_s1, 0, of_case), Critic(see.view_s2, see.more_in_s2, of_emulator)
         return CriticPlan(own, case=0, emulator=1)
-    view, more = (view_both, 1) if config.baseline == "as_printed" else (view_s1, 0)
+    view, more = (see.view_both, 1) if config.baseline == "as_printed" else (see.view_s1, 0)
     critics = tuple(Critic(view, more, credit) for credit in dict.fromkeys((of_case, of_emulator)))
     return CriticPlan(critics, case=0, emulator=len(critics) - 1)

@@ -7,30 +7,20 @@ the actors as they explore, since advantages of critics that know nothing would 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from emutune.learning.agents import (
-    Actors,
-    Inputs,
-    LearnedPolicy,
-    case_logits,
-    critic_value,
-    decides_retention,
-    from_retention,
-    network_inputs,
-    retention_means,
-)
-from emutune.learning.configuration import NetworkKind, TrainingConfig
+from emutune.learning.agents import Actors, LearnedPolicy, case_logits, from_retention, retention_means
+from emutune.learning.architectures import ARCHITECTURES, Inputs
+from emutune.learning.configuration import TrainingConfig
+from emutune.learning.descent import descend
 from emutune.learning.hmppo import Critic, critic_plan
 from emutune.learning.networks import Network
-from emutune.learning.rollout import begin_together, one_axis
+from emutune.learning.rollout import one_axis
 from emutune.learning.slices import SLICES, fixed_shares, slice_of
 from emutune.learning.update import (
     TrainingState,
@@ -39,8 +29,9 @@ from emutune.learning.update import (
     returns_to_go,
     standardise_values,
 )
-from emutune.policies import Policy
-from emutune.world import Action, Cache, Task, World, draw_batch, observe_task, serve
+from emutune.policies import Policy, Step, play
+from emutune.step import retention_of
+from emutune.world import World, draw_batch
 
 _ROUNDS = 3
 # Decisions of single UEs in each round, in whole episodes.
@@ -101,19 +92,18 @@ def _attend(
 
     def attend(world: World, teacher: Policy, key: Key[Array, ""]) -> Lessons:
         draws, decisions = jax.random.split(key)
-        tasks, empty = begin_together(world, draw_batch(draws, world, count))
 
-        def step(cached: Cache, now: tuple[Task, Array, Array]) -> tuple[Cache, Lessons]:
-            task, number, key = now
-            observation = jax.vmap(observe_task, (None, 0, 0, None))(world, cached, task, number)
-            told = teacher.decide(world, observation, key)
-            done = told if actor is None else actor.decide(world, observation, key)
-            after, _ = jax.vmap(serve, (None, 0, 0, 0))(world, cached, task, Action(*done))
-            inputs = network_inputs(config.network, world, observation)
-            return after, Lessons(inputs, told.at_server, _beyond(from_retention(world, told.retention)))
+        def learn(step: Step) -> Lessons:
+            known = step.known
+            told = teacher.decide(world, known, decisions)
+            wanted = retention_of(world.rules.models, known.family, told.layers)
+            inputs = ARCHITECTURES[config.network].inputs(world, known)
+            return Lessons(inputs, told.at_server, _beyond(from_retention(world, wanted)))
 
-        every = (tasks, jnp.arange(world.tasks), jax.random.split(decisions, world.tasks))
-        _, lessons = jax.lax.scan(step, empty, every)
+        episodes, acting = draw_batch(draws, world, count), teacher if actor is None else actor
+        lessons = jax.vmap(lambda episode: play(world, acting, episode, decisions, learn), out_axes=1)(
+            episodes
+        )
         return one_axis(lessons)
 
     if config.network != "sized":
@@ -139,11 +129,11 @@ def _fit_actors(config: TrainingConfig, actors: Actors, lessons: Lessons, key: K
         logits = case_logits(config.network, pupil, inputs)
         surprise = jax.nn.softplus(jnp.where(at_server, -logits, logits))
         means = retention_means(config.network, pupil, inputs, at_server)
-        chosen = decides_retention(config.network, inputs, at_server)
-        wrong = surprise.mean() if inputs.chooses is None else mean_of(surprise, inputs.chooses)
-        return wrong + mean_of((means - batch.unclipped) ** 2, chosen)
+        chosen = ARCHITECTURES[config.network].decides_retention(inputs, at_server)
+        return mean_of(surprise, inputs.chooses) + mean_of((means - batch.unclipped) ** 2, chosen)
 
-    case, emulator = _descend(loss, (actors.case, actors.emulator), lessons, key)
+    start = (actors.case, actors.emulator)
+    case, emulator = descend(loss, start, lessons, _batches(key, lessons), _RATE)
     return Actors(case, emulator, actors.log_std)
 
 
@@ -172,31 +162,19 @@ def _fit_critics(
     ):
         target = (returns_to_go(config, reward) - centre) / scale
         flat = one_axis((trajectory.inputs, trajectory.at_server, target))
-        loss = partial(_value_loss, config.network, critic)
-        critics.append(_descend(loss, network, flat, fits))
+        loss = partial(_value_loss, config, critic)
+        critics.append(descend(loss, network, flat, _batches(fits, flat), _RATE))
     return state._replace(parameters=state.parameters._replace(actors=actors, critics=critics))
 
 
-def _value_loss(kind: NetworkKind, critic: Critic, network: Network, batch: Any) -> Float[Array, ""]:
+def _value_loss(config: TrainingConfig, critic: Critic, network: Network, batch: Any) -> Float[Array, ""]:
     inputs, at_server, target = batch
-    view, marginal = critic.view(inputs, at_server), critic.credit == "marginal"
-    return jnp.mean((critic_value(kind, network, view, inputs, marginal=marginal) - target) ** 2)
+    return jnp.mean((critic.value(config, network, inputs, at_server) - target) ** 2)
 
 
-def _descend(loss: Callable[..., Array], start: Any, samples: Any, key: Key[Array, ""]) -> Any:
-    """Adam on random batches; the step falls to zero."""
-    optimiser = optax.adam(optax.linear_schedule(_RATE, 0.0, _FITS))
+def _batches(key: Key[Array, ""], samples: Any) -> Int[Array, "steps batch"]:
     count = jax.tree.leaves(samples)[0].shape[0]
-
-    def step(carry: Any, chosen: Int[Array, "batch"]) -> Any:
-        networks, memory = carry
-        slope = jax.grad(loss)(networks, jax.tree.map(lambda leaf: leaf[chosen], samples))
-        change, memory = optimiser.update(slope, memory)
-        return (optax.apply_updates(networks, change), memory), None
-
-    batches = jax.random.randint(key, (_FITS, min(_BATCH, count)), 0, count)
-    (networks, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), batches)
-    return networks
+    return jax.random.randint(key, (_FITS, min(_BATCH, count)), 0, count)
 
 
 # What is compiled anew for every scenario and configuration.

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from emutune.learning.configuration import NetworkKind
-
 
 class Layer(NamedTuple):
     """Weights of one layer; ``pooled`` acts on the mean over UEs and is empty in flat networks."""
@@ -24,18 +22,7 @@ class Layer(NamedTuple):
 
 
 Network = list[Layer]
-
-
-def ue_outputs(
-    kind: NetworkKind,
-    network: Network,
-    features: Float[Array, "*batch ues features"],
-    context: Float[Array, "*batch context"],
-) -> Float[Array, "*batch ues"]:
-    """One output per UE: the case logits, or the means of the retentions."""
-    if kind == "flat":
-        return _flat_layers(network, features, context)
-    return set_outputs(network, features, context)[..., 0]
+_HIDDEN_GAIN = 2**0.5
 
 
 def set_outputs(
@@ -47,25 +34,28 @@ def set_outputs(
     return _times(hidden, last.own) + (pooled @ last.pooled + last.bias)[..., None, :]
 
 
-def value_output(
-    kind: NetworkKind,
-    network: Network,
-    features: Float[Array, "*batch ues features"],
-    context: Float[Array, "*batch context"],
+def set_value(
+    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
 ) -> Float[Array, "*batch"]:
-    """One output for all UEs together: a state's value."""
-    if kind == "flat":
-        return _flat_layers(network, features, context)[..., 0]
+    """One output of such a network for all UEs together."""
     _, pooled = _set_hidden(network, features, context)
     last = network[-1]
     return (pooled @ last.pooled + last.bias)[..., 0]
 
 
+def flat_outputs(
+    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
+) -> Float[Array, "*batch outputs"]:
+    """The outputs of a network over all features at once."""
+    hidden = jnp.concatenate([features.reshape(*features.shape[:-2], -1), context], axis=-1)
+    for layer in network[:-1]:
+        hidden = jnp.tanh(hidden @ layer.own + layer.bias)
+    return hidden @ network[-1].own + network[-1].bias
+
+
 def create_network(
     generator: np.random.Generator,
-    kind: NetworkKind,
     *,
-    ues: int,
     features: int,
     context: int,
     width: int,
@@ -73,33 +63,34 @@ def create_network(
     head_gain: float,
     outputs: int = 1,
 ) -> Network:
-    """Orthogonal weights and zero biases, drawn with NumPy.
+    """A network that all UEs share: orthogonal weights and zero biases, drawn with NumPy.
 
     Several vmapped orthogonal initialisers in one JAX program can deadlock on two threads; NumPy's cannot.
 
     Args:
         generator: source of the weights.
-        kind: ``set`` or ``flat``.
-        ues: number of UEs; only a flat network depends on it.
         features: features of each UE.
         context: features shared by all UEs.
         width: units of each of the two hidden layers.
-        head: ``"ue"`` for one output per UE, ``"value"`` for one in all.
+        head: ``"ue"`` for outputs per UE, ``"value"`` for one in all.
         head_gain: scale of the last layer's weights.
-        outputs: of each UE; a flat network has one.
+        outputs: of each UE.
     """
-    hidden_gain = 2**0.5
-    if kind == "flat":
-        sizes = [ues * features + context, width, width, ues if head == "ue" else 1]
-        gains = [hidden_gain, hidden_gain, head_gain]
-        return [
-            _layer(generator, inputs, 0, outputs, gain)
-            for inputs, outputs, gain in zip(sizes, sizes[1:], gains, strict=False)
-        ]
     return [
-        _layer(generator, features, features + context, width, hidden_gain),
-        _layer(generator, width, width, width, hidden_gain),
+        _layer(generator, features, features + context, width, _HIDDEN_GAIN),
+        _layer(generator, width, width, width, _HIDDEN_GAIN),
         _layer(generator, width if head == "ue" else 0, width, outputs, head_gain),
+    ]
+
+
+def create_flat_network(
+    generator: np.random.Generator, inputs: int, width: int, outputs: int, head_gain: float
+) -> Network:
+    """The same of a network over all features at once."""
+    sizes, gains = [inputs, width, width, outputs], [_HIDDEN_GAIN, _HIDDEN_GAIN, head_gain]
+    return [
+        _layer(generator, before, 0, after, gain)
+        for before, after, gain in zip(sizes, sizes[1:], gains, strict=False)
     ]
 
 
@@ -119,15 +110,6 @@ def _orthogonal(generator: np.random.Generator, rows: int, columns: int) -> Floa
     basis, triangle = np.linalg.qr(tall)
     basis = basis * np.sign(np.diag(triangle))
     return basis if rows >= columns else basis.T
-
-
-def _flat_layers(
-    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
-) -> Float[Array, "*batch outputs"]:
-    hidden = jnp.concatenate([features.reshape(*features.shape[:-2], -1), context], axis=-1)
-    for layer in network[:-1]:
-        hidden = jnp.tanh(hidden @ layer.own + layer.bias)
-    return hidden @ network[-1].own + network[-1].bias
 
 
 def _set_hidden(

@@ -28,17 +28,14 @@ def slice_of(world: World, share: Float[Array, ""]) -> World:
         world: the whole.
         share: above 0; more than 1 is that much more of everything.
     """
-    devices = world.devices
-    if devices.computation is not None:
-        server_tflops = devices.computation.server_tflops * share
-        devices = devices._replace(computation=devices.computation._replace(server_tflops=server_tflops))
-    return replace(
-        world,
-        uplink_bandwidth_hz=world.uplink_bandwidth_hz * share,
-        downlink_bandwidth_hz=world.downlink_bandwidth_hz * share,
-        downlink_power_w=world.downlink_power_w * share,
-        devices=devices,
+    rules, links = world.rules, world.rules.links
+    links = replace(
+        links,
+        uplink_bandwidth_hz=links.uplink_bandwidth_hz * share,
+        downlink_bandwidth_hz=links.downlink_bandwidth_hz * share,
+        downlink_power_w=links.downlink_power_w * share,
     )
+    return replace(world, rules=replace(rules, links=links, server_tflops=rules.server_tflops * share))
 
 
 def draw_shares(

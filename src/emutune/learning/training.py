@@ -5,102 +5,38 @@ from __future__ import annotations
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Int
 
-from emutune.errors import CheckpointError, UsageError
+from emutune.errors import CheckpointError
 from emutune.files import replacing
-from emutune.learning import guided, imitation
-from emutune.learning.agents import LearnedPolicy, create_actors, create_critic, input_count
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
-from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig, total_steps
-from emutune.learning.guided import begin_learning, guided_template, next_round
-from emutune.learning.hmppo import critic_plan
-from emutune.learning.imitation import imitate
-from emutune.learning.update import (
-    Metrics,
-    Parameters,
-    TrainingState,
-    empty_metrics,
-    make_optimiser,
-    networks_of,
-    train_update,
-)
-from emutune.policies import Lookahead, Policy
+from emutune.learning.configuration import Settings
+from emutune.learning.guided import GuidedLearner
+from emutune.learning.learner import Learner
+from emutune.learning.ppo import PolicyLearner
+from emutune.policies import Policy
 from emutune.scenario import Scenario
-from emutune.world import Episode, World, build_world, draw_batch
-
-# Updates between two checkpoints: a fraction of a second of work.
-CHUNK = 50
-# Far from the seeds 0, 1, ... of training.
-_VALIDATION_KEY = 0x7A11DA7E
 
 Progress = Callable[[int], None]
 
 
-def update_count(config: TrainingConfig, tasks: int) -> int:
-    """Updates that make up at least the configured environment steps."""
-    return total_steps(config, 1, tasks) // (config.environments * tasks)
+LEARNERS: dict[str, type[Learner[Any]]] = {
+    "hmppo": PolicyLearner,
+    "ippo": PolicyLearner,
+    "guided": GuidedLearner,
+}
 
 
-def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingState:
-    """Networks, optimisers and random state before training; a function of its arguments alone."""
-    generator = np.random.default_rng(seed)
-    plan = critic_plan(config)
-    parameters = Parameters(
-        create_actors(generator, config, world),
-        [
-            create_critic(
-                generator,
-                config,
-                world.ues,
-                input_count(config.network, world) + critic.more_features,
-                marginal=critic.credit == "marginal",
-            )
-            for critic in plan.critics
-        ],
-    )
-    optimiser = make_optimiser(config)
-    return TrainingState(
-        parameters=parameters,
-        optimiser=[optimiser.init(ravel_pytree(network)[0]) for network in networks_of(parameters)],
-        key=jax.random.key(seed),
-        update=jnp.zeros((), jnp.int32),
-        value_centre=jnp.zeros(len(plan.critics)),
-        value_scale=jnp.ones(len(plan.critics)),
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def run_updates(
-    config: TrainingConfig,
-    world: World,
-    state: TrainingState,
-    count: Int[Array, ""],
-    updates: Int[Array, ""],
-) -> tuple[TrainingState, Metrics]:
-    """Run ``count`` of in all ``updates`` updates in one program; rows past ``count`` stay zero."""
-    rows = empty_metrics(CHUNK)
-    held_out = _validation_episodes(world, config.evaluation_episodes)
-
-    def body(index: Array, carry: tuple[TrainingState, Metrics]) -> tuple[TrainingState, Metrics]:
-        state, rows = carry
-        state, metrics = train_update(config, world, held_out, state, updates)
-        return state, jax.tree.map(lambda all_, one: all_.at[index].set(one), rows, metrics)
-
-    # A traced trip count: the last, shorter chunk needs no second compilation.
-    return jax.lax.fori_loop(0, count, body, (state, rows))
+def learner_of(header: CheckpointHeader) -> Learner[Any]:
+    """What learns in a scenario, as a configuration says, from a seed."""
+    return LEARNERS[header.config.algorithm](*header)
 
 
 def train_seed(
@@ -133,10 +69,8 @@ def train_seed(
     """
     _make_room(scenario, config)
     with jax.default_device(device):
-        where, told = Path(directory), progress or (lambda steps: None)
-        if isinstance(config, GuidedConfig):
-            return _train_guided(scenario, config, seed, where, teacher, told)
-        return _train(scenario, config, seed, where, teacher, told)
+        header = CheckpointHeader(scenario, config, seed)
+        return _train(header, Path(directory), teacher, progress or (lambda steps: None))
 
 
 def train_seeds(
@@ -204,13 +138,8 @@ def load_policy(checkpoint: str | Path) -> tuple[Policy, CheckpointHeader]:
     """
     checkpoint = Path(checkpoint)
     header = read_header(checkpoint)
-    if isinstance(header.config, GuidedConfig):
-        return load_checkpoint(
-            checkpoint, header, guided_template(header.scenario, header.config)
-        ).best, header
-    template = initial_state(header.config, build_world(header.scenario), header.seed)
-    state = load_checkpoint(checkpoint, header, template)
-    return LearnedPolicy(header.config.network, state.parameters.actors), header
+    learner = learner_of(header)
+    return learner.policy(load_checkpoint(checkpoint, header, learner.template())), header
 
 
 @lru_cache(maxsize=1)
@@ -220,105 +149,26 @@ def _make_room(scenario: Scenario, config: Settings) -> None:
     Each training's are thousands of memory maps, of which a process on Linux has 65,530; a sweep that kept all of
     them would end after some twenty configurations in ``LLVM compilation error``.
     """
-    programs: tuple[Any, ...] = (run_updates, *imitation.PROGRAMS, *guided.PROGRAMS)
-    for program in programs:
-        program.clear_cache()
+    for learner in LEARNERS.values():
+        for program in learner.programs:
+            program.clear_cache()
 
 
-def _train(
-    scenario: Scenario,
-    config: TrainingConfig,
-    seed: int,
-    directory: Path,
-    teacher: Policy | None,
-    progress: Progress,
-) -> LearnedPolicy:
-    world = build_world(scenario)
-    updates, per_update = update_count(config, world.tasks), config.environments * world.tasks
-    header, checkpoint = CheckpointHeader(scenario, config, seed), directory / "checkpoint.safetensors"
-    state = initial_state(config, world, seed)
+def _train(header: CheckpointHeader, directory: Path, teacher: Policy | None, progress: Progress) -> Policy:
+    learner, checkpoint = learner_of(header), directory / "checkpoint.safetensors"
     _make_directory(directory)
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint, header, state)
-    elif config.teacher != "none":
-        state = imitate(config, world, state, _wanted(config, teacher))
-    done = int(state.update)
-    metrics_file = directory / "metrics.jsonl"
+    taken_up = checkpoint.exists()
+    state = load_checkpoint(checkpoint, header, learner.template()) if taken_up else learner.start(teacher)
+    metrics_file, done = directory / "metrics.jsonl", learner.done(state)
     _keep_lines(metrics_file, done)
-    progress(done * per_update)
-    while done < updates:
-        started, count = time.perf_counter(), min(CHUNK, updates - done)
-        state, rows = run_updates(config, world, state, jnp.asarray(count), jnp.asarray(updates))
-        rows = jax.device_get(rows)
-        speed = count * per_update / (time.perf_counter() - started)
-        _append(
-            metrics_file, (_record(rows, index, (done + index) * per_update, speed) for index in range(count))
-        )
+    progress(done * learner.steps_each)
+    while done < learner.length:
+        state, records = learner.advance(state)
+        _append(metrics_file, records)
         save_checkpoint(checkpoint, header, state)
-        done += count
-        progress(count * per_update)
-    return LearnedPolicy(config.network, jax.device_put(state.parameters.actors, jax.devices()[0]))
-
-
-def _train_guided(
-    scenario: Scenario,
-    config: GuidedConfig,
-    seed: int,
-    directory: Path,
-    teacher: Policy | None,
-    progress: Progress,
-) -> Policy:
-    """As ``_train``; a checkpoint after every round, and no metrics but what it returned on validation episodes."""
-    world, checkpoint = build_world(scenario), directory / "checkpoint.safetensors"
-    header = CheckpointHeader(scenario, config, seed)
-    per_round = total_steps(config, world.ues, world.tasks) // config.rounds
-    _make_directory(directory)
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint, header, guided_template(scenario, config))
-    else:
-        base = _wanted(config, teacher)
-        if not isinstance(base, Lookahead):
-            raise UsageError(f"teacher: guided lookahead corrects a lookahead, got a {type(base).__name__}")
-        state = begin_learning(base, world, config, seed)
-    metrics_file = directory / "metrics.jsonl"
-    done = int(state.round)
-    _keep_lines(metrics_file, done)
-    progress(done * per_round)
-    while done < config.rounds:
-        state = next_round(config, world, state, seed)
-        done += 1
-        record = {"steps": done * per_round, "validation_return": float(state.best_return)}
-        _append(metrics_file, [{**record, "share": float(state.best.share)}])
-        save_checkpoint(checkpoint, header, state)
-        progress(per_round)
-    return jax.device_put(state.best, jax.devices()[0])
-
-
-def _wanted(config: Settings, teacher: Policy | None) -> Policy:
-    if teacher is None:
-        raise UsageError(
-            f"teacher: the configuration names {config.teacher}; pass that policy, or use 'none'"
-        )
-    return teacher
-
-
-def _validation_episodes(world: World, count: int) -> Episode:
-    return draw_batch(jax.random.key(_VALIDATION_KEY), world, count)
-
-
-def _record(rows: Metrics, index: int, steps: int, speed: float) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``: figures of the actors after ``steps`` environment steps."""
-
-    def figures(part: Any) -> dict[str, float]:
-        return {name: float(column[index]) for name, column in part._asdict().items()}
-
-    return {
-        "steps": steps,
-        "training": figures(rows.training),
-        "evaluation": figures(rows.evaluation),
-        **figures(rows.diagnostics),
-        "steps_per_s": speed,
-    }
+        done += len(records)
+        progress(len(records) * learner.steps_each)
+    return learner.policy(state)
 
 
 def _make_directory(directory: Path) -> None:

@@ -14,21 +14,19 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from emutune.learning.advantages import episode_advantages
 from emutune.learning.agents import (
     Actors,
-    Inputs,
     case_log_probability,
     case_logits,
-    critic_value,
-    decides_retention,
     retention_log_probability,
     retention_means,
 )
+from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import TrainingConfig
-from emutune.learning.credit import marginal_costs
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.networks import Network
-from emutune.learning.rollout import Noise, Summary, Trajectory, collect, draw_noise, one_axis, summarise
+from emutune.learning.rollout import Noise, Trajectory, collect, draw_noise, one_axis
 from emutune.learning.slices import SLICES, draw_shares, slice_of
-from emutune.world import Episode, World, draw_batch
+from emutune.step import marginal_charges
+from emutune.world import Episode, Summary, World, draw_batch, summarise
 
 # What each critic predicts, of every step, episode and, where credit is marginal, UE.
 Rewards = list[Float[Array, "tasks episodes ..."]]
@@ -121,7 +119,7 @@ def train_update(
     exploring = draw_batch(keys[0], world, config.environments)
     if config.network == "sized":
         trajectory, rewards = explore(config, world, exploring, keys[1], state.parameters.actors)
-        evaluation = summarise(_act_greedily(config, world, held_out, state))
+        evaluation = _mean_summary(_act_greedily(config, world, held_out, state))
     else:
         trajectory, evaluation = _explore_and_evaluate(config, world, held_out, exploring, keys[1], state)
         rewards = rewards_of(config, world, trajectory)
@@ -135,19 +133,25 @@ def train_update(
     new_state = state._replace(
         parameters=parameters_from(networks), optimiser=optimiser, update=state.update + 1
     )
-    training = summarise(trajectory)
+    training = _mean_summary(trajectory)
     kl, clipped, entropy, value_loss = diagnostics.mean((0, 1))
     health = Diagnostics(kl, clipped, entropy, value_loss, explained_variance)
     return new_state, Metrics(training, evaluation, health)
 
 
+def _mean_summary(trajectory: Trajectory) -> Summary:
+    """Means over a batch of complete episodes."""
+    return jax.tree.map(jnp.mean, summarise(trajectory.outcome, trajectory.situation.active))
+
+
 def rewards_of(config: TrainingConfig, world: World, trajectory: Trajectory) -> Rewards:
     """What each critic predicts: the fleet's reward, or what each UE adds to it."""
-    every_step = jax.vmap(jax.vmap(marginal_costs, (None, 0, 0, 0)), (None, 0, 0, 0))
+    every_step = jax.vmap(jax.vmap(marginal_charges, (None, 0, 0)), (None, 0, 0))
+    outcome = trajectory.outcome
     return [
-        trajectory.outcome.reward
+        outcome.reward
         if critic.credit == "fleet"
-        else -every_step(world, trajectory.cache, trajectory.task, trajectory.outcome)
+        else -every_step(world.rules, trajectory.situation, outcome.plan)
         for critic in critic_plan(config).critics
     ]
 
@@ -233,7 +237,7 @@ def _explore_and_evaluate(
         Noise(*(jnp.concatenate([part, silence], axis=1) for part in noise)),
     )
     greedy = jax.tree.map(lambda leaf: leaf[:, count:], trajectory)
-    return jax.tree.map(lambda leaf: leaf[:, :count], trajectory), summarise(greedy)
+    return jax.tree.map(lambda leaf: leaf[:, :count], trajectory), _mean_summary(greedy)
 
 
 def _make_samples(
@@ -251,8 +255,7 @@ def _make_samples(
     for critic, network, reward, (centre, scale) in zip(
         plan.critics, state.parameters.critics, rewards, units, strict=True
     ):
-        view, marginal = critic.view(inputs, at_server), critic.credit == "marginal"
-        values = centre + scale * critic_value(kind, network, view, inputs, marginal=marginal)
+        values = centre + scale * critic.value(config, network, inputs, at_server)
         advantage = episode_advantages(reward, values, config.discount, config.trace_decay)
         advantages.append(advantage)
         targets.append((advantage + values - centre) / scale)
@@ -331,18 +334,15 @@ def _loss(
         retention_log_probability(means, actors.log_std, batch.unclipped) - batch.retention_log_probability
     )
     # A UE at the server has no retention to choose: its draw had no effect and gets no credit.
-    chosen = decides_retention(kind, inputs, batch.at_server)
-    everyone = jnp.ones_like(chosen)
+    chosen = ARCHITECTURES[kind].decides_retention(inputs, batch.at_server)
     # Nor does a UE whose case is none to choose.
-    choosers = everyone if inputs.chooses is None else everyone * inputs.chooses
-    case_loss = clipped_loss(case_change, batch.case_advantage, choosers, config.clip)
+    case_loss = clipped_loss(case_change, batch.case_advantage, inputs.chooses, config.clip)
     emulator_loss = clipped_loss(retention_change, batch.emulator_advantage, chosen, config.clip)
     case_entropy = (jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)).mean()
     entropy = case_entropy + actors.log_std
     value_loss = jnp.asarray(0.0)
     for critic, network, target in zip(plan.critics, parameters.critics, batch.targets, strict=True):
-        view, marginal = critic.view(inputs, batch.at_server), critic.credit == "marginal"
-        values = critic_value(kind, network, view, inputs, marginal=marginal)
+        values = critic.value(config, network, inputs, batch.at_server)
         value_loss += jnp.mean((values - target) ** 2)
     ratio = jnp.exp(case_change)
     diagnostics = jnp.stack(
@@ -359,7 +359,7 @@ def _loss(
 def clipped_loss(
     log_ratio: Float[Array, "samples ues"],
     advantage: Float[Array, "samples ..."],
-    weight: Float[Array, "samples ues"],
+    weight: Array,
     clip: float,
 ) -> Float[Array, ""]:
     """The clipped objective of Eq. 21, negated: ratios per UE, averaged over the UEs that count."""

@@ -9,25 +9,27 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 from jaxtyping import Array, Key
 
-from emutune.world import Action, Observation, World
+from emutune.step import Plan, Situation
+from emutune.world import World
 
 Kind = TypeVar("Kind")
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Observation in, decisions out; a pytree, so that compiled programs take policies as arguments."""
+    """Situation in, plan out; a pytree, so that compiled programs take policies as arguments."""
 
-    def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
-        """Decide for every UE, over any leading batch axes of the observation.
+    def decide(self, world: World, situation: Situation, key: Key[Array, ""]) -> Plan:
+        """Decide for every UE, over any leading batch axes of the situation.
 
         Args:
             world: the world decided in; policies read bounds and scales from it, never random draws.
-            observation: what is known before the step.
+            situation: what is known before the step.
             key: randomness for stochastic policies.
 
         Returns:
-            z and E of each UE, with the observation's batch axes.
+            who trains at the server, and with how many layers the others train, with the situation's batch axes;
+            what is impossible is brought to the nearest plan that is not (``possible_plan``).
         """
         ...
 

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from emutune.policies.base import register_policy
-from emutune.policies.prices import step_prices, upload_s, whole_training_s
-from emutune.world import Action, Observation, World, possible_case
+from emutune.policies.search import Point, ascend, levels_of, mean_return, patiences_s, scorer
+from emutune.scenario import Scenario
+from emutune.step import (
+    Plan,
+    Situation,
+    at_server,
+    every_level,
+    look_up,
+    plan_of_wish,
+    possible_case,
+    possible_levels,
+    whole_training_s,
+)
+from emutune.world import World, cached_retention
+
+# In larger fleets the count of uploaders is searched as a share of those who wait.
+_TABLE_UES = 16
+_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 
 
 @register_policy
@@ -24,57 +44,93 @@ class CountTable:
     arrives must also be trained with in time.
 
     Attributes:
-        most: layers of the largest emulator of any family.
         uploads: how many upload, by the number of UEs without a usable emulator.
         retention: smallest and largest retention that is downloaded.
-        patience_s: how long training with a held emulator may take; None where training takes no time.
+        patience_s: how long training with a held emulator may take; without limit if not given, as where training
+            takes no time.
     """
 
-    most: int = field(metadata={"static": True})
     uploads: Int[Array, "counts"]
     retention: Float[Array, "2"]
-    patience_s: Float[Array, ""] | None = None
+    patience_s: Float[Array, ""] | float = float("inf")
 
-    def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
+    def decide(self, world: World, situation: Situation, key: Key[Array, ""]) -> Plan:
         """See ``Policy.decide``."""
-        if observation.complexity.ndim > 1:
-            return jax.vmap(lambda one: self.decide(world, one, key))(observation)
-        usable = observation.cached_retention > 0
-        prices = step_prices(world, observation, self.most)
-        whole = whole_training_s(world, observation)
-        may = possible_case(
-            world, observation.family, observation.device, observation.active, jnp.ones_like(usable)
-        )
-        hopeless = jnp.zeros_like(usable)
-        if whole is not None and self.patience_s is not None:
-            usable &= whole[0] * observation.cached_retention <= self.patience_s
-            hopeless = may & (whole[0] * self.retention[0] > self.patience_s)
-        waits = ~usable & ~hopeless
-        waits = waits if observation.active is None else waits & observation.active
+        if situation.complexity.ndim > 1:
+            return jax.vmap(lambda one: self.decide(world, one, key))(situation)
+        rules, (low, high) = world.rules, self.retention
+        held, whole_s = cached_retention(world, situation), whole_training_s(rules, situation)
+        may = possible_case(rules, situation, jnp.ones(held.shape, bool))
+        usable = (held > 0) & (whole_s * held <= self.patience_s)
+        hopeless = may & (whole_s * low > self.patience_s)
+        waits = ~usable & ~hopeless & situation.active
         waiting = jnp.sum(waits)
         uploads = jnp.minimum(self.uploads[waiting], waiting)
-        sharers = jnp.maximum(uploads + jnp.sum(hopeless), 1)[None].astype(jnp.float32)
-        together_s = upload_s(world, observation, sharers)[0]
-        saved_s = together_s
-        if whole is not None:
-            together_s = together_s + sharers[0] * whole[1]
-            saved_s = together_s - self.retention[0] * whole[0]
-        rank = jnp.argsort(jnp.argsort(jnp.where(waits & may, saved_s, jnp.inf)))
-        at_server = hopeless | (waits & may & (rank < uploads))
-        slowest_s = jnp.max(jnp.where(at_server, together_s, 0.0))
-        takes_s = prices.download_s * (waiting - uploads)
+        sharers = jnp.maximum(uploads + jnp.sum(hopeless), 1).astype(jnp.float32)
+        away = at_server(rules, situation, sharers)
+        together_s = away.upload_s + away.training_s
+        rank = jnp.argsort(jnp.argsort(jnp.where(waits & may, together_s - low * whole_s, jnp.inf)))
+        there = hopeless | (waits & may & (rank < uploads))
+        slowest_s = jnp.max(jnp.where(there, together_s, 0.0))
         limit_s = jnp.where(uploads > 0, slowest_s, jnp.inf)
-        if prices.training_s is not None and self.patience_s is not None:
-            takes_s = takes_s + prices.training_s
-            limit_s = jnp.maximum(slowest_s, self.patience_s)
-        arrives = takes_s <= limit_s
-        retention = jnp.arange(self.most + 1) / _layers(world, observation)[:, None]
-        low, high = self.retention
-        wanted = jnp.where(arrives & prices.allowed & (retention <= high + 1e-6), retention, 0.0).max(-1)
-        return Action(at_server, jnp.where(usable, observation.cached_retention, jnp.maximum(wanted, low)))
+        local = every_level(rules, situation)
+        takes_s = local.download_s * (waiting - uploads)
+        if rules.trains_in_time:
+            takes_s, limit_s = takes_s + local.training_s, jnp.maximum(slowest_s, self.patience_s)
+        layers = jnp.arange(rules.models.most + 1)[:, None]
+        fewest, most = possible_levels(rules, situation)
+        retention = layers / look_up(rules.models.layers, situation.family)
+        fits = (takes_s <= limit_s) & (layers >= fewest) & (layers <= most) & (retention <= high + 1e-6)
+        wanted = jnp.maximum(jnp.where(fits, retention, 0.0).max(0), low)
+        return plan_of_wish(rules, situation, there, jnp.where(usable, held, wanted))
 
 
-def _layers(world: World, observation: Observation) -> Int[Array, "ues"]:
-    if world.families is None or observation.family is None:
-        return jnp.broadcast_to(world.model_layers, observation.complexity.shape)
-    return world.families.model_layers[observation.family]
+def search_count_table(scenario: Scenario) -> CountTable:
+    """The best counts, retention limits and patience of ``CountTable``."""
+    ues = scenario.fleet.ues
+    levels, patience = levels_of(scenario), patiences_s(scenario)
+    grids = (levels, levels, *([patience] if patience else []))
+
+    def table(uploads: Array, low: Array, high: Array, *patience_s: Array) -> CountTable:
+        return CountTable(uploads, jnp.stack([jnp.minimum(low, high), high]), *patience_s)
+
+    compiled = scorer(scenario, mean_return(lambda world, *candidate: table(*candidate)))
+    begins: list[Point] = [(levels[0], levels[-1], limit) for limit in patience[len(patience) // 3 :: 3]]
+    candidates = []
+    for share, begin in itertools.product(_SHARES, begins or [(levels[0], levels[-1])]):
+        counts = np.round(share * np.arange(ues + 1))
+        candidates.append((counts, ascend(partial(compiled, _uploads(counts)), begin, grids)))
+    if len(candidates) > len(_SHARES):
+        # Refining takes longest: the more promising half of them, or less.
+        candidates.sort(key=lambda one: compiled(_uploads(one[0]), *one[1]), reverse=True)
+        del candidates[len(_SHARES) :]
+    # Several beginnings: the counts of one table hold each other in place.
+    if ues <= _TABLE_UES:
+        candidates = [_refine_table(compiled, *candidate, grids) for candidate in candidates]
+    counts, limits = max(candidates, key=lambda one: compiled(_uploads(one[0]), *one[1]))
+    return table(_uploads(counts), *(jnp.float32(limit) for limit in limits))
+
+
+def _refine_table(
+    compiled: Callable[..., float], uploads: np.ndarray, limits: Point, grids: tuple[Point, ...]
+) -> tuple[np.ndarray, Point]:
+    """Counts moved by one at a time, and limits, for as long as that helps."""
+    best = compiled(_uploads(uploads), *limits)
+    improved = True
+    while improved:
+        improved = False
+        for waiting in range(1, len(uploads)):
+            for count in (uploads[waiting] - 1, uploads[waiting] + 1):
+                trial = uploads.copy()
+                trial[waiting] = count
+                if 0 <= count <= waiting and (value := compiled(_uploads(trial), *limits)) > best:
+                    best, uploads, improved = value, trial, True
+        moved = ascend(partial(compiled, _uploads(uploads)), limits, grids)
+        if moved != limits:
+            limits, improved = moved, True
+            best = compiled(_uploads(uploads), *limits)
+    return uploads, limits
+
+
+def _uploads(counts: Float[np.ndarray, "counts"]) -> Array:
+    return jnp.asarray(np.round(counts), jnp.int32)

@@ -17,21 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from emutune.errors import UsageError
 from emutune.policies.base import register_policy
 from emutune.policies.expected import Expectation, link_shares
-from emutune.policies.kinds import Kind, mean_tflop
-from emutune.policies.lookahead import Lookahead, plan_lookahead, present_step
+from emutune.policies.kinds import kind_of
+from emutune.policies.lookahead import Lookahead, plan_lookahead, present_step, search_prices
 from emutune.policies.worth import (
     LaterPrices,
     TaskCosts,
-    held_by,
     task_costs,
     worth_before,
     worth_of_kept,
     worth_of_renewed,
 )
 from emutune.scenario import Scenario
-from emutune.world import Action, Observation, World
+from emutune.step import Plan, Situation
+from emutune.world import World, build_world
 
 # More gain nothing: expectations say little about who will wait for what.
 STEPS = 3
@@ -53,84 +54,80 @@ class Horizon:
     base: Lookahead
     prices: LaterPrices
 
-    def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
+    def decide(self, world: World, situation: Situation, key: Key[Array, ""]) -> Plan:
         """See ``Policy.decide``."""
-        if observation.complexity.ndim > 1:
-            return jax.vmap(lambda one: self.decide(world, one, key))(observation)
-        return self.base.choose(world, observation, *self.later(world, observation))
+        if situation.complexity.ndim > 1:
+            return jax.vmap(lambda one: self.decide(world, one, key))(situation)
+        return self.base.choose(world, situation, *self.later(world, situation))
 
     def later(
-        self, world: World, observation: Observation
-    ) -> tuple[Float[Array, "ues"], Float[Array, "ues levels"]]:
+        self, world: World, situation: Situation
+    ) -> tuple[Float[Array, "ues"], Float[Array, "levels ues"]]:
         """As ``Lookahead.later``, with the programme's prices."""
-        shadow = self.base.shadow_per_j(world, observation)
-        present = present_step(world, observation)
+        shadow = self.base.shadow_per_j(world, situation)
+        present = present_step(world, situation)
         last = jnp.minimum(present + self.steps, world.tasks) - 1
-        after = self.base.table_of(world, observation, last, shadow)
-        shares = self.shares(world, observation, after, shadow)
-        kinds = _kinds_of(world, observation, shadow)
+        after = self.base.table_of(world, situation, last, shadow)
+        shares = self.shares(world, situation, after, shadow)
+        kinds = kind_of(world, situation, shadow)
 
         def before(after: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
             share, step = now
             prices = LaterPrices(share[0], share[1], self.prices.background_s)
-            costs = jax.vmap(lambda kind: task_costs(world, self.base.most, Kind(**kind), prices))(kinds)
+            costs = jax.vmap(lambda kind: task_costs(world, kind, prices))(kinds)
             worth = jax.vmap(partial(worth_before, world))(costs, after)
             return jnp.where(step <= last, worth, after), None
 
         coming = (shares[1:], present + jnp.arange(1, self.steps))
         worth, _ = jax.lax.scan(before, after, coming, reverse=True)
-        family, _, _ = held_by(world, observation)
-        own = worth[jnp.arange(worth.shape[0]), family]
-        return worth_of_kept(world, observation, own), worth_of_renewed(world, observation, own)
+        own = worth[jnp.arange(worth.shape[0]), situation.family]
+        return worth_of_kept(world, situation, own), worth_of_renewed(world, situation, own)
 
     def shares(
         self,
         world: World,
-        observation: Observation,
+        situation: Situation,
         after: Float[Array, "ues families families levels"],
-        shadow_per_j: Float[Array, "ues"] | None,
+        shadow_per_j: Float[Array, "ues"],
     ) -> Float[Array, "steps 2"]:
         """Prices of uplink and downlink in the coming steps; lookahead's own if the solver fails."""
-        kinds = _kinds_of(world, observation, shadow_per_j)
+        models, kinds = world.rules.models, kind_of(world, situation, shadow_per_j)
         background = self.prices.background_s
 
         def priced(price: float) -> TaskCosts:
             both = LaterPrices(jnp.float32(price), jnp.float32(price), background)
-            return jax.vmap(lambda kind: task_costs(world, self.base.most, Kind(**kind), both))(kinds)
+            return jax.vmap(lambda kind: task_costs(world, kind, both))(kinds)
 
         free, dear = priced(0.0), priced(1.0)
         # Where data may not leave, uploads cost infinitely much at any price.
         barred = jnp.isinf(free.upload)
         upload_delay = jnp.where(barred, 0.0, dear.upload - jnp.where(barred, 0.0, free.upload))
-        family, held_family, layers = held_by(world, observation)
-        chance = world.devices.task_probability
         known = {
             "local": free.local,
             "upload": free.upload,
-            "sent": free.layer[..., 0],
+            "sent": free.per_bit[:, None] * models.bits[:, 1],
             "allowed": free.allowed,
             "upload_delay": upload_delay,
-            "layer_delay": (dear.layer - free.layer)[..., 0],
-            "family": family,
-            "held_family": held_family,
-            "held": layers,
+            "layer_delay": (dear.per_bit - free.per_bit)[:, None] * models.bits[:, 1],
+            "family": situation.family,
+            "held_family": jnp.argmax(situation.held, axis=-1),
+            "held": jnp.max(situation.held, axis=-1),
             "after": after,
-            "stays": jnp.float32(1.0) if world.families is None else world.families.persistence,
-            "active": jnp.float32(1.0) if chance is None else chance,
-            "delta": jnp.asarray(world.delta_download),
-            "left": world.tasks - present_step(world, observation),
+            "stays": world.stays,
+            "active": world.task_probability,
+            "delta": jnp.asarray(models.missing_bits.shape[1] > 1),
+            "left": world.tasks - present_step(world, situation),
         }
         own = jnp.stack([self.prices.upload, self.prices.download])
         shape = jax.ShapeDtypeStruct((self.steps, 2), jnp.float32)
         return jax.pure_callback(partial(_solve, self.steps), shape, known, own, vmap_method="sequential")
 
 
-def plan_horizon(scenario: Scenario, world: World, prices: LaterPrices, *, steps: int = STEPS) -> Horizon:
+def plan_horizon(world: World, prices: LaterPrices, *, steps: int = STEPS) -> Horizon:
     """A horizon before whose end prices are the programme's, and after it lookahead's.
 
     Args:
-        scenario: says how many levels there are.
-        world: the same as arrays.
+        world: the world.
         prices: of lookahead, as found by search.
         steps: of the horizon, at least 1; with 1 it decides as lookahead does.
 
@@ -139,7 +136,21 @@ def plan_horizon(scenario: Scenario, world: World, prices: LaterPrices, *, steps
     """
     if steps < 1:
         raise ValueError(f"steps: a horizon has at least 1 step, got {steps}")
-    return Horizon(steps, plan_lookahead(scenario, world, prices), prices)
+    return Horizon(steps, plan_lookahead(world, prices), prices)
+
+
+def search_horizon(scenario: Scenario) -> Horizon:
+    """``Horizon`` with the best prices of ``Lookahead`` beyond it.
+
+    Raises:
+        UsageError: UEs cache several emulators.
+    """
+    if scenario.families and scenario.families.cache_gb is not None:
+        raise UsageError(
+            "horizon: its programme knows caches of one emulator only, and families.cache_gb lets a UE cache several; "
+            "use lookahead, or leave families.cache_gb out"
+        )
+    return plan_horizon(build_world(scenario), search_prices(scenario))
 
 
 def _solve(steps: int, known: dict[str, Any], own: Any) -> np.ndarray:
@@ -150,25 +161,3 @@ def _solve(steps: int, known: dict[str, Any], own: Any) -> np.ndarray:
     if shares is None:
         return np.broadcast_to(own, (steps, 2)).astype(np.float32)
     return (shares * own.sum()).astype(np.float32)
-
-
-def _kinds_of(
-    world: World, observation: Observation, shadow_per_j: Float[Array, "ues"] | None
-) -> dict[str, Array | None]:
-    """Every UE as a kind of its own, as ``Kind``'s fields."""
-    device, energy = observation.device, world.devices.energy
-    seconds = joules = private = None
-    if device.tflops is not None and world.devices.computation is not None:
-        seconds = mean_tflop(world) / device.tflops
-        if energy is not None and device.compute_w is not None:
-            price = -energy.weight_per_j if shadow_per_j is None else shadow_per_j - energy.weight_per_j
-            joules = price / world.ues * device.compute_w * seconds
-    if device.private is not None:
-        private = device.private.astype(jnp.float32)
-    return {
-        "gain": observation.previous_gain,
-        "seconds": seconds,
-        "joules": joules,
-        "memory_bits": device.memory_bits,
-        "private": private,
-    }

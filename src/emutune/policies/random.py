@@ -8,7 +8,8 @@ import jax
 from jaxtyping import Array, Key
 
 from emutune.policies.base import register_policy
-from emutune.world import Action, Observation, World
+from emutune.step import Plan, Situation, plan_of_wish
+from emutune.world import World
 
 
 @register_policy
@@ -16,12 +17,11 @@ from emutune.world import Action, Observation, World
 class Random:
     """A fair coin for z, and E uniform over the retention bounds."""
 
-    def decide(self, world: World, observation: Observation, key: Key[Array, ""]) -> Action:
+    def decide(self, world: World, situation: Situation, key: Key[Array, ""]) -> Plan:
         """See ``Policy.decide``."""
         case_key, emulator_key = jax.random.split(key)
-        shape = observation.complexity.shape
-        low, high = world.retention_bounds
-        return Action(
-            at_server=jax.random.bernoulli(case_key, 0.5, shape),
-            retention=jax.random.uniform(emulator_key, shape, minval=low, maxval=high),
-        )
+        shape = situation.complexity.shape
+        low, high = world.rules.retention_bounds
+        tossed = jax.random.bernoulli(case_key, 0.5, shape)
+        retention = jax.random.uniform(emulator_key, shape, minval=low, maxval=high)
+        return plan_of_wish(world.rules, situation, tossed, retention)

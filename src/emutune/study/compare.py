@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,19 +14,15 @@ from jaxtyping import Float
 from emutune.bounds import certified_bounds
 from emutune.errors import UsageError
 from emutune.files import make_writable
-from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig, total_steps
+from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig
+from emutune.learning.teachers import teacher_of
 from emutune.learning.training import train_seeds
 from emutune.policies import Policy, Random
+from emutune.policies.registry import RULES, baseline_policy
 from emutune.scenario import Scenario, dump_scenario
-from emutune.study.baselines import BASELINES, SIMPLE, SLOW, baseline_policy, teacher_of
-from emutune.study.evaluate import (
-    EpisodeFigures,
-    decision_time_ms,
-    evaluate_policy,
-    held_out_episodes,
-)
+from emutune.study.evaluate import decision_time_ms, evaluate_policy, held_out_episodes
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
-from emutune.world import Episode
+from emutune.world import Episode, Summary
 
 LEARNED = {
     "ippo": TrainingConfig(algorithm="ippo"),
@@ -65,6 +61,20 @@ STUDIES: dict[str, Settings] = {
 Progress = Callable[[str], None]
 
 
+class Effort(NamedTuple):
+    """How much a comparison trains and measures.
+
+    Attributes:
+        seeds: of each learned policy's training.
+        episodes: held out, on which every policy is measured.
+        steps: of each training in the environment, instead of the default.
+    """
+
+    seeds: int
+    episodes: int = 64
+    steps: int | None = None
+
+
 def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
     """The policies of a comma-separated list; ``all`` stands for those that the scenario is a matter for.
 
@@ -74,11 +84,10 @@ def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
     Raises:
         UsageError: a name is unknown.
     """
-    known = [*BASELINES, *LEARNED, *STUDIES]
-    quick = [name for name in BASELINES if name not in SLOW]
-    everything = [*quick, *LEARNED, "hmppo_ranked", "guided"]
+    known = [*(rule.name for rule in RULES), *LEARNED, *STUDIES]
+    everything = [*(rule.name for rule in RULES if not rule.slow), *LEARNED, "hmppo_ranked", "guided"]
     if scenario.families is None and not scenario.has_devices:
-        everything = [*SIMPLE, *LEARNED]
+        everything = [*(rule.name for rule in RULES if not rule.plans), *LEARNED]
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
         if name != "all" and name not in known:
@@ -90,11 +99,9 @@ def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
 def compare(
     scenario: Scenario,
     names: Sequence[str],
+    effort: Effort,
     *,
-    seeds: int,
     directory: str | Path,
-    episodes: int = 64,
-    steps: int | None = None,
     retention: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -103,11 +110,9 @@ def compare(
     Args:
         scenario: the world.
         names: policies, from ``expand_policy_names``.
-        seeds: training seeds of each learned policy.
+        effort: how much is trained and measured.
         directory: where runs are kept; finished and interrupted ones are taken up again. A run's own
             directory is named after what it was trained for, so that comparisons can share this one.
-        episodes: held-out episodes.
-        steps: environment steps of training, instead of the default.
         retention: of the ``fixed`` policy.
         progress: called with a line on what is being done.
 
@@ -116,6 +121,7 @@ def compare(
         CheckpointError: a run cannot be written, or is damaged.
     """
     say = progress or (lambda line: None)
+    seeds, episodes, steps = effort
     if any(training_config(name) for name in names):
         make_writable("--out", Path(directory))
     drawn = held_out_episodes(scenario, episodes)
@@ -131,7 +137,7 @@ def compare(
             run, candidates = None, [baseline_policy(name, scenario, retention)]
         else:
             run = str(run_directory(Path(directory), name, scenario, config))
-            told = _told(say, name, seeds, total_steps(config, scenario.fleet.ues, scenario.fleet.tasks))
+            told = _told(say, name, seeds, config.total_steps(scenario.fleet.ues, scenario.fleet.tasks))
             teacher = teacher_of(config, scenario)
             candidates = train_seeds(scenario, config, range(seeds), run, teacher=teacher, progress=told)
         policies[name] = {**_figures(scenario, candidates, drawn, bounds, random), "run": run}
@@ -185,7 +191,7 @@ def _figures(
     candidates: Sequence[Policy],
     drawn: Episode,
     bounds: Float[np.ndarray, "episodes"],
-    random: EpisodeFigures,
+    random: Summary,
 ) -> dict[str, Any]:
     measured = [evaluate_policy(scenario, policy, drawn) for policy in candidates]
     returns = np.stack([one.episode_return for one in measured])

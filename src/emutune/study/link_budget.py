@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +13,14 @@ from scipy import special
 
 from emutune.bounds import certified_bounds
 from emutune.policies import AllServer, Random
+from emutune.policies.fixed import search_best_fixed
+from emutune.policies.measure import watch_episodes
 from emutune.scenario import Scenario
-from emutune.study.evaluate import (
-    evaluate_policy,
-    held_out_episodes,
-    held_out_key,
-    run_episodes,
-    search_best_fixed,
-)
-from emutune.world import World, build_world
+from emutune.step.ergodic import spectral_efficiency
+from emutune.study.evaluate import evaluate_policy, held_out_episodes, held_out_key
+from emutune.world import Episode, World, build_world
 from emutune.world.channel import path_gain
 from emutune.world.dynamics import draw_links
-from emutune.world.ergodic import spectral_efficiency
 from emutune.world.fading import LIGHT_M_PER_S
 from emutune.world.path_loss import path_loss_db
 
@@ -143,21 +138,12 @@ def _coherence(scenario: Scenario) -> list[dict[str, float]]:
 def reward_shares(scenario: Scenario, episodes: int = 4) -> dict[str, float]:
     """What part of the random policy's cost each term of the reward is, in percent."""
     world, drawn = build_world(scenario), held_out_episodes(scenario, episodes)
-    zero, energy = jnp.asarray(0.0), world.devices.energy
-    # The random policy decides the same whatever the weights are, and they are no part of the program.
-    costless = replace(world, perplexity_weight=zero, delay_weight_per_s=zero)
-    free = costless
-    if energy is not None:
-        over = energy.over_budget_weight_per_j
-        nothing = energy._replace(weight_per_j=zero, over_budget_weight_per_j=None if over is None else zero)
-        free = replace(costless, devices=world.devices._replace(energy=nothing))
-    worlds = {
-        "perplexity": replace(free, perplexity_weight=world.perplexity_weight),
-        "delay": replace(free, delay_weight_per_s=world.delay_weight_per_s),
-    }
-    if energy is not None:
-        worlds["energy"] = costless
-    costs = {name: -float(run_episodes(one, Random(), drawn)[0].mean()) for name, one in worlds.items()}
+
+    @jax.jit
+    def terms(world: World, episodes: Episode) -> dict[str, jax.Array]:
+        return watch_episodes(world, Random(), episodes, lambda step: step.outcome.charge.terms)
+
+    costs = {name: float(part.sum()) for name, part in terms(world, drawn).items()}
     total = sum(costs.values())
     return {name: 100 * cost / total if total else 0.0 for name, cost in costs.items()}
 
@@ -183,11 +169,11 @@ def trivial_policies(scenario: Scenario, episodes: int = 8) -> dict[str, Any]:
 def _training(scenario: Scenario, world: World) -> list[dict[str, float]]:
     """Seconds and joules of training a task of mean size, for each model; nothing where it takes no time."""
     wanted = scenario.computation
-    if wanted is None or world.devices.computation is None:
+    if wanted is None:
         return []
     compute = None if scenario.energy is None else scenario.energy.compute_j_per_tflop
     rows = []
-    for model, per_bit in zip(scenario.models, world.devices.computation.tflop_per_bit, strict=True):
+    for model, per_bit in zip(scenario.models, world.rules.models.whole_tflop_per_bit, strict=True):
         tflop = float(per_bit * world.data_bits.mean())
         smallest, largest = (tflop * layers / model.layers for layers in (model.fewest, model.most))
         row = {

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from emutune.files import make_writable, replacing, saving
 from emutune.scenario import load_scenario
-from emutune.study.compare import LEARNED, Progress, compare
+from emutune.study.compare import LEARNED, Effort, Progress, compare
 from emutune.study.figures import draw_fig2, read_curves
 from emutune.study.paper_table import TABLE_I, paper_ratio
 
@@ -54,9 +54,8 @@ def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress 
             compare(
                 scenario,
                 POLICIES,
-                seeds=seeds,
+                Effort(seeds, episodes),
                 directory=directory / "runs",
-                episodes=episodes,
                 progress=lambda line, ues=ues: say(f"N = {ues}: {line}"),  # type: ignore[misc]
             )
         )

@@ -11,10 +11,9 @@ from emutune.errors import UsageError
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.guided import Guided
 from emutune.policies import Lookahead, Policy
+from emutune.policies.lookahead import search_lookahead
 from emutune.scenario import Scenario
-from emutune.study.search import search_lookahead
-from emutune.world import build_world
-from emutune.world.observation import feature_bounds
+from emutune.world import build_world, features_of
 
 
 def transferred(policy: Policy, trained_in: Scenario, scenario: Scenario) -> Policy:
@@ -38,7 +37,7 @@ def transferred(policy: Policy, trained_in: Scenario, scenario: Scenario) -> Pol
         raise UsageError(
             f"fleet.ues: flat networks decide for {there} UEs, not {here}; train with --network set"
         )
-    if feature_bounds(build_world(scenario)) != feature_bounds(build_world(trained_in)):
+    if features_of(build_world(scenario)) != features_of(build_world(trained_in)):
         raise UsageError(
             f"the scenario's sections: networks trained in {trained_in.name} see other features of a UE; "
             "switch on what was on there and nothing else, or train anew"

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from emutune.scenario import Scenario
+from emutune.step.special import bessel_j0
 from emutune.world.channel import draw_fading, fading_quantiles
-from emutune.world.special import bessel_j0
 
 LIGHT_M_PER_S = 299_792_458.0
 

@@ -61,7 +61,7 @@ def draw_channel(
     rows, ues = world.tasks + 1, world.ues
     if world.trace is not None:
         uplink_snr, downlink_gain = draw_windows(jax.random.fold_in(key, _WINDOWS), world.trace, rows, ues)
-        noise_w = world.noise_w_per_hz * world.uplink_bandwidth_hz
+        noise_w = world.rules.links.noise_w_per_hz * world.rules.links.uplink_bandwidth_hz
         return Channel(uplink_snr * noise_w / transmit_power_w, downlink_gain)
     assert world.distance_m is not None
     path = None
@@ -102,7 +102,7 @@ def gain_bounds(world: World) -> Float[Array, "2"]:
     """
     if world.trace is not None:
         snr = world.trace.uplink_snr
-        noise_w = world.noise_w_per_hz * world.uplink_bandwidth_hz
+        noise_w = world.rules.links.noise_w_per_hz * world.rules.links.uplink_bandwidth_hz
         return jnp.stack([snr.min(), snr.max()]) * noise_w / world.transmit_power_w[::-1]
     assert world.distance_m is not None
     if world.path_loss is not None:

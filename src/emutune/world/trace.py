@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from emutune.scenario import Scenario
-from emutune.world.ergodic import snr_of_efficiency
+from emutune.step.ergodic import snr_of_efficiency
 
 
 class TraceTables(NamedTuple):

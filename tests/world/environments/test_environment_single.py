@@ -164,6 +164,7 @@ def test_the_cache_is_reported_as_it_was_before_the_step(env):
     env.reset(seed=0)
     first = env.step(act(at_server=(1, 0, 0), retention=(0.5, 0.5, 0.25)))[4]
     second = env.step(act())[4]
+    np.testing.assert_array_equal(first["retention"], [0, 0.5, 0.25])
     np.testing.assert_array_equal(first["cached_retention"], [0, 0, 0])
     np.testing.assert_array_equal(second["cached_retention"], [0, 0.5, 0.25])
     np.testing.assert_array_equal(second["switched"], [True, False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,12 +16,21 @@ from emutune.fleet.server.links import plain_law
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
+from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario
-from emutune.study.baselines import baseline_policy
-from emutune.world import Observation, World, build_world
-from emutune.world.dynamics import choose_layers
-from emutune.world.link import download_delay_s, shared_rate_bps, upload_delay_s
-from emutune.world.quality import task_perplexity
+from emutune.step import (
+    Plan,
+    Situation,
+    at_server,
+    downlink_bps,
+    empty_cache,
+    on_ue,
+    possible_plan,
+    share,
+    situation_of,
+    uplink_bps,
+)
+from emutune.world import World, build_world
 
 
 class Decider:
@@ -63,21 +71,10 @@ class Decider:
     def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         """One choice a device; the same for the same step and candidates."""
         world = self.world(len(candidates))
-        observation = Observation(
-            previous_gain=_column(candidates, "gain"),
-            complexity=_column(candidates, "complexity"),
-            data_bits=8 * _column(candidates, "data_bytes"),
-            cached_retention=_column(candidates, "cached_layers") / world.model_layers,
-            progress=jnp.asarray((step % world.tasks) / world.tasks, jnp.float32),
-            transmit_power_w=_column(candidates, "transmit_power_w"),
-        )
         key = jax.random.fold_in(self._key, step)
-        at_server, layers = _decide(
-            world, self._policy, observation, jnp.asarray(_layers_of(candidates)), key
-        )
-        return [
-            Choice(bool(z), int(k)) for z, k in zip(np.asarray(at_server), np.asarray(layers), strict=True)
-        ]
+        progress = (step % world.tasks) / world.tasks
+        plan = _decide(world, self._policy, _situation(world, progress, candidates), key)
+        return [Choice(bool(z), int(k)) for z, k in zip(*map(np.asarray, plan), strict=True)]
 
     def forecast(
         self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
@@ -89,15 +86,13 @@ class Decider:
             choices: what was decided.
             bytes_to_move: of the scenario, over each device's link: data, or what it lacks of an emulator.
         """
-        rates, delays, perplexities = _forecast(
-            self.world(len(candidates)),
-            _column(candidates, "gain"),
-            _column(candidates, "transmit_power_w"),
-            _column(candidates, "complexity"),
+        world = self.world(len(candidates))
+        plan = Plan(
             jnp.asarray([choice.at_server for choice in choices]),
-            jnp.asarray([choice.layers for choice in choices], jnp.float32),
-            8 * jnp.asarray(bytes_to_move, jnp.float32),
+            jnp.asarray([choice.layers for choice in choices], jnp.int32),
         )
+        bits = 8 * jnp.asarray(bytes_to_move, jnp.float32)
+        rates, delays, perplexities = _forecast(world, _situation(world, 0.0, candidates), plan, bits)
         return [
             Forecast(float(rate), float(delay), float(value))
             for rate, delay, value in zip(rates, delays, perplexities, strict=True)
@@ -138,49 +133,45 @@ def checkpoint_of(policy: str) -> Path | None:
 
 
 @jax.jit
-def _decide(
-    world: World, policy: Policy, observation: Observation, cached: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    action = policy.decide(world, observation, key)
-    return action.at_server, choose_layers(world, action.retention, cached)
+def _decide(world: World, policy: Policy, situation: Situation, key: jax.Array) -> Plan:
+    plan = policy.decide(world, situation, key)
+    # What a device that uploads would train with is of use where the server may not take its data.
+    local = Plan(jnp.zeros_like(plan.at_server), plan.layers)
+    return Plan(plan.at_server, possible_plan(world.rules, situation, local).layers)
 
 
 @jax.jit
 def _forecast(
-    world: World,
-    gain: jax.Array,
-    power: jax.Array,
-    complexity: jax.Array,
-    at_server: jax.Array,
-    layers: jax.Array,
-    bits: jax.Array,
+    world: World, situation: Situation, plan: Plan, bits: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rate of every link in use, delay and perplexity of every device."""
-    uploads, downloads = at_server & (bits > 0), ~at_server & (bits > 0)
-    delays = upload_delay_s(world, bits, power, gain, uploads) + download_delay_s(
-        world, bits, gain, downloads
-    )
-    perplexity = task_perplexity(world, layers / world.model_layers, complexity, at_server)
-    return _rates(world, gain, power, uploads, downloads), delays, perplexity
+    """Rate of every link in use, delay and perplexity of every device, when so many bits are moved."""
+    rules, links = world.rules, world.rules.links
+    sends = plan.at_server & (bits > 0)
+    downward = downlink_bps(links, situation.downlink_gain)
+    # A real catalogue's emulators share layers, and what a device lacks of one is known.
+    local = on_ue(rules, situation, plan.layers)._replace(download_s=bits / downward)
+    uploaded = situation._replace(data_bits=bits)
+    uploaders = jnp.sum(sends, dtype=jnp.float32)
+    taken = share(rules, situation, plan, local, at_server(rules, uploaded, uploaders))
+    loaders = jnp.maximum(jnp.sum(~plan.at_server & (bits > 0)), 1)
+    upward = uplink_bps(links, situation.transmit_power_w, situation.gain, uploaders)
+    return jnp.where(sends, upward, downward / loaders), taken.delay_s, taken.perplexity
 
 
-def _rates(
-    world: World, gain: jax.Array, power: jax.Array, uploads: jax.Array, downloads: jax.Array
-) -> jax.Array:
-    up, down = jnp.sum(uploads) * 1.0, jnp.sum(downloads) * 1.0
-    rate = partial(
-        shared_rate_bps, gain=gain, noise_w_per_hz=world.noise_w_per_hz, ergodic=world.ergodic_rate
+def _situation(world: World, progress: float, candidates: Sequence[Candidate]) -> Situation:
+    """What devices reported; a fleet knows of one foundation model and of no other differences yet."""
+    _, age = empty_cache(world.rules, len(candidates))
+    held = jnp.asarray([[candidate.cached_layers] for candidate in candidates], jnp.int32)
+    return situation_of(
+        progress=jnp.asarray(progress, jnp.float32),
+        complexity=_column(candidates, "complexity"),
+        data_bits=8 * _column(candidates, "data_bytes"),
+        transmit_power_w=_column(candidates, "transmit_power_w"),
+        gain=_column(candidates, "gain"),
+        held=held,
+        age=age,
     )
-    upward = rate(world.uplink_bandwidth_hz, power, sharers=up)
-    downward = rate(
-        world.downlink_bandwidth_hz, world.downlink_power_w / jnp.maximum(down, 1.0), sharers=down
-    )
-    return jnp.where(uploads, upward, downward)
 
 
 def _column(candidates: Sequence[Candidate], name: str) -> jax.Array:
     return jnp.asarray([getattr(candidate, name) for candidate in candidates], jnp.float32)
-
-
-def _layers_of(candidates: Sequence[Candidate]) -> list[int]:
-    return [candidate.cached_layers for candidate in candidates]

@@ -8,25 +8,28 @@ from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pettingzoo import ParallelEnv
 
 from emutune.errors import UsageError
 from emutune.scenario import Scenario
 from emutune.world.environments.single import OrchestrationEnv
+from emutune.world.features import features_of
+from emutune.world.parameters import world_outline
 
 Observations = dict[str, Float[np.ndarray, "features"]]
 Value = TypeVar("Value")
 
 _AGENTS = ("case", "emulator")
+# What s2 leaves out of s1.
+_UNSEEN = {"gain", "data"}
 
 
 class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # type: ignore[misc]
     """The agents ``case`` (where to train, N bits) and ``emulator`` (N retentions) of one fleet.
 
-    ``case`` sees s1 and the progress: the observation of ``OrchestrationEnv``, 4N + 1 numbers.
-    ``emulator`` sees the complexities, the cached retentions and the progress, 2N + 1 numbers, and what
-    there is of families. In the
+    ``case`` sees s1 and the progress: the observation of ``OrchestrationEnv``, 4N + 1 numbers or more.
+    ``emulator`` sees that without the features ``gain`` and ``data``, 2N + 1 numbers. In the
     paper its state s2 also holds the action of ``case`` in the same step (sec. IV-A). Agents of a
     parallel environment act at the same time, so that action does not exist yet and is left out.
 
@@ -51,9 +54,7 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
         render_mode: str | None = None,
     ) -> None:
         self._env = OrchestrationEnv(scenario, overrides, render_mode)
-        self._emulator_sees = _emulator_sees(
-            self._env.scenario.fleet.ues, self._env.observation_space.shape[0]
-        )
+        self._emulator_sees = _emulator_sees(self._env.scenario)
         self._last_seen: Float[np.ndarray, "features"] | None = None
         self.possible_agents = list(_AGENTS)
         self.agents: list[str] = []
@@ -131,9 +132,10 @@ def parallel_env(
     return OrchestrationParallelEnv(scenario, overrides, render_mode)
 
 
-def _emulator_sees(ues: int, features: int) -> np.ndarray:
-    """Where the complexities, the cached retentions and all that follows stand among the features."""
-    return np.concatenate([np.arange(ues, 2 * ues), np.arange(3 * ues, features)])
+def _emulator_sees(scenario: Scenario) -> Bool[np.ndarray, "features"]:
+    """Which numbers of the observation the emulator agent sees; the progress is the last."""
+    seen = [feature.name not in _UNSEEN for feature in features_of(world_outline(scenario))]
+    return np.append(np.repeat(seen, scenario.fleet.ues), True)
 
 
 def _for_both(value: Value) -> dict[str, Value]:

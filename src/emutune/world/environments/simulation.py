@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from emutune.errors import UsageError
 from emutune.forking import refuse_fork
 from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario
-from emutune.world.cache import Cache, usable_layers
-from emutune.world.dynamics import Action, Outcome, State, current_task, reset, step
-from emutune.world.observation import observe, progress_feature, ue_features
-from emutune.world.parameters import World, layers_of
+from emutune.step import plan_of_wish, retention_of
+from emutune.world.dynamics import Carried, Outcome, State, during, observe, reset, step
+from emutune.world.features import cached_retention, progress_feature, ue_features
+from emutune.world.parameters import World
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,7 @@ _MORE = {"family": np.int32, "training_s": np.float32, "energy_j": np.float32, "
 class Progress(NamedTuple):
     """The part of a state that a step changes; the draws of the episode stay where they are."""
 
-    cache: Cache
+    carried: Carried
     step: Int[Array, "*batch"]
 
 
@@ -117,15 +117,17 @@ def _begin(seed: UInt32[Array, "2"], world: World) -> tuple[State, Float[Array, 
 def _advance(
     world: World, state: State, at_server: Bool[Array, "ues"], retention: Float[Array, "ues"]
 ) -> tuple[Progress, Report]:
-    after, outcome = step(world, state, Action(at_server, retention))
+    after, outcome = step(
+        world, state, plan_of_wish(world.rules, observe(world, state), at_server, retention)
+    )
     report = Report(
         observation=_observation(world, after),
         terminated=after.step >= world.tasks,
         per_ue=_per_ue(world, state, outcome),
-        fleet=jnp.stack([outcome.step_delay_s, outcome.reward]),
-        more=_more(state, outcome),
+        fleet=jnp.stack([outcome.charge.delay_s, outcome.reward]),
+        more=_more(world, state, outcome),
     )
-    return Progress(after.cache, after.step), report
+    return Progress(after.carried, after.step), report
 
 
 def _observation(world: World, state: State) -> Float[Array, "features"]:
@@ -135,31 +137,31 @@ def _observation(world: World, state: State) -> Float[Array, "features"]:
 
 
 def _per_ue(world: World, state: State, outcome: Outcome) -> Float[Array, "entries ues"]:
-    task = current_task(state)
+    known, taken = observe(world, state), outcome.charge.taken
     entries = {
-        "gain": task.gain,
-        "complexity": task.complexity,
-        "data_mb": task.data_bits / 8e6,
-        "transmit_power_w": task.transmit_power_w,
-        "at_server": outcome.at_server,
-        "retention": outcome.retention,
-        "cached_retention": usable_layers(state.cache, task.family) / layers_of(world, task.family),
+        "gain": during(state.episode, state.step, known).gain,
+        "complexity": known.complexity,
+        "data_mb": known.data_bits / 8e6,
+        "transmit_power_w": known.transmit_power_w,
+        "at_server": outcome.plan.at_server,
+        "retention": retention_of(world.rules.models, known.family, outcome.plan.layers),
+        "cached_retention": cached_retention(world, known),
         "switched": outcome.switched,
-        "delay_s": outcome.delay_s,
-        "perplexity": outcome.perplexity,
+        "delay_s": taken.delay_s,
+        "perplexity": taken.perplexity,
     }
     return jnp.stack([entries[name] for name in _PER_UE]).astype(jnp.float32)
 
 
-def _more(state: State, outcome: Outcome) -> dict[str, Shaped[Array, "ues"]]:
-    task = current_task(state)
+def _more(world: World, state: State, outcome: Outcome) -> dict[str, Shaped[Array, "ues"]]:
+    known, taken, rules = observe(world, state), outcome.charge.taken, world.rules
     entries = {
-        "family": task.family,
-        "training_s": outcome.training_s,
-        "energy_j": outcome.energy_j,
-        "active": task.active,
+        "family": (known.family, rules.models.families > 1),
+        "training_s": (taken.training_s, rules.trains_in_time),
+        "energy_j": (taken.joules, rules.uses_energy),
+        "active": (known.active, state.episode.active is not None),
     }
-    return {name: value for name, value in entries.items() if value is not None}
+    return {name: value for name, (value, is_on) in entries.items() if is_on}
 
 
 def _merge(begins: Bool[Array, ""], fresh: State, state: State) -> State:

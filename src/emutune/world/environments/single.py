@@ -45,11 +45,11 @@ class OrchestrationEnv(gymnasium.Env[Float[np.ndarray, "features"], dict[str, An
     truncated.
 
     ``info`` describes the step that was taken, with one entry per UE: ``gain``, ``complexity``,
-    ``data_mb``, ``transmit_power_w``, ``at_server``, ``retention`` (the level used), ``cached_retention``
-    (before the step; 0: none), ``switched``, ``delay_s`` and ``perplexity``; where the world has them,
-    ``family``, ``training_s`` (part of the delay), ``energy_j`` and ``active`` (has a task; without one there
-    is neither delay nor perplexity); for the fleet,
-    ``step_delay_s`` and ``reward``. It is empty after a reset, since nothing has happened yet.
+    ``data_mb``, ``transmit_power_w``, ``at_server``, ``retention`` (the level used on the UE; 0 at the server
+    and without a task), ``cached_retention`` (before the step; 0: none), ``switched``, ``delay_s`` and
+    ``perplexity``; where the world has them, ``family``, ``training_s`` (part of the delay), ``energy_j`` and
+    ``active`` (has a task; without one there is neither delay nor perplexity); for the fleet, ``step_delay_s``
+    and ``reward``. It is empty after a reset, since nothing has happened yet.
 
     JAX starts with the first ``reset``, so environments may be made before processes are forked.
 

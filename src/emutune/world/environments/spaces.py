@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from emutune.errors import UsageError
 from emutune.scenario import Scenario
-from emutune.world.observation import feature_bounds
+from emutune.world.features import features_of
 from emutune.world.parameters import world_outline
 
 # Features run from -1 to 1, but where a range is a millionth wide, float32 rounding moves them by up to 0.18.
@@ -34,7 +34,8 @@ def observation_space(scenario: Scenario) -> spaces.Box:
     more; see ``emutune.world.ue_features``. A gain has no bounds, since fading has none.
     """
     ues, slack = scenario.fleet.ues, _FEATURE_BOUND
-    bounds = np.array([*np.repeat(feature_bounds(world_outline(scenario)), ues, axis=0), (-1.0, 1.0)])
+    of_ue = [(feature.low, feature.high) for feature in features_of(world_outline(scenario))]
+    bounds = np.array([*np.repeat(of_ue, ues, axis=0), (-1.0, 1.0)])
     low, high = (slack * bounds).astype(np.float32).T
     return spaces.Box(low, high, dtype=np.float32)
 

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from scipy import special
 
 from emutune.scenario import Scenario
-from emutune.world import Action, build_world, reset, serve
-from emutune.world.dynamics import Cache, current_task
-from emutune.world.ergodic import ergodic_nats, snr_of_efficiency, spectral_efficiency, spectral_nats
-from emutune.world.link import shared_rate_bps
-from worlds import decades, edited
+from emutune.step import build_rules, charge
+from emutune.step.ergodic import ergodic_nats, snr_of_efficiency, spectral_efficiency, spectral_nats
+from worlds import decades, edited, fleet_alike, plan_from
 
 compiled = jax.jit(ergodic_nats)
 
@@ -39,6 +37,13 @@ def test_it_is_exact_over_the_whole_range_of_single_precision() -> None:
     snr = np.concatenate([np.logspace(-37, 37, 600), np.linspace(0.9, 1.1, 201)]).astype(np.float32)
     exact = np.array([exact_nats(float(one)) for one in snr])
     np.testing.assert_allclose(compiled(jnp.asarray(snr)), exact, rtol=4e-7)
+
+
+def test_it_is_exact_in_double_precision_where_bounds_read_it() -> None:
+    snr = np.concatenate([np.logspace(-30, 30, 200), np.linspace(0.9, 1.1, 21)])
+    with jax.enable_x64(True):
+        found = np.asarray(jax.jit(ergodic_nats)(jnp.asarray(snr)))
+    np.testing.assert_allclose(found, [exact_nats(float(one)) for one in snr], rtol=1e-12)
 
 
 def test_its_ends_are_finite() -> None:
@@ -100,43 +105,19 @@ def test_without_fading_it_is_shannon_s() -> None:
     np.testing.assert_array_equal(spectral_nats(snr, False), jnp.log1p(snr))
 
 
-def test_shared_links_have_the_rate_by_hand() -> None:
-    # A half of 1e6 Hz at SNR 1: C(1) = e E1(1) / ln 2 = 0.86034..., so 430 kbit/s.
-    rate = shared_rate_bps(*(jnp.asarray(x) for x in (1e6, 0.5, 1.0, 1e-6, 2.0)), ergodic=True)
-    assert float(rate) == pytest.approx(5e5 * math.e * special.exp1(1) / math.log(2), rel=1e-6)
-    assert float(rate) == pytest.approx(430_173, rel=1e-4)
-
-
 def test_a_step_of_an_ergodic_world_by_plain_numbers(paper: Scenario) -> None:
     # Wide bands, so that ratios are low enough for fading to matter.
     changes = {"radio.rate": "ergodic", "radio.uplink_bandwidth_hz": 1e8, "radio.noise_dbm_per_hz": -130.0}
-    scenario = edited(paper, changes)
-    world = build_world(scenario)
-    assert world.fading_quantiles is None
-    state = reset(jax.random.key(0), world)
-    task = jax.tree.map(np.asarray, current_task(state))
+    gain = 10 ** -np.linspace(3.4, 5.4, 6)
+    situation = fleet_alike(6)._replace(gain=jnp.asarray(gain), downlink_gain=jnp.asarray(gain))
     at_server = np.array([True, True, False, False, False, True])
-    _, outcome = serve(
-        world,
-        Cache(jnp.zeros(6, jnp.int32)),
-        current_task(state),
-        Action(jnp.asarray(at_server), jnp.full(6, 0.5)),
-    )
+    plan = plan_from([("server", 0) if there else ("local", 16) for there in at_server])
+    delay_s = charge(build_rules(edited(paper, changes)), situation, plan).taken.delay_s
     noise = 10 ** (-130 / 10) / 1000
     for n in range(6):
         if at_server[n]:
-            hertz, power, bits = 1e8 / 3, task.transmit_power_w[n], task.data_bits[n]
+            hertz, power, bits = 1e8 / 3, 0.5, 3.2e9
         else:
             hertz, power, bits = 1e6 / 3, 20.0, 0.5 * 8e9 * 10.8
-        rate = hertz * exact_nats(float(power * task.gain[n] / (noise * hertz))) / math.log(2)
-        assert outcome.delay_s[n] == pytest.approx(bits / rate, rel=1e-5)
-
-
-def test_fading_is_no_part_of_the_gain_where_it_is_in_the_rate(paper: Scenario) -> None:
-    ergodic, shannon = (
-        np.asarray(reset(jax.random.key(3), build_world(edited(paper, {"radio.rate": rate}))).episode.gain)
-        for rate in ("ergodic", "shannon")
-    )
-    np.testing.assert_array_equal(ergodic, np.broadcast_to(ergodic[0], ergodic.shape))
-    # The distances are the same ones: what sets the two apart is the fading, whose mean is 1.
-    assert (shannon / ergodic).mean() == pytest.approx(1, abs=0.05)
+        rate = hertz * exact_nats(float(power * gain[n] / (noise * hertz))) / math.log(2)
+        assert delay_s[n] == pytest.approx(bits / rate, rel=1e-5)

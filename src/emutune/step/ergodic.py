@@ -25,15 +25,18 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import optimize, special
 
-from emutune.world.special import polynomial
+from emutune.step.special import polynomial
 
 _EULER = 0.5772156649015329
 # Rational minimax approximation of x exp(x) E1(x) for x >= 1, off by less than 5e-8: Abramowitz and Stegun,
 # "Handbook of Mathematical Functions", 5.1.56. In s = 1/x it neither over- nor underflows.
 _ABOVE = (1.0, 8.5733287401, 18.0590169730, 8.6347608925, 0.2677737343)
 _BELOW = (1.0, 9.5733223454, 25.6329561486, 21.0996530827, 3.9584969228)
-# The entire part of E1 about 0, 5.1.11: terms beyond the tenth are below 3e-8 for x <= 1.
-_ENTIRE = tuple((-1) ** (k + 1) / (k * math.factorial(k)) for k in range(1, 11))
+# The entire part of E1 about 0, 5.1.11: terms beyond the tenth are below 3e-8 for x <= 1, beyond the 18th below 5e-19.
+_ENTIRE = tuple((-1) ** (k + 1) / (k * math.factorial(k)) for k in range(1, 19))
+_ENOUGH_IN_SINGLE = 10
+# exp(x) E1(x) is the integral of exp(-t) / (x + t): by this quadrature off by less than 4e-13 of it for x >= 1.
+_NODES, _WEIGHTS = np.polynomial.laguerre.laggauss(64)
 
 
 def spectral_nats(snr: Float[Array, "*batch"], ergodic: bool) -> Float[Array, "*batch"]:
@@ -42,12 +45,20 @@ def spectral_nats(snr: Float[Array, "*batch"], ergodic: bool) -> Float[Array, "*
 
 
 def ergodic_nats(snr: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """``exp(1/s) E1(1/s)``, off by less than 3e-7 of its value at every ratio from 0 to infinity."""
+    """``exp(1/s) E1(1/s)`` at every ratio from 0 to infinity.
+
+    Off by less than 3e-7 of its value, and in double precision, which bounds are computed in, by less than 1e-12.
+    """
+    double = snr.dtype == jnp.float64
     weak = jnp.minimum(snr, 1.0)
     strong = jnp.maximum(snr, 1.0)
     inverse = 1.0 / strong
-    few = weak * polynomial(_ABOVE, weak) / polynomial(_BELOW, weak)
-    many = jnp.exp(inverse) * (jnp.log(strong) - _EULER + inverse * polynomial(_ENTIRE, inverse))
+    if double:
+        few = weak * jnp.sum(_WEIGHTS / (1.0 + weak[..., None] * _NODES), axis=-1)
+    else:
+        few = weak * polynomial(_ABOVE, weak) / polynomial(_BELOW, weak)
+    entire = polynomial(_ENTIRE if double else _ENTIRE[:_ENOUGH_IN_SINGLE], inverse)
+    many = jnp.exp(inverse) * (jnp.log(strong) - _EULER + inverse * entire)
     return jnp.where(snr < 1.0, few, many)
 
 

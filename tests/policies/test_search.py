@@ -1,9 +1,12 @@
-"""Searches find parameters that are better than where they begin, and never below a simpler policy's."""
+"""Policies by name; searches find parameters that are better than where they begin, and never below a simpler one's."""
 
 import pytest
 
+from emutune.errors import UsageError
+from emutune.policies import Policy
+from emutune.policies.fixed import search_best_fixed
+from emutune.policies.registry import RULES, baseline_policy
 from emutune.scenario import load_scenario
-from emutune.study.compare import baseline_policy
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
 
@@ -30,3 +33,22 @@ def test_a_small_world_is_searched():
     }
     assert returns["random"] < returns["count_table"]
     assert returns["count_table"] < returns["lookahead"] + 0.2
+
+
+def test_the_best_fixed_retention_of_the_paper_is_the_largest(paper):
+    assert float(search_best_fixed(paper, episodes=4).retention) == 25 / 32
+
+
+def test_every_name_has_one_policy_and_no_other_has_any(paper):
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    for rule in RULES:
+        if not rule.plans and rule.name != "best_fixed":
+            assert isinstance(baseline_policy(rule.name, paper), Policy)
+    assert float(baseline_policy("fixed", paper).retention) == pytest.approx(0.8)
+    assert float(baseline_policy("fixed", paper, 0.5).retention) == 0.5
+    with pytest.raises(UsageError, match=r"retention: must be between 0.2 and 0.8, got 0.9"):
+        baseline_policy("fixed", paper, 0.9)
+    with pytest.raises(
+        UsageError, match="no policy 'best' that needs no training; choose from random, all_server"
+    ):
+        baseline_policy("best", paper)

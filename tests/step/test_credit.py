@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 import plain
-from emutune.learning.credit import marginal_costs
 from emutune.scenario import Scenario, load_scenario
-from emutune.world import Action, Cache, build_world, current_task, reset, serve
+from emutune.step import Plan, marginal_charges, plan_of_wish
+from emutune.world import build_world, reset, serve
+from holding import charged_at, holding
 
 serve_compiled = jax.jit(serve)
-credit_compiled = jax.jit(marginal_costs)
+credit_compiled = jax.jit(marginal_charges)
 
 
-def step_delay_s(scenario: Scenario, task: dict, sends: list[tuple[str, float]]) -> float:
+def step_delay_s(scenario: Scenario, fleet: dict, sends: list[tuple[str, float]]) -> float:
     """Delay of a step in plain numbers: each UE sends nothing, its data up, or so many bits down."""
     radio = scenario.radio
     noise = 10 ** (radio.noise_dbm_per_hz / 10) / 1000
@@ -27,11 +28,11 @@ def step_delay_s(scenario: Scenario, task: dict, sends: list[tuple[str, float]])
     for n, (link, bits) in enumerate(sends):
         if link == "up":
             share = radio.uplink_bandwidth_hz / count["up"]
-            snr = task["transmit_power_w"][n] * task["gain"][n] / (noise * share)
+            snr = fleet["transmit_power_w"][n] * fleet["gain"][n] / (noise * share)
             delays.append(bits / (share * math.log2(1 + snr)))
         elif link == "down":
             share = radio.downlink_bandwidth_hz / count["down"]
-            snr = radio.downlink_power_w * task["gain"][n] / (noise * radio.downlink_bandwidth_hz)
+            snr = radio.downlink_power_w * fleet["gain"][n] / (noise * radio.downlink_bandwidth_hz)
             delays.append(bits / (share * math.log2(1 + snr)))
     return max(delays)
 
@@ -42,41 +43,39 @@ def test_credit_is_the_cost_less_the_cost_without_the_ue(seed: int) -> None:
     world, draw = build_world(scenario), np.random.default_rng(seed)
     state = reset(jax.random.key(seed), world)
     # First some emulators of the families that tasks have now, so that some UEs can hold.
-    warm = Action(jnp.asarray(draw.random(5) < 0.5), jnp.full(5, 0.5))
-    cache, _ = serve_compiled(world, state.cache, current_task(state), warm)
+    warm = Plan(jnp.asarray(draw.random(5) < 0.5), jnp.full(5, 8, jnp.int32))
+    carried, _ = serve_compiled(world, charged_at(world, state), warm)
     at_server = draw.random(5) < (0.0, 0.3, 0.5, 1.0)[seed % 4]
     levels = np.where(draw.random(5) < 0.5, 8, draw.integers(3, 14, 5))
-    action = Action(jnp.asarray(at_server), jnp.asarray(levels / 16, jnp.float32))
-    task = current_task(state)
-    _, outcome = serve_compiled(world, cache, task, action)
+    true = charged_at(world, state._replace(carried=carried))
+    _, outcome = serve_compiled(world, true, Plan(jnp.asarray(at_server), jnp.asarray(levels, jnp.int32)))
     sends = []
     for n in range(5):
         if at_server[n]:
-            sends.append(("up", float(task.data_bits[n])))
+            sends.append(("up", float(true.data_bits[n])))
         elif outcome.switched[n]:
             sends.append(("down", 8 * 10.8e9 * levels[n] / 16))
         else:
             sends.append(("none", 0.0))
-    plain = {key: np.asarray(value, float) for key, value in task._asdict().items()}
-    whole = step_delay_s(scenario, plain, sends)
-    assert whole == pytest.approx(float(outcome.step_delay_s), rel=1e-5)
+    fleet = {name: np.asarray(getattr(true, name), float) for name in ("transmit_power_w", "gain")}
+    whole = step_delay_s(scenario, fleet, sends)
+    assert whole == pytest.approx(float(outcome.charge.delay_s), rel=1e-5)
     expected = []
     for n in range(5):
-        without = step_delay_s(scenario, plain, [*sends[:n], ("none", 0.0), *sends[n + 1 :]])
-        expected.append(0.092 / 5 * float(outcome.perplexity[n]) + 0.017 / 60 * (whole - without))
-    added = credit_compiled(world, cache, task, outcome)
+        without = step_delay_s(scenario, fleet, [*sends[:n], ("none", 0.0), *sends[n + 1 :]])
+        perplexity = float(outcome.charge.taken.perplexity[n])
+        expected.append(0.092 / 5 * perplexity + 0.017 / 60 * (whole - without))
+    added = credit_compiled(world.rules, true, outcome.plan)
     np.testing.assert_allclose(added, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_lone_sender_is_charged_the_whole_delay() -> None:
     scenario = load_scenario("families", ["fleet.ues=1"])
     world = build_world(scenario)
-    state = reset(jax.random.key(0), world)
-    task = current_task(state)
+    true = charged_at(world, reset(jax.random.key(0), world))
     for at_server in (True, False):
-        action = Action(jnp.array([at_server]), jnp.array([0.5]))
-        _, outcome = serve_compiled(world, state.cache, task, action)
-        added = credit_compiled(world, state.cache, task, outcome)
+        _, outcome = serve_compiled(world, true, Plan(jnp.array([at_server]), jnp.array([8])))
+        added = credit_compiled(world.rules, true, outcome.plan)
         np.testing.assert_allclose(added.sum(), -outcome.reward, rtol=1e-5)
 
 
@@ -85,7 +84,6 @@ EVERYTHING = {"computation", "budget", "memory", "privacy", "activity"}
 
 @pytest.mark.parametrize("features", [EVERYTHING, {"computation", "energy"}, {"activity", "privacy"}])
 def test_credit_counts_training_and_joules(features: set[str]) -> None:
-    step = jax.jit(serve)
     for seed in range(8):
         changes = plain.changes_for(features)
         # With a fast server all wait for a UE that trains what it holds.
@@ -94,27 +92,23 @@ def test_credit_counts_training_and_joules(features: set[str]) -> None:
         world = build_world(scenario)
         draw = np.random.default_rng(seed)
         state = jax.jit(reset)(jax.random.key(seed), world)
-        task, rows = current_task(state), plain.tasks_of(state.episode)[0]
+        rows = plain.tasks_of(state.episode)[0]
         family = np.array([row["family"] for row in rows])
         possible = [plain.possible_layers(scenario, row) for row in rows]
         held = [int(draw.choice(one)) if one and draw.random() < 0.5 else 0 for one in possible]
         spent = draw.uniform(0, 4000, 5)
         carried = [plain.carrying(*mine) for mine in zip(family, held, spent, strict=True)]
-        cache = Cache(
-            jnp.asarray(held, jnp.int32),
-            jnp.asarray(family, jnp.int32),
-            None if state.cache.spent_j is None else jnp.asarray(spent, jnp.float32),
-        )
+        true = charged_at(world, state._replace(carried=holding(world, family, held, spent)))
         at_server, wanted = draw.random(5) < 0.5, (draw.integers(240, 960, 5) + 0.1) / 1200
         # Half of those that hold something keep it.
         whole = np.array([scenario.models[f].layers for f in family])
         keeps = (draw.random(5) < 0.5) & (np.array(held) > 0)
         wanted = np.where(keeps, np.array(held) / whole, wanted)
         plan = [plain.project(scenario, *wish) for wish in zip(rows, at_server, wanted, strict=True)]
-        action = Action(jnp.asarray(at_server), jnp.asarray(wanted, jnp.float32))
-        _, outcome = step(world, cache, task, action)
+        wish = plan_of_wish(world.rules, true, jnp.asarray(at_server), jnp.asarray(wanted, jnp.float32))
+        _, outcome = serve_compiled(world, true, wish)
         _, charged = plain.serve(scenario, rows, carried, plan)
-        np.testing.assert_allclose(outcome.delay_s, charged["delay_s"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(outcome.charge.taken.delay_s, charged["delay_s"], rtol=1e-4, atol=1e-4)
         active = max(sum(row["active"] for row in rows), 1)
         expected = []
         for n in range(5):
@@ -124,7 +118,7 @@ def test_credit_counts_training_and_joules(features: set[str]) -> None:
             delay = 0.017 / 60 * (max(charged["delay_s"]) - max(spared["delay_s"]))
             joules = energy_cost(scenario, spent, charged) - energy_cost(scenario, spent, spared)
             expected.append(0.092 / active * charged["perplexity"][n] + delay + joules)
-        added = credit_compiled(world, cache, task, outcome)
+        added = credit_compiled(world.rules, true, outcome.plan)
         np.testing.assert_allclose(added, expected, rtol=2e-4, atol=2e-5)
 
 

@@ -1,0 +1,112 @@
+"""How long a step takes: rows of the programme on what UEs share, and on what each takes alone (``programme``)."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import optimize
+
+from emutune.bounds.blocks import Blocks, numbers
+from emutune.bounds.costs import Costs
+
+# Up to so many UEs, pairs of them have variables of their own; their number grows with the square.
+_PAIRED_UES = 12
+
+
+def pair_shapes(costs: Costs) -> dict[str, tuple[int, ...]]:
+    """Blocks of pairs of UEs.
+
+    ``both`` is the product of two UEs' shares at the server, and ``waits`` what a UE's download takes longer because
+    another UE downloads too, for each ordered pair.
+    """
+    tasks, ues = costs.server_cost.shape
+    pairs = ues * (ues - 1) // 2 if costs.devices and ues <= _PAIRED_UES else 0
+    # Where only missing layers are sent, one download is of several pieces.
+    return {"both": (tasks, pairs), "waits": (tasks, 0 if costs.delta else 2 * pairs)}
+
+
+def loaders(costs: Costs) -> Int[np.ndarray, "tasks"]:
+    """How many could train on their own at most, at least 1."""
+    return np.maximum(costs.active.sum(1), 1)
+
+
+def delay_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
+    """A step takes at least the mean of those that share, and what each takes alone."""
+    tasks, ues = costs.server_cost.shape
+    step, ue = numbers(tasks), numbers(tasks, ues)
+    download_s = costs.sent_s
+    if not costs.delta:
+        download_s = costs.sent_s + costs.training_s / loaders(costs)[:, None, None]
+    less_delay = (step, at["delay"], -1.0)
+    downlink = at.rows(tasks, (step[:, None, None], at["switch"], download_s), less_delay)
+    uplink = at.rows(tasks, (step[:, None], at["server"], costs.shared_upload_s), less_delay)
+    alone = at.rows(
+        ue.size,
+        (ue, at["server"], costs.lone_upload_s),
+        (ue[..., None], at["local"], costs.training_s),
+        # Worlds in which training takes no time keep the bound that was published.
+        (ue[..., None], at["switch"], costs.sent_s * costs.trains),
+        (ue, at["delay"][:, None], -1.0),
+    )
+    return [downlink, uplink, alone]
+
+
+def pair_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
+    """What each UE takes together with every other, pair by pair.
+
+    The mean over those that share is far below the slowest where tasks differ much. For every UE there is a
+    row that counts its own seconds once for each that shares with it.
+    """
+    if at["both"].size == 0:
+        return []
+    tasks, ues = costs.server_cost.shape
+    ue = numbers(tasks, ues)
+    one, other = np.triu_indices(ues, 1)
+    number = np.zeros((ues, ues), int)
+    number[one, other] = number[other, one] = np.arange(len(one))
+    # Ordered pairs: a UE, then another one.
+    mine, theirs = np.nonzero(~np.eye(ues, dtype=bool))
+    shared, share_s = at["both"][:, number[mine, theirs]], costs.shared_upload_s
+    less_delay = (ue, at["delay"][:, None], -1.0)
+    pair = numbers(*at["both"].shape)
+    at_once = at.rows(
+        pair.size,
+        (pair, at["server"][:, one], 1.0),
+        (pair, at["server"][:, other], 1.0),
+        (pair, at["both"], -1.0),
+        most=1.0,
+    )
+    slowest_there = at.rows(
+        ue.size,
+        (ue[..., None], at["server"][:, None], share_s[:, None]),
+        (ue[:, mine], shared, np.maximum(share_s[:, mine] - share_s[:, theirs], 0.0)),
+        less_delay,
+    )
+    waits = [] if costs.delta else [(ue[:, mine], at["waits"], 1.0)]
+    together = at.rows(
+        ue.size,
+        (ue, at["server"], share_s),
+        (ue[:, mine], shared, share_s[:, mine]),
+        (ue[..., None], at["switch"], costs.sent_s),
+        (ue[..., None], at["local"], costs.training_s),
+        *waits,
+        less_delay,
+    )
+    waiting = [] if costs.delta else [_waiting_rows(costs, at, mine, theirs)]
+    return [at_once, *waiting, slowest_there, together]
+
+
+def _waiting_rows(
+    costs: Costs, at: Blocks, mine: Int[np.ndarray, "ordered"], theirs: Int[np.ndarray, "ordered"]
+) -> optimize.LinearConstraint:
+    """Where another UE downloads too, a UE's own download takes as long again as alone, and at least 0."""
+    longest_s: Float[np.ndarray, "tasks ues"] = np.where(costs.usable, costs.sent_s, 0.0).max(2)
+    wait = numbers(*at["waits"].shape)
+    # own_s - longest_s * (1 - theirs) <= waits
+    return at.rows(
+        wait.size,
+        (wait[..., None], at["switch"][:, mine], costs.sent_s[:, mine]),
+        (wait[..., None], at["switch"][:, theirs], longest_s[:, mine, None]),
+        (wait, at["waits"], -1.0),
+        most=longest_s[:, mine].ravel(),
+    )

@@ -1,0 +1,77 @@
+"""Rates of the shared uplink and downlink (Eq. 2, 3, 6, 7)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from emutune.scenario import Scenario
+from emutune.step.ergodic import spectral_nats
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Links:
+    """Bands and powers of both links.
+
+    Attributes:
+        ergodic: whether a rate is the mean over Rayleigh fading about the gain, instead of that at the gain.
+    """
+
+    ergodic: bool = field(metadata={"static": True})
+    uplink_bandwidth_hz: Float[Array, ""]
+    downlink_bandwidth_hz: Float[Array, ""]
+    downlink_power_w: Float[Array, ""]
+    noise_w_per_hz: Float[Array, ""]
+
+
+def build_links(scenario: Scenario, dtype: DTypeLike = jnp.float32) -> Links:
+    """The links of a scenario."""
+    radio = scenario.radio
+
+    def real(value: float) -> Array:
+        return jnp.asarray(value, dtype)
+
+    return Links(
+        ergodic=radio.rate == "ergodic",
+        uplink_bandwidth_hz=real(radio.uplink_bandwidth_hz),
+        downlink_bandwidth_hz=real(radio.downlink_bandwidth_hz),
+        downlink_power_w=real(radio.downlink_power_w),
+        noise_w_per_hz=real(10 ** ((radio.noise_dbm_per_hz - 30) / 10)),
+    )
+
+
+def uplink_bps(
+    links: Links,
+    power_w: Float[Array, "*#batch"],
+    gain: Float[Array, "*#batch"],
+    sharers: Float[Array, "*#batch"] | float = 1.0,
+) -> Float[Array, "*batch"]:
+    """Rate of one of ``sharers`` uploads that split the band equally, each at its UE's power (Eq. 2).
+
+    Args:
+        links: of the cell.
+        power_w: of each UE, in W.
+        gain: power gain of each UE's link.
+        sharers: how many upload; below one counts as one.
+    """
+    share_hz = links.uplink_bandwidth_hz / jnp.maximum(sharers, 1.0)
+    return _rate_bps(links, share_hz, power_w * gain)
+
+
+def downlink_bps(links: Links, gain: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Rate of a download that has the downlink to itself (Eq. 6).
+
+    Power and band are both split equally, so n that share it have an n-th of their own rate each (Eq. 7, D1).
+    """
+    return _rate_bps(links, links.downlink_bandwidth_hz, links.downlink_power_w * gain)
+
+
+def _rate_bps(links: Links, share_hz: Array, received_w: Array) -> Array:
+    snr = received_w / (links.noise_w_per_hz * share_hz)
+    return share_hz * (spectral_nats(snr, links.ergodic) * (1 / math.log(2)))

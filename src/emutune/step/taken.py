@@ -1,0 +1,73 @@
+"""What a step takes each UE under a plan, links and server shared: seconds, joules, perplexity."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from emutune.step.options import Away, Local
+from emutune.step.rules import Rules
+from emutune.step.situation import Plan, Situation
+
+
+class Taken(NamedTuple):
+    """Of each UE; 0 for what it does not do.
+
+    Attributes:
+        upload_s: seconds of its upload.
+        download_s: seconds of its download.
+        training_s: seconds of training, wherever.
+        joules: of sending, receiving and computing; 0 where energy is off.
+        perplexity: of its task.
+    """
+
+    upload_s: Float[Array, "*batch ues"]
+    download_s: Float[Array, "*batch ues"]
+    training_s: Float[Array, "*batch ues"]
+    joules: Float[Array, "*batch ues"]
+    perplexity: Float[Array, "*batch ues"]
+
+    @property
+    def delay_s(self) -> Float[Array, "*batch ues"]:
+        """Seconds from the first bit to the end of training (Eq. 8, D13)."""
+        return self.upload_s + self.download_s + self.training_s
+
+
+def take_on_ue(
+    rules: Rules, situation: Situation, local: Local, loaders: Float[Array, "*#batch"] | float
+) -> Taken:
+    """What training on the UE takes when so many download; power and band are both split equally (Eq. 5 to 7)."""
+    download_s = local.download_s * loaders
+    joules = jnp.zeros_like(download_s)
+    if rules.uses_energy:
+        joules = rules.receive_w * download_s + situation.compute_w * local.training_s
+    nothing = jnp.zeros_like(download_s)
+    # Counts of those who download may be an axis that only the download knows.
+    return Taken(*jnp.broadcast_arrays(nothing, download_s, local.training_s, joules, local.perplexity))
+
+
+def take_at_server(rules: Rules, situation: Situation, away: Away) -> Taken:
+    """What training at the server takes; the UE only sends (D14)."""
+    nothing = jnp.zeros_like(away.upload_s)
+    joules = situation.transmit_power_w * away.upload_s if rules.uses_energy else nothing
+    return Taken(away.upload_s, nothing, away.training_s, joules, away.perplexity)
+
+
+def share(rules: Rules, situation: Situation, plan: Plan, local: Local, away: Away) -> Taken:
+    """What a plan takes, from what each UE's choice takes on its own.
+
+    Args:
+        rules: of the world.
+        situation: of the fleet.
+        plan: who does what, over any leading batch axes.
+        local: of the plan's layers.
+        away: of the plan's number of tasks at the server.
+    """
+    there = plan.at_server
+    loads = ~there & (local.download_s > 0)
+    loaders = jnp.sum(loads, axis=-1, keepdims=True, dtype=jnp.float32)
+    sent = take_at_server(rules, situation, away)
+    kept = take_on_ue(rules, situation, local, loaders)
+    return Taken(*(jnp.where(there, *both) for both in zip(sent, kept, strict=True)))
