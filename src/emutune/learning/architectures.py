@@ -231,7 +231,7 @@ class RankedNetworks(SetNetworks):
         """The times of each UE, as if so many shared links and server."""
         rules, sharers = world.rules, self.sharers(world)
         models, links = rules.models, rules.links
-        whole_bits = look_up(models.bits[:, 1] * models.layers, situation.family)
+        whole_bits = look_up(models.whole_bits, situation.family)
         largest = rules.retention_bounds[1]
         up_s = situation.data_bits / uplink_bps(links, situation.transmit_power_w, situation.gain, sharers)
         down_s = largest * whole_bits / downlink_bps(links, situation.downlink_gain)
@@ -357,6 +357,5 @@ def signed(at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
 
 def _unit_s(world: World) -> Float[Array, ""]:
     """Seconds of the largest emulator's download at the fleet's middle distance, alone on the link."""
-    models = world.rules.models
-    largest = world.rules.retention_bounds[1] * models.bits[0, 1] * models.layers[0]
+    largest = world.rules.retention_bounds[1] * world.rules.models.whole_bits[0]
     return largest / downlink_bps(world.rules.links, middle_gain(world))

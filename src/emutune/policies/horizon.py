@@ -105,10 +105,10 @@ class Horizon:
         known = {
             "local": free.local,
             "upload": free.upload,
-            "sent": free.per_bit[:, None] * models.bits[:, 1],
+            "sent": free.per_bit[:, None] * models.layer_bits,
             "allowed": free.allowed,
             "upload_delay": upload_delay,
-            "layer_delay": (dear.per_bit - free.per_bit)[:, None] * models.bits[:, 1],
+            "layer_delay": (dear.per_bit - free.per_bit)[:, None] * models.layer_bits,
             "family": situation.family,
             "held_family": jnp.argmax(situation.held, axis=-1),
             "held": jnp.max(situation.held, axis=-1),

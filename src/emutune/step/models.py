@@ -53,6 +53,16 @@ class Models:
         return self.bits.shape[0]
 
     @property
+    def layer_bits(self) -> Float[Array, "families"]:
+        """Size of one layer of each family."""
+        return self.bits[:, 1]
+
+    @property
+    def whole_bits(self) -> Float[Array, "families"]:
+        """Size of each whole model."""
+        return self.layer_bits * self.layers
+
+    @property
     def most(self) -> int:
         """Layers of the largest emulator of any family."""
         return self.bits.shape[1] - 1

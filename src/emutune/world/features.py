@@ -121,8 +121,7 @@ def _approach(world: World, situation: Situation) -> Array:
 
 
 def _model_size(world: World, situation: Situation) -> Array:
-    models = world.rules.models
-    whole_bits = models.bits[:, 1] * models.layers
+    whole_bits = world.rules.models.whole_bits
     return look_up(whole_bits / whole_bits.max(), situation.family)
 
 
