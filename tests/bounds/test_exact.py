@@ -61,7 +61,7 @@ def best_prices(drawn: Drawn, outcomes: list[dict]) -> Prices:
     """The dual solution: a second costs where the step waits; where one emulator fits, the one in use pays."""
     costs, energy = drawn.costs, drawn.scenario.energy
     tasks, ues, _ = costs.local_cost.shape
-    own_time = ues == 1 and costs.trains
+    own_time = ues == 1 and costs.rules.trains_in_time
     shares = np.zeros((tasks, ues + 2))
     for share, outcome in zip(shares, outcomes, strict=True):
         someone = 2 + int(np.argmax(outcome["perplexity"]))

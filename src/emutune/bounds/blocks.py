@@ -34,9 +34,11 @@ class Blocks:
         """The columns of a block's variables."""
         return self._columns[name]
 
-    def vector(self, **values: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "variables"]:
-        """A number for each variable: by block, and 0 for those of the others."""
-        vector = np.zeros(self.variables)
+    def vector(
+        self, others: float = 0.0, **values: Float[np.ndarray, "..."] | float
+    ) -> Float[np.ndarray, "variables"]:
+        """A number for each variable: by block, and one for those of all other blocks."""
+        vector = np.full(self.variables, others)
         for name, value in values.items():
             vector[self[name]] = value
         return vector

@@ -91,7 +91,7 @@ class Costs(NamedTuple):
         cost_per_s: of the step's delay.
         delta: whether only missing layers are sent.
         devices: whether UEs differ in more than their radio.
-        trains: whether training takes time.
+        rules: of the world, in double precision.
     """
 
     server_cost: Float[np.ndarray, "tasks ues"]
@@ -110,7 +110,7 @@ class Costs(NamedTuple):
     cost_per_s: float
     delta: bool
     devices: bool
-    trains: bool
+    rules: Rules
 
 
 def episode_costs(scenario: Scenario, episodes: Episode) -> Iterator[Costs]:
@@ -133,7 +133,7 @@ def episode_costs(scenario: Scenario, episodes: Episode) -> Iterator[Costs]:
             cost_per_s=cost_per_s,
             delta=scenario.delta_download,
             devices=world.has_devices,
-            trains=rules.trains_in_time,
+            rules=rules,
         )
 
 

@@ -30,7 +30,7 @@ import optax
 from jaxtyping import Array, Float
 
 from emutune.bounds.costs import Costs
-from emutune.bounds.sharing import loaders
+from emutune.bounds.sharing import lone_download_s, shared_download_s
 from emutune.bounds.states import Charges, Minimum, States, Values, before_task, due_states, list_states
 
 _ROUNDS = 400
@@ -218,11 +218,6 @@ def _charges(minimum: Minimum, states: States, task: _Priced, paid: _Paid) -> Ch
 def _price(costs: Costs) -> _Priced:
     """The coefficients of an episode as what is paid for, in units of cost."""
     per_s, over, joules = costs.cost_per_s, costs.joules.over_cost, costs.joules
-    sent_s = _summed_by_family(costs, costs.sent_s)
-    fetch_s = sent_s
-    if not costs.delta:
-        # What is fetched is trained with, by as many as have a task at most (``programme``).
-        fetch_s = sent_s + costs.training_s / loaders(costs)[:, None, None]
     return _Priced(
         server=costs.server_cost,
         local=costs.local_cost,
@@ -230,8 +225,8 @@ def _price(costs: Costs) -> _Priced:
         usable=costs.usable,
         may_upload=costs.may_upload,
         due=due_states(costs),
-        fetch_s=per_s * fetch_s,
-        fetch_alone_s=_slim(per_s * sent_s * costs.trains),
+        fetch_s=per_s * _summed_by_family(costs, shared_download_s(costs)),
+        fetch_alone_s=_slim(per_s * _summed_by_family(costs, lone_download_s(costs))),
         shared_s=per_s * costs.shared_upload_s,
         alone_s=per_s * costs.lone_upload_s,
         training_s=_slim(per_s * costs.training_s),

@@ -52,7 +52,7 @@ from scipy import optimize
 
 from emutune.bounds.blocks import Blocks, numbers
 from emutune.bounds.costs import Costs
-from emutune.bounds.sharing import delay_rows, pair_rows, pair_shapes
+from emutune.bounds.sharing import delay_rows, pair_rows, sharing_shapes
 from emutune.errors import BoundError
 
 Method = Literal["linear", "integer", "prices"]
@@ -98,7 +98,7 @@ def _lay_out(costs: Costs) -> Blocks:
     """The variables of an episode.
 
     ``server``, ``local``, ``cached`` and ``switch`` are shares of decisions; ``delay`` is a step's, ``excess``
-    of joules over a UE's budget. For those of pairs see ``sharing``.
+    of joules over a UE's budget. For the others see ``sharing``.
     """
     tasks, ues, slots = costs.local_cost.shape
     return Blocks(
@@ -108,7 +108,7 @@ def _lay_out(costs: Costs) -> Blocks:
         switch=(tasks, ues, slots),
         delay=(tasks,),
         excess=(ues if costs.joules.over_cost else 0,),
-        **pair_shapes(costs),
+        **sharing_shapes(costs),
     )
 
 
@@ -130,7 +130,7 @@ def _upper(costs: Costs, at: Blocks) -> Float[np.ndarray, "variables"]:
         local=possible,
         cached=1.0,
         switch=possible,
-        **dict.fromkeys(("delay", "excess", "both", "waits"), np.inf),
+        others=np.inf,
     )
 
 

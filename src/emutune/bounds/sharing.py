@@ -13,8 +13,8 @@ from emutune.bounds.costs import Costs
 _PAIRED_UES = 12
 
 
-def pair_shapes(costs: Costs) -> dict[str, tuple[int, ...]]:
-    """Blocks of pairs of UEs.
+def sharing_shapes(costs: Costs) -> dict[str, tuple[int, ...]]:
+    """Blocks of variables of what UEs share.
 
     ``both`` is the product of two UEs' shares at the server, and ``waits`` what a UE's download takes longer because
     another UE downloads too, for each ordered pair.
@@ -25,27 +25,33 @@ def pair_shapes(costs: Costs) -> dict[str, tuple[int, ...]]:
     return {"both": (tasks, pairs), "waits": (tasks, 0 if costs.delta else 2 * pairs)}
 
 
-def loaders(costs: Costs) -> Int[np.ndarray, "tasks"]:
-    """How many could train on their own at most, at least 1."""
-    return np.maximum(costs.active.sum(1), 1)
+def shared_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
+    """Seconds that a step takes longer for each download, by the mean over all that download."""
+    if costs.delta:
+        return costs.sent_s
+    # What is fetched is trained with, by as many as have a task at most.
+    loaders = np.maximum(costs.active.sum(1), 1)
+    return costs.sent_s + costs.training_s / loaders[:, None, None]
+
+
+def lone_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
+    """Seconds of a download that has the link to itself, in the row of each UE alone."""
+    # Worlds in which training takes no time keep the bound that was published.
+    return costs.sent_s * costs.rules.trains_in_time
 
 
 def delay_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
     """A step takes at least the mean of those that share, and what each takes alone."""
     tasks, ues = costs.server_cost.shape
     step, ue = numbers(tasks), numbers(tasks, ues)
-    download_s = costs.sent_s
-    if not costs.delta:
-        download_s = costs.sent_s + costs.training_s / loaders(costs)[:, None, None]
     less_delay = (step, at["delay"], -1.0)
-    downlink = at.rows(tasks, (step[:, None, None], at["switch"], download_s), less_delay)
+    downlink = at.rows(tasks, (step[:, None, None], at["switch"], shared_download_s(costs)), less_delay)
     uplink = at.rows(tasks, (step[:, None], at["server"], costs.shared_upload_s), less_delay)
     alone = at.rows(
         ue.size,
         (ue, at["server"], costs.lone_upload_s),
         (ue[..., None], at["local"], costs.training_s),
-        # Worlds in which training takes no time keep the bound that was published.
-        (ue[..., None], at["switch"], costs.sent_s * costs.trains),
+        (ue[..., None], at["switch"], lone_download_s(costs)),
         (ue, at["delay"][:, None], -1.0),
     )
     return [downlink, uplink, alone]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.choices import NEVER, Options, at_layers, joint_cost, priced
 from emutune.step import Plan, Taken, delay_cost, take_at_server, take_on_ue
 
@@ -28,6 +29,22 @@ _SECOND_PRICES = (0.0, 1.0)
 _FAR_APART = {False: 9, True: 0}
 _CHEAPEST = {False: 2, True: 3}
 _ROUNDS = 48
+
+
+def assign(options: Options, *, exact: bool, unlike: bool) -> Plan:
+    """The cheapest joint choice of a step that is found.
+
+    Args:
+        options: of every UE.
+        exact: try all joint choices where UEs differ by radio only, or rank UEs.
+        unlike: whether UEs differ in more than their radio.
+    """
+    if unlike:
+        return assign_jointly(options)
+    if exact:
+        return assign_exactly(options, list_choices(options))
+    found, _ = improve(options, assign_by_rank(options, list_choices(options)))
+    return found
 
 
 def assign_jointly(options: Options) -> Plan:

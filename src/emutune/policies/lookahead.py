@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.base import register_policy
 from emutune.policies.choices import list_options
-from emutune.policies.joint import assign_jointly, improve
+from emutune.policies.joint import assign
 from emutune.policies.kinds import Kind, Kinds, every_kind, kind_of, locate, make_kinds
 from emutune.policies.search import EPISODES, Point, ascend, mean_return, patiences_s, scorer
 from emutune.policies.worth import LaterPrices, task_costs, worth_before, worth_of_kept, worth_of_renewed
@@ -68,12 +67,7 @@ class Lookahead:
     ) -> Plan:
         """The cheapest joint choice, given what each UE's cache is worth later."""
         options = list_options(world.rules, situation, kept, renewed, self.shadow_per_j(world, situation))
-        if world.has_devices:
-            return assign_jointly(options)
-        if self.exact:
-            return assign_exactly(options, list_choices(options))
-        found, _ = improve(options, assign_by_rank(options, list_choices(options)))
-        return found
+        return assign(options, exact=self.exact, unlike=world.has_devices)
 
     def later(
         self, world: World, situation: Situation
