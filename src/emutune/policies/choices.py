@@ -105,11 +105,19 @@ def at_layers(options: Options, layers: Array) -> Local:
 
 def joint_cost(options: Options, plan: Plan) -> Float[Array, "*batch"]:
     """Exact cost of joint choices, later steps included."""
-    rules, situation = options.rules, options.situation
-    away = jax.tree.map(lambda table: table[jnp.sum(plan.at_server, axis=-1)], options.away)
-    taken = share(rules, situation, plan, at_layers(options, plan.layers), away)
+    local, away = at_layers(options, plan.layers), at_count(options, plan)
+    return cost_of(options, plan, share(options.rules, options.situation, plan, local, away))
+
+
+def at_count(options: Options, plan: Plan) -> Away:
+    """What training at the server takes among as many as a plan sends there, over any leading axes."""
+    return jax.tree.map(lambda table: table[jnp.sum(plan.at_server, axis=-1)], options.away)
+
+
+def cost_of(options: Options, plan: Plan, taken: Taken) -> Float[Array, "*batch"]:
+    """Exact cost of joint choices that take so much, later steps included."""
     later = jnp.where(
         plan.at_server, options.left, options.after[plan.layers, jnp.arange(plan.layers.shape[-1])]
     )
     own = jnp.sum(priced(options, taken) + later, axis=-1)
-    return own + delay_cost(rules, jnp.max(taken.delay_s, axis=-1))
+    return own + delay_cost(options.rules, jnp.max(taken.delay_s, axis=-1))

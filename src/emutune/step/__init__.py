@@ -20,7 +20,7 @@ from emutune.step.options import (
 )
 from emutune.step.rules import Rules, build_rules, complexity_factor
 from emutune.step.situation import Plan, Situation, situation_of
-from emutune.step.taken import Taken, share, take_at_server, take_on_ue
+from emutune.step.taken import Taken, share, take, take_at_server, take_on_ue
 
 __all__ = [
     "Away",
@@ -59,6 +59,7 @@ __all__ = [
     "retention_of",
     "share",
     "situation_of",
+    "take",
     "take_at_server",
     "take_on_ue",
     "uplink_bps",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from emutune.step.options import Away, Local
 from emutune.step.rules import Rules
@@ -36,15 +36,15 @@ class Taken(NamedTuple):
 
 
 def take_on_ue(
-    rules: Rules, situation: Situation, local: Local, loaders: Float[Array, "*#batch"] | float
+    rules: Rules, situation: Situation, local: Local, transmissions: Float[Array, "*#batch"] | float
 ) -> Taken:
-    """What training on the UE takes when so many download; power and band are both split equally (Eq. 5 to 7)."""
-    download_s = local.download_s * loaders
+    """What training on the UE takes beside so many transmissions, which split power and band equally (Eq. 5 to 7)."""
+    download_s = local.download_s * transmissions
     joules = jnp.zeros_like(download_s)
     if rules.uses_energy:
         joules = rules.receive_w * download_s + situation.compute_w * local.training_s
     nothing = jnp.zeros_like(download_s)
-    # Counts of those who download may be an axis that only the download knows.
+    # Counts of transmissions may be an axis that only the download knows.
     return Taken(*jnp.broadcast_arrays(nothing, download_s, local.training_s, joules, local.perplexity))
 
 
@@ -65,9 +65,20 @@ def share(rules: Rules, situation: Situation, plan: Plan, local: Local, away: Aw
         local: of the plan's layers.
         away: of the plan's number of tasks at the server.
     """
-    there = plan.at_server
-    loads = ~there & (local.download_s > 0)
-    loaders = jnp.sum(loads, axis=-1, keepdims=True, dtype=jnp.float32)
+    loads = ~plan.at_server & (local.download_s > 0)
+    transmissions = jnp.sum(loads, axis=-1, keepdims=True, dtype=jnp.float32)
+    return take(rules, situation, plan.at_server, local, away, transmissions)
+
+
+def take(
+    rules: Rules,
+    situation: Situation,
+    there: Bool[Array, "*batch ues"],
+    local: Local,
+    away: Away,
+    transmissions: Float[Array, "*#each"],
+) -> Taken:
+    """What each UE's choice takes, beside so many transmissions on the downlink."""
     sent = take_at_server(rules, situation, away)
-    kept = take_on_ue(rules, situation, local, loaders)
+    kept = take_on_ue(rules, situation, local, transmissions)
     return Taken(*(jnp.where(there, *both) for both in zip(sent, kept, strict=True)))
