@@ -136,7 +136,10 @@ def serve(
             sent.append(0)
         else:
             sent.append(max(layers - held, 0) if scenario.delta_download else layers)
-    loading = sum(layers > 0 for layers in sent)
+    shared = {}
+    for task, mine, (_, layers), missing in zip(tasks, carried, plan, sent, strict=True):
+        if missing:
+            shared.setdefault(transmission(scenario, task, mine, layers), []).append(task["downlink_gain"])
     delays, joules, perplexities, after, trained = [], [], [], [], []
     for task, mine, (kind, layers), missing in zip(tasks, carried, plan, sent, strict=True):
         model = scenario.models[task["family"]]
@@ -152,8 +155,9 @@ def serve(
             if scenario.computation:
                 train = tflop / (scenario.computation.server_tflops / there)
         if missing:
-            snr = radio.downlink_power_w * task["downlink_gain"] / (noise * radio.downlink_bandwidth_hz)
-            rate = radio.downlink_bandwidth_hz / loading * bits_per_hz(scenario, snr)
+            weakest = min(shared[transmission(scenario, task, mine, layers)])
+            snr = radio.downlink_power_w * weakest / (noise * radio.downlink_bandwidth_hz)
+            rate = radio.downlink_bandwidth_hz / len(shared) * bits_per_hz(scenario, snr)
             down = 8e9 * model.size_gb * missing / model.layers / rate
         if kind == "local" and scenario.computation:
             train = tflop * layers / model.layers / task["tflops"]
@@ -196,6 +200,13 @@ def serve(
     }
 
 
+def transmission(scenario: Scenario, task: dict[str, Any], mine: Carried, layers: int) -> Any:
+    """What tells a transmission from others: its UE, or with multicast the layers that are sent."""
+    if not (scenario.download and scenario.download.multicast):
+        return id(task)
+    return task["family"], layers, mine.of(task["family"]) if scenario.delta_download else 0
+
+
 def best_return(scenario: Scenario, tasks: Sequence[list[dict[str, Any]]]) -> float:
     """Return of the best of all plans, by enumeration."""
     reached = {tuple([Carried()] * len(tasks[0])): 0.0}
@@ -220,6 +231,7 @@ FEATURES = {
     "privacy": ["privacy={share=0.4}"],
     "activity": ["activity={task_probability=0.6}"],
     "delta": ["download={delta=true}"],
+    "multicast": ["download.multicast=true"],
     # Two of the larger emulators of 10.8 GB do not fit, smaller ones do.
     "cache": ["families.cache_gb=9.0"],
     "mobility": ["mobility={speed_mps={min=1.0,max=20.0},interval_s=60.0}"],

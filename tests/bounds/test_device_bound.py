@@ -41,9 +41,17 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
         {"computation", "budget"},
         EVERYTHING | {"trace"},
         {"cache"},
+        {"multicast"},
         *(
             pytest.param(few, marks=pytest.mark.slow)
-            for few in ({"computation"}, {"memory", "privacy"}, {"activity"}, {"cache", "delta"})
+            for few in (
+                {"computation"},
+                {"memory", "privacy"},
+                {"activity"},
+                {"cache", "delta"},
+                {"multicast", "delta"},
+                {"multicast", "computation", "energy"},
+            )
         ),
     ],
 )

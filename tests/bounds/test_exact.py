@@ -39,6 +39,8 @@ TOGETHER = [
     ({"computation", "trace"}, []),
     ({"computation", "activity"}, []),
     ({"ergodic", "cache"}, ["families.cache_gb=7.0"]),
+    ({"multicast"}, []),
+    ({"multicast", "delta", "trace"}, []),
 ]
 
 
@@ -65,8 +67,9 @@ def best_prices(drawn: Drawn, outcomes: list[dict]) -> Prices:
     shares = np.zeros((tasks, ues + 2))
     for share, outcome in zip(shares, outcomes, strict=True):
         someone = 2 + int(np.argmax(outcome["perplexity"]))
+        fetched = someone if costs.rules.multicast else 0
         share[
-            someone if own_time else 0 if any(outcome["sent"]) else 1 if outcome["uploads"] else someone
+            someone if own_time else fetched if any(outcome["sent"]) else 1 if outcome["uploads"] else someone
         ] = 1.0
     exceeds = energy is not None and energy.budget_j is not None and joules_of(outcomes) > energy.budget_j
     rent = np.zeros((tasks, ues, len(costs.room.limits)))

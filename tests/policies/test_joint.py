@@ -57,8 +57,9 @@ def options_of(world: World, state: State) -> Options:
 
 @pytest.mark.parametrize(
     "features",
-    [EVERYTHING, pytest.param({"computation"}, marks=pytest.mark.slow),
-     pytest.param({"computation", "budget", "delta"}, marks=pytest.mark.slow)],
+    [EVERYTHING, {"multicast"}, pytest.param({"computation"}, marks=pytest.mark.slow),
+     pytest.param({"computation", "budget", "delta"}, marks=pytest.mark.slow),
+     pytest.param({"computation", "budget", "delta", "multicast"}, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
     scenario = make(features, 3, "reward.delay_weight_per_min=-0.1")
@@ -79,8 +80,11 @@ def test_the_last_step_is_the_best_there_is(features: set[str]) -> None:
         assert float(act(state)) == pytest.approx(best, rel=3e-3)
 
 
-def test_a_joint_choice_costs_what_the_step_costs() -> None:
-    scenario = make(EVERYTHING, 5)
+@pytest.mark.parametrize(
+    "features", [EVERYTHING, {"multicast", "delta", "energy"}], ids=["everything", "multicast"]
+)
+def test_a_joint_choice_costs_what_the_step_costs(features: set[str]) -> None:
+    scenario = make(features, 5)
     world = build_world(scenario)
 
     @jax.jit
@@ -100,7 +104,9 @@ def test_a_joint_choice_costs_what_the_step_costs() -> None:
             assert float(predicted) == pytest.approx(float(charged), rel=1e-3)
 
 
-@pytest.mark.parametrize("features", [EVERYTHING - {"memory"}, set()], ids=["everything", "plain"])
+@pytest.mark.parametrize(
+    "features", [EVERYTHING - {"memory"}, set(), {"multicast"}], ids=["everything", "plain", "multicast"]
+)
 def test_single_changes_cost_what_the_changed_choice_does_and_improvement_ends_where_none_helps(
     features: set[str],
 ) -> None:

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 import plain
 from emutune.scenario import Scenario, load_scenario
-from emutune.step import Plan, build_rules, charge, marginal_charges, possible_plan
+from emutune.step import (
+    Plan,
+    build_rules,
+    charge,
+    empty_cache,
+    marginal_charges,
+    on_ue,
+    possible_plan,
+    situation_of,
+)
 from worlds import decades, edited, fleet_alike, plan_from, serve_alike, situation_from, world_with
 
 PAPER = load_scenario("paper")
@@ -26,7 +35,33 @@ def assert_close(actual: jax.Array, expected: object) -> None:
 # --- plain numbers -----------------------------------------------------------------------------------------
 
 # What a step is charged with; the other features only say what is drawn.
-CHARGED = {"computation", "energy", "budget", "memory", "privacy", "activity", "delta", "cache", "ergodic"}
+CHARGED = {
+    "computation", "energy", "budget", "memory", "privacy", "activity", "delta", "multicast", "cache", "ergodic"
+}  # fmt: skip
+
+
+def test_ues_that_fetch_the_same_layers_share_one_transmission_at_the_rate_of_the_weakest() -> None:
+    scenario = world_with({"multicast", "energy"}, "families.persistence=0.5")
+    rules, ues = build_rules(scenario), 4
+    gain = jnp.array([1e-7, 1e-9, 1e-8, 1e-8])
+    held, age = empty_cache(rules, ues)
+    situation = situation_of(
+        progress=jnp.zeros(()),
+        family=jnp.array([0, 0, 0, 1]),
+        complexity=jnp.ones(ues),
+        data_bits=jnp.full(ues, 1e9),
+        transmit_power_w=jnp.ones(ues),
+        gain=gain,
+        held=held,
+        age=age,
+    )
+    layers = jnp.array([3, 3, 2, 3])
+    taken = charge(rules, situation, Plan(jnp.zeros(ues, bool), layers)).taken
+    alone_s = np.asarray(on_ue(rules, situation, layers).download_s)
+    # Three transmissions: the weak UE's also serves the strong one.
+    expected = 3 * np.array([alone_s[1], alone_s[1], alone_s[2], alone_s[3]])
+    np.testing.assert_allclose(taken.download_s, expected, rtol=1e-5)
+    np.testing.assert_allclose(taken.joules, scenario.energy.receive_w * expected, rtol=1e-5)
 
 
 @st.composite

@@ -17,16 +17,24 @@ def sharing_shapes(costs: Costs) -> dict[str, tuple[int, ...]]:
     """Blocks of variables of what UEs share.
 
     ``both`` is the product of two UEs' shares at the server, and ``waits`` what a UE's download takes longer because
-    another UE downloads too, for each ordered pair.
+    another UE downloads too, for each ordered pair; ``sending`` the seconds of each slot's multicast.
     """
-    tasks, ues = costs.server_cost.shape
+    tasks, ues, slots = costs.sent_s.shape
+    multicast = costs.rules.multicast
     pairs = ues * (ues - 1) // 2 if costs.devices and ues <= _PAIRED_UES else 0
-    # Where only missing layers are sent, one download is of several pieces.
-    return {"both": (tasks, pairs), "waits": (tasks, 0 if costs.delta else 2 * pairs)}
+    return {
+        "both": (tasks, pairs),
+        # Where only missing layers are sent, one download is of several pieces; a shared one waits for nobody.
+        "waits": (tasks, 0 if costs.delta or multicast else 2 * pairs),
+        "sending": (tasks, slots if multicast else 0),
+    }
 
 
 def shared_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
     """Seconds that a step takes longer for each download, by the mean over all that download."""
+    if costs.rules.multicast:
+        # What many fetch together is counted once (``_multicast_rows``).
+        return np.zeros_like(costs.sent_s)
     if costs.delta:
         return costs.sent_s
     # What is fetched is trained with, by as many as have a task at most.
@@ -37,7 +45,7 @@ def shared_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
 def lone_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
     """Seconds of a download that has the link to itself, in the row of each UE alone."""
     # Worlds in which training takes no time keep the bound that was published.
-    return costs.sent_s * costs.rules.trains_in_time
+    return costs.sent_s * (costs.rules.trains_in_time or costs.rules.multicast)
 
 
 def delay_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
@@ -54,7 +62,22 @@ def delay_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
         (ue[..., None], at["switch"], lone_download_s(costs)),
         (ue, at["delay"][:, None], -1.0),
     )
-    return [downlink, uplink, alone]
+    return [downlink, uplink, alone, *_multicast_rows(costs, at)]
+
+
+def _multicast_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
+    """Transmissions split the link, so that each takes as long as all do one after the other, or longer.
+
+    The transmission of a slot takes as long as for the weakest of those that it is sent to. With delta download a
+    transmission is of several slots' layers; each counts once, for its weakest, which is in one of the transmissions.
+    """
+    if at["sending"].size == 0:
+        return []
+    tasks, ues, slots = costs.sent_s.shape
+    cell, step = numbers(tasks, ues, slots), numbers(tasks)
+    weakest = at.rows(cell.size, (cell, at["switch"], costs.sent_s), (cell, at["sending"][:, None], -1.0))
+    together = at.rows(tasks, (step[:, None], at["sending"], 1.0), (step, at["delay"], -1.0))
+    return [weakest, together]
 
 
 def pair_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
@@ -88,17 +111,16 @@ def pair_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:
         (ue[:, mine], shared, np.maximum(share_s[:, mine] - share_s[:, theirs], 0.0)),
         less_delay,
     )
-    waits = [] if costs.delta else [(ue[:, mine], at["waits"], 1.0)]
     together = at.rows(
         ue.size,
         (ue, at["server"], share_s),
         (ue[:, mine], shared, share_s[:, mine]),
         (ue[..., None], at["switch"], costs.sent_s),
         (ue[..., None], at["local"], costs.training_s),
-        *waits,
+        *([(ue[:, mine], at["waits"], 1.0)] if at["waits"].size else []),
         less_delay,
     )
-    waiting = [] if costs.delta else [_waiting_rows(costs, at, mine, theirs)]
+    waiting = [_waiting_rows(costs, at, mine, theirs)] if at["waits"].size else []
     return [at_once, *waiting, slowest_there, together]
 
 

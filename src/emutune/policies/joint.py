@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
-from emutune.policies.choices import NEVER, Options, at_layers, joint_cost, priced
-from emutune.step import Plan, Taken, delay_cost, take_at_server, take_on_ue
+from emutune.policies.choices import NEVER, Options, at_count, at_layers, cost_of, joint_cost, priced
+from emutune.step import Plan, Taken, delay_cost, take, take_at_server, take_on_ue, usable_layers
 
 # Deadlines, counts of uploaders, prices of a lone download's second in costs of a second of the step's delay,
 # how many choices are improved, of counts far apart and of the cheapest, and how long. Large fleets try fewer,
@@ -39,7 +39,7 @@ def assign(options: Options, *, exact: bool, unlike: bool) -> Plan:
         exact: try all joint choices where UEs differ by radio only, or rank UEs.
         unlike: whether UEs differ in more than their radio.
     """
-    if unlike:
+    if unlike or options.rules.multicast:
         return assign_jointly(options)
     if exact:
         return assign_exactly(options, list_choices(options))
@@ -84,6 +84,8 @@ def _from_deadlines(options: Options) -> Plan:
     soonest = jnp.argmin(jnp.where(exists, takes_s, jnp.inf), axis=-2)
     layers = jnp.where(in_time.min(-2) < NEVER / 2, jnp.argmin(in_time, axis=-2), soonest)
     stay = in_time.min(-2)
+    if rules.multicast:
+        layers, stay = _and_together(options, layers.reshape(-1, ues), stay.reshape(-1, ues))
     alone = take_at_server(rules, situation, jax.tree.map(lambda table: table[1], options.away))
     upload = priced(options, alone) + options.left
     order = jnp.argsort(jnp.argsort((upload - stay) / alone.delay_s, axis=-1), axis=-1)
@@ -100,6 +102,20 @@ def _from_deadlines(options: Options) -> Plan:
     kept = jnp.concatenate([np.unique(apart), jnp.argsort(costs.min(axis=1))[: _CHEAPEST[large]]])
     number = jnp.arange(len(counts))
     return Plan(*(part[number, best][kept] for part in by_count))
+
+
+def _and_together(
+    options: Options, layers: Int[Array, "guesses ues"], stay: Float[Array, "guesses ues"]
+) -> tuple[Int[Array, "more ues"], Float[Array, "more ues"]]:
+    """And that all who gain by it fetch the same layers at once, for each number of them."""
+    every, held = np.arange(layers.shape[-1]), usable_layers(options.situation)
+    taken = take_on_ue(options.rules, options.situation, options.local, 1.0)
+    cost = priced(options, taken) + options.after
+    hold = jnp.where(held > 0, cost[held, every], NEVER)
+    own = jnp.where(hold < NEVER / 2, held, jnp.argmin(cost, axis=0))
+    fetches = cost < jnp.minimum(hold, NEVER / 2)
+    same = jnp.where(fetches, jnp.arange(len(cost))[:, None], own)
+    return jnp.concatenate([layers, same]), jnp.concatenate([stay, cost[same, every]])
 
 
 def improve(options: Options, start: Plan) -> tuple[Plan, Float[Array, ""]]:
@@ -133,6 +149,8 @@ def single_changes(options: Options, now: Plan) -> Float[Array, "choices ues"]:
     is known for three counts of each, and the slowest of the others from the two slowest of all: the work
     grows with UEs times choices, not with the square of the UEs.
     """
+    if options.rules.multicast:
+        return _single_changes_together(options, now)
     rules, situation = options.rules, options.situation
     uploads, every = now.at_server, np.arange(options.kept.shape[0])
     local = at_layers(options, now.layers)
@@ -157,6 +175,35 @@ def single_changes(options: Options, now: Plan) -> Float[Array, "choices ues"]:
     others = _of_others(_sum_of_others, there, more_senders) + _of_others(_sum_of_others, here, more_loaders)
     later = jnp.concatenate([options.after, options.left[None]])
     return others + priced(options, own) + later + delay_cost(rules, jnp.maximum(others_s, own.delay_s))
+
+
+def _single_changes_together(options: Options, now: Plan) -> Float[Array, "choices ues"]:
+    """``single_changes`` where UEs share transmissions: what each change makes of all of them, UE by UE."""
+    rules, situation, (levels, ues) = options.rules, options.situation, options.after.shape
+    # Axes: the choice, the UE that changes to it, and every UE.
+    choice, itself = jnp.arange(levels + 1)[:, None, None], jnp.eye(ues, dtype=bool)
+    changed = Plan(
+        jnp.where(itself, choice == levels, now.at_server),
+        jnp.where(itself, jnp.minimum(choice, levels - 1), now.layers),
+    )
+    now_s = jnp.where(now.at_server, 0.0, at_layers(options, now.layers).download_s)
+    then_s = jnp.pad(options.local.download_s, ((0, 1), (0, 0)))
+    alike = situation.family[:, None] == situation.family
+    if rules.models.missing_bits.shape[1] > 1:
+        alike &= usable_layers(situation)[:, None] == usable_layers(situation)
+    together = jnp.where(alike & (now.layers[:, None] == now.layers) & (now_s[:, None] > 0), now_s, 0.0)
+    first = (jnp.argmax(together > 0, axis=-1) == jnp.arange(ues)) & (now_s > 0)
+    others = jnp.sum(first) - ((now_s > 0) & (jnp.sum(together > 0, axis=-1) == 1))
+    without_s = jax.vmap(largest_other)(together).T
+    joined = alike & ~itself & (now_s > 0) & (now.layers == choice) & (then_s[..., None] > 0)
+    own_s = jnp.maximum(then_s, jnp.max(jnp.where(joined, now_s, 0.0), axis=-1))[..., None]
+    download_s = jnp.where(itself, own_s, jnp.where(joined, jnp.maximum(without_s, own_s), without_s))
+    local = at_layers(options, changed.layers)._replace(download_s=download_s)
+    transmissions = others + ((then_s > 0) & ~joined.any(axis=-1))
+    taken = take(
+        rules, situation, changed.at_server, local, at_count(options, changed), transmissions[..., None] * 1.0
+    )
+    return cost_of(options, changed, taken)
 
 
 def _own_changes(

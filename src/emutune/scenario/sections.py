@@ -264,9 +264,12 @@ class Download(Section):
 
     Attributes:
         delta: an emulator contains every smaller one of its family, and only missing layers are sent.
+        multicast: UEs that fetch the same layers in the same step share one transmission, at the rate of the
+            weakest of them; power and band are split equally between transmissions (D17).
     """
 
     delta: bool = False
+    multicast: bool = False
 
 
 class Computation(Section):

@@ -27,6 +27,7 @@ class Rules:
         trains_in_time: whether training takes time; without the section computation it takes none.
         uses_energy: whether joules are counted.
         limits_memory: whether a UE's memory limits the emulators that it can hold.
+        multicast: whether those that fetch the same layers share one transmission (D17).
         several: whether a UE caches several emulators, as many as ``cache_bits`` hold.
         server_tflops: speed of the server, which all tasks there share.
         receive_w: power that receiving takes.
@@ -41,6 +42,7 @@ class Rules:
     trains_in_time: bool = field(metadata={"static": True})
     uses_energy: bool = field(metadata={"static": True})
     limits_memory: bool = field(metadata={"static": True})
+    multicast: bool = field(metadata={"static": True})
     several: bool = field(metadata={"static": True})
     models: Models
     links: Links
@@ -74,6 +76,7 @@ def build_rules(scenario: Scenario, dtype: DTypeLike = jnp.float32) -> Rules:
         trains_in_time=computation is not None,
         uses_energy=energy is not None,
         limits_memory=scenario.memory is not None,
+        multicast=scenario.download is not None and scenario.download.multicast,
         several=cache_gb is not None,
         models=build_models(scenario, dtype),
         links=build_links(scenario, dtype),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from emutune.step.cache import usable_layers
 from emutune.step.options import Away, Local
 from emutune.step.rules import Rules
 from emutune.step.situation import Plan, Situation
@@ -66,7 +68,10 @@ def share(rules: Rules, situation: Situation, plan: Plan, local: Local, away: Aw
         away: of the plan's number of tasks at the server.
     """
     loads = ~plan.at_server & (local.download_s > 0)
-    transmissions = jnp.sum(loads, axis=-1, keepdims=True, dtype=jnp.float32)
+    if rules.multicast:
+        local, transmissions = _multicast(rules, situation, plan, local, loads)
+    else:
+        transmissions = jnp.sum(loads, axis=-1, keepdims=True, dtype=jnp.float32)
     return take(rules, situation, plan.at_server, local, away, transmissions)
 
 
@@ -82,3 +87,22 @@ def take(
     sent = take_at_server(rules, situation, away)
     kept = take_on_ue(rules, situation, local, transmissions)
     return Taken(*(jnp.where(there, *both) for both in zip(sent, kept, strict=True)))
+
+
+def _multicast(
+    rules: Rules, situation: Situation, plan: Plan, local: Local, loads: Bool[Array, "*batch ues"]
+) -> tuple[Local, Float[Array, "*batch 1"]]:
+    """Downloads as slow as the weakest of those that fetch the same layers; and how many transmissions there are."""
+    families, rows, levels = rules.models.missing_bits.shape
+    # What is missing depends on what is held where only missing layers are sent.
+    row = usable_layers(situation) if rows > 1 else 0
+    which = (situation.family * rows + row) * levels + plan.layers
+
+    def slowest(seconds: Array, which: Array) -> Array:
+        return jax.ops.segment_max(seconds, which, families * rows * levels).clip(min=0.0)
+
+    alone_s = jnp.where(loads, local.download_s, 0.0)
+    each_s = jnp.vectorize(slowest, signature="(u),(u)->(t)")(*jnp.broadcast_arrays(alone_s, which))
+    weakest_s = jnp.take_along_axis(each_s, jnp.broadcast_to(which, alone_s.shape), axis=-1)
+    transmissions = jnp.sum(each_s > 0, axis=-1, keepdims=True, dtype=jnp.float32)
+    return local._replace(download_s=jnp.where(loads, weakest_s, 0.0)), transmissions

@@ -58,6 +58,11 @@ class Decider:
                     f"scenario {scenario.name!r}: has the section {section}, which devices of a fleet do not "
                     "report; use a policy for a scenario without it"
                 )
+        if scenario.download is not None and scenario.download.multicast:
+            raise FleetError(
+                f"scenario {scenario.name!r}: has download.multicast, but a fleet sends each device its own layers "
+                "over its own connection; set download.multicast = false"
+            )
         plain_law(scenario)
         self.scenario = scenario
         self._world = build_world(scenario)
