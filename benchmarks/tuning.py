@@ -181,7 +181,7 @@ def emulator_step(work, kind="lora"):
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.head_loss import training_loss
     from emutune.tuning.layers import layer_stack
-    from emutune.tuning.trainer import TrainerConfig, train
+    from emutune.tuning.trainer import Bookkeeping, TrainerConfig, train
 
     catalogue = open_catalogue(work / "medium-catalogue")
     model = catalogue.assemble(catalogue.find(0.5))
@@ -191,7 +191,8 @@ def emulator_step(work, kind="lora"):
     loss = training_loss(model)
     moments = []
     config = TrainerConfig(steps=STEPS + 1, batch=ROWS)
-    train(parameters, loss, medium_tokens, config, report=lambda progress: moments.append(progress.seconds))
+    kept = Bookkeeping(report=lambda progress: moments.append(progress.seconds))
+    train(parameters, loss, medium_tokens, config, kept)
     return [later - earlier for earlier, later in zip([0.0, *moments], moments, strict=False)]
 
 

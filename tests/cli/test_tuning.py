@@ -18,13 +18,14 @@ SEVERAL = """
 import contextlib, io, json, os, signal, sys, traceback
 commands = json.loads(sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from emutune.cli import main, tune
-plain = tune.advance
+from emutune.cli import terminal
+plain = terminal.advance
 def stop(stage, name, progress, total):
     plain(stage, name, progress, total)
     if progress is not None and progress.step == stop_at:
         os.kill(os.getpid(), signal.SIGINT)
-tune.advance = stop
+terminal.advance = stop
+from emutune.cli import main  # its commands import what shall stop them
 ended = []
 for command in commands:
     stop_at = 3 if command[0] == "STOPPED" else 0

@@ -15,8 +15,9 @@ from emutune.errors import CatalogueError
 from emutune.scenario import load_scenario
 from emutune.tuning.curve import Point, calibrate, complexity, curve_file, fit_curve, interpolant
 from emutune.tuning.trainer import Progress, TrainerConfig
+from emutune.tuning.tune import AdapterTraining
 
-TRAINING = TrainerConfig(steps=3, batch=2, score_every=2)
+HOW = AdapterTraining(training=TrainerConfig(steps=3, batch=2, score_every=2))
 
 
 def points(values: list[float]) -> list[Point]:
@@ -78,7 +79,7 @@ def test_a_scenario_names_the_curve(tmp_path: Path, monotone: bool) -> None:
 
 
 def test_stopped_calibration_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:
-    whole = calibrate(catalogue_of(tmp_path / "whole"), TEXT, training=TRAINING)
+    whole = calibrate(catalogue_of(tmp_path / "whole"), TEXT, HOW)
     catalogue = catalogue_of(tmp_path / "stopped")
 
     def stop(retention: float, progress: Progress | None) -> None:
@@ -86,12 +87,12 @@ def test_stopped_calibration_goes_on_and_a_finished_one_is_read(tmp_path: Path) 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(catalogue, TEXT, training=TRAINING, report=stop)
-    again = calibrate(catalogue, TEXT, training=TRAINING)
+        calibrate(catalogue, TEXT, HOW, report=stop)
+    again = calibrate(catalogue, TEXT, HOW)
     timeless = {"tokens_per_s": 0.0}
     assert [p.model_copy(update=timeless) for p in again] == [p.model_copy(update=timeless) for p in whole]
     assert [point.retention for point in again] == [0.25, 0.5, 0.75, 1.0]
-    read = calibrate(catalogue, TEXT, training=TRAINING, report=lambda *_: pytest.fail("trained again"))
+    read = calibrate(catalogue, TEXT, HOW, report=lambda *_: pytest.fail("trained again"))
     assert read == again
 
 
@@ -108,13 +109,13 @@ def test_calibration_stopped_around_its_notes_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(f"emutune.tuning.curve.{name}", stop)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(catalogue, TEXT, training=TRAINING)
+            calibrate(catalogue, TEXT, HOW)
 
     def note(retention: float, progress: Progress | None) -> None:
         if progress is not None:
             steps.append((retention, progress.step))
 
-    measured = calibrate(catalogue, TEXT, training=TRAINING, report=note)
+    measured = calibrate(catalogue, TEXT, HOW, report=note)
     # The first emulator was trained to its end before the stop, and is not trained again.
     assert sorted({retention for retention, _ in steps}) == [0.5, 0.75, 1.0]
     assert [point.retention for point in measured] == [0.25, 0.5, 0.75, 1.0]
@@ -123,15 +124,15 @@ def test_calibration_stopped_around_its_notes_goes_on(
 
 def test_damaged_measurements_are_refused(tmp_path: Path) -> None:
     catalogue = catalogue_of(tmp_path)
-    calibrate(catalogue, TEXT, training=TRAINING)
+    calibrate(catalogue, TEXT, HOW)
     [path] = (catalogue.directory / "work" / "curves").glob("*/points.json")
     for content in ('{"a": ', "[]", '{"a": {"retention": 1}}'):
         path.write_text(content)
         with pytest.raises(CatalogueError, match=r"points\.json: damaged; delete it"):
-            calibrate(catalogue, TEXT, training=TRAINING)
+            calibrate(catalogue, TEXT, HOW)
 
 
 def test_a_curve_needs_three_emulators(tmp_path: Path) -> None:
     catalogue = catalogue_of(tmp_path, made=recipe(retentions=(0.5, 1.0)))
     with pytest.raises(CatalogueError, match="3 or more"):
-        calibrate(catalogue, TEXT, training=TRAINING)
+        calibrate(catalogue, TEXT, HOW)

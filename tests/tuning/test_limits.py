@@ -34,7 +34,7 @@ from emutune.tuning.foundation import positions
 from emutune.tuning.plug import plug
 from emutune.tuning.reference import build_tokenizer
 from emutune.tuning.text import block_length, fitting_block
-from emutune.tuning.tune import TuneConfig, tune
+from emutune.tuning.tune import AdapterTraining, TuneConfig, tune
 
 SIZE = {
     "vocab_size": VOCABULARY,
@@ -92,7 +92,7 @@ def test_model_that_reserves_positions_is_built_and_tuned(tmp_path: Path) -> Non
     assert len(catalogue.emulators()) == 3
     for call in (
         lambda: tune(catalogue, TEXT, TuneConfig(block=65), tmp_path / "a.safetensors"),
-        lambda: calibrate(catalogue, TEXT, block=65),
+        lambda: calibrate(catalogue, TEXT, AdapterTraining(block=65)),
     ):
         with pytest.raises(UsageError, match="64 positions; give --block 64"):
             call()

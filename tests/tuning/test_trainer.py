@@ -25,19 +25,20 @@ from trained import CONFIG, ROWS, batch, build, loss
 
 from emutune.errors import CheckpointError, EmutuneError, TrainingInterruptedError
 from emutune.tuning import trainer
-from emutune.tuning.trainer import Progress, TrainerConfig, forget, train
+from emutune.tuning.trainer import Bookkeeping, Progress, TrainerConfig, forget, train
 
 FILE = "training.safetensors"
 MOVED = 0.5
 EVERY_STEP = CONFIG.model_copy(update={"save_every_s": 0.0})
 
 
-def run(parameters=None, config=CONFIG, **options) -> tuple[dict[str, nn.Parameter], Progress]:
+def run(parameters=None, config=CONFIG, score=None, **kept) -> tuple[dict[str, nn.Parameter], Progress]:
     parameters = build() if parameters is None else parameters
-    progress = train(
-        parameters, lambda tokens, step: loss(parameters, tokens, step), batch, config, **options
-    )
-    return parameters, progress
+
+    def value(tokens: Tensor, step: int) -> Tensor:
+        return loss(parameters, tokens, step)
+
+    return parameters, train(parameters, value, batch, config, Bookkeeping(**kept), score=score)
 
 
 def distance(parameters: dict[str, nn.Parameter]) -> float:
@@ -304,7 +305,7 @@ def test_ctrl_c_within_a_step_lets_it_finish(tmp_path):
         return loss(parameters, tokens, step)
 
     with pytest.raises(TrainingInterruptedError, match="after step 5 of"):
-        train(parameters, value, batch, CONFIG, directory=tmp_path)
+        train(parameters, value, batch, CONFIG, Bookkeeping(tmp_path))
     assert bits(run(directory=tmp_path)[0]) == bits(run()[0])
 
 
@@ -318,7 +319,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
         return loss(parameters, tokens, step)
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        train(parameters, value, batch, EVERY_STEP, directory=tmp_path)
+        train(parameters, value, batch, EVERY_STEP, Bookkeeping(tmp_path))
     assert not isinstance(caught.value, TrainingInterruptedError)
     assert bits(run(config=EVERY_STEP, directory=tmp_path)[0]) == bits(run()[0])
 
@@ -371,7 +372,7 @@ def test_parameters_without_a_gradient_in_some_steps_resume_to_the_same_bits(tmp
             if progress.step == stop:
                 raise StopError
 
-        train(parameters, value, batch, EVERY_STEP, directory=directory, report=report)
+        train(parameters, value, batch, EVERY_STEP, Bookkeeping(directory, report=report))
         return parameters
 
     whole = bits(dropped(None))
@@ -491,9 +492,8 @@ def test_a_completed_run_returns_at_once_with_the_best_weights(tmp_path):
         lambda *_: fail("trained again"),
         lambda _: fail("read again"),
         CONFIG,
-        directory=tmp_path,
+        Bookkeeping(tmp_path, report=lambda _: fail("reported again")),
         score=lambda: fail("scored again"),
-        report=lambda _: fail("reported again"),
     )
     assert bits(parameters) == bits(first)
     assert told(one) == told(two)

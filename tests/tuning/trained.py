@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emutune.tuning.trainer import Progress, TrainerConfig, forget, train
+from emutune.tuning.trainer import Bookkeeping, Progress, TrainerConfig, forget, train
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 11, 6, 5, 4
 CONFIG = TrainerConfig(steps=12, learning_rate=0.02, warmup_share=0.2, gradient_norm=0.3, score_every=3)
@@ -56,8 +56,7 @@ def main(result: str, pause_s: float) -> None:
         lambda tokens, step: loss(parameters, tokens, step),
         batch,
         CONFIG.model_copy(update={"save_every_s": 0.0}),
-        directory=out.parent,
-        report=report,
+        Bookkeeping(out.parent, report=report),
     )
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     save_file(weights, out, {"losses": repr(progress.losses)})

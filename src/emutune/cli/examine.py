@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from emutune.cli.grouped import grouped
 from emutune.cli.jax_setup import prepare_jax
 from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps
 from emutune.cli.terminal import print_comparison, print_links, progress_bar, resumable, write_json
@@ -91,13 +93,21 @@ def bound(
     )
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Options of which policies are compared, and with how much effort."""
+
+    policies: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all"
+    seeds: Seeds = 10
+    episodes: Episodes = 64
+    steps: Steps = None
+    retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None
+
+
+@grouped
 def compare(
     scenario: ScenarioArgument,
-    policies: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
-    seeds: Seeds = 10,
-    episodes: Episodes = 64,
-    steps: Steps = None,
-    retention: Annotated[float | None, typer.Option(help="Retention of the fixed policy.")] = None,
+    compared: Compared,
     out: Annotated[Path, typer.Option(help="Directory of the training runs.")] = Path("runs/compare"),
     figure: Annotated[
         Path | None, typer.Option(help="Draw the comparison into this file: .png, .svg or .pdf.")
@@ -106,7 +116,7 @@ def compare(
     json_file: JsonFile = None,
 ) -> None:
     """Compare policies with common random numbers, against the certified bound."""
-    prepare_jax(seeds)
+    prepare_jax(compared.seeds)
     from rich.console import Console
 
     from emutune.scenario import load_scenario
@@ -116,13 +126,13 @@ def compare(
 
     check_figure_path(figure)
     loaded = load_scenario(scenario, overrides)
-    names = expand_policy_names(policies, loaded)
+    names = expand_policy_names(compared.policies, loaded)
     with resumable(out), Console(stderr=True).status("starting") as status:
         figures = run_comparison(
             loaded,
             names,
-            Effort(seeds, episodes, steps),
-            retention=retention,
+            Effort(compared.seeds, compared.episodes, compared.steps),
+            retention=compared.retention,
             directory=out,
             progress=status.update,
         )

@@ -12,8 +12,7 @@ from emutune.cli.ledger import ledger
 from emutune.cli.libraries import quiet_libraries
 from emutune.cli.options import JsonFile
 from emutune.cli.serve import FleetArgument, announce_dashboard
-from emutune.cli.terminal import interruptible, stage_bar
-from emutune.cli.tune import advance
+from emutune.cli.terminal import advance, interruptible, stage_bar
 from emutune.errors import UsageError
 
 

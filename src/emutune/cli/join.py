@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emutune.cli.grouped import grouped
 from emutune.cli.libraries import expect_libraries
 from emutune.cli.options import JsonFile
 from emutune.cli.terminal import interruptible, stage_bar, write_json
@@ -17,16 +19,24 @@ if TYPE_CHECKING:
     from emutune.fleet.device.client import FleetClient
 
 
-def join(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Of the fleet's server: https://HOST:PORT.")],
-    credentials: Annotated[Path, typer.Option(help="The file that emutune enroll made for this device.")],
-    data: Annotated[Path, typer.Option(help="Directory of texts to tune on, *.txt in UTF-8.")],
-    cache: Annotated[Path, typer.Option(help="Directory of what the device keeps.")] = Path("device"),
-    cache_mb: Annotated[int, typer.Option(min=1, help="The most that emulators may take there, MB.")] = 4096,
+@dataclass(frozen=True)
+class Place:
+    """Options of what a device works on, where it keeps it, and for how long."""
+
+    data: Annotated[Path, typer.Option(help="Directory of texts to tune on, *.txt in UTF-8.")]
+    cache: Annotated[Path, typer.Option(help="Directory of what the device keeps.")] = Path("device")
+    cache_mb: Annotated[int, typer.Option(min=1, help="The most that emulators may take there, MB.")] = 4096
     tasks: Annotated[
         int | None,
         typer.Option(min=1, help="Leave the fleet after so many; stay until it ends, if not given."),
-    ] = None,
+    ] = None
+
+
+@grouped
+def join(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of the fleet's server: https://HOST:PORT.")],
+    credentials: Annotated[Path, typer.Option(help="The file that emutune enroll made for this device.")],
+    place: Place,
     patience: Annotated[
         float,
         typer.Option(min=0.0, help="Hours without an answer of the server, after which to end; 0: never."),
@@ -43,28 +53,23 @@ def join(
     if not url.startswith("https://"):
         raise UsageError(f"URL: must begin with https://, got {url!r}; emutune serve prints it")
     loaded = read_credentials(credentials)
-    going_on = f"what was done is in {cache}; the same command goes on"
+    going_on = f"what was done is in {place.cache}; the same command goes on"
     with interruptible(going_on), stage_bar() as stage:
         backoff = Backoff(patience_s=patience * 3600 or None)
         transport = tls_transport(trusting(loaded.ca))
         client = FleetClient(loaded, transport, url=url, backoff=backoff, remark=_printed)
-        done = run(_run(client, data, cache, cache_mb * 1_000_000, tasks, stage))
+        done = run(_run(client, place, stage))
     print(f"{loaded.device}: {done} tasks done")
     write_json(json_file, {"device": loaded.device, "fleet": loaded.fleet, "tasks": done})
 
 
-async def _run(
-    client: FleetClient,
-    data: Path,
-    cache: Path,
-    cache_bytes: int,
-    tasks: int | None,
-    stage: Callable[..., None],
-) -> int:
+async def _run(client: FleetClient, place: Place, stage: Callable[..., None]) -> int:
     from emutune.fleet.device.agent import Telling, run_device
 
     async with client:
-        return await run_device(client, data, cache, cache_bytes, tasks, Telling(stage, _printed))
+        return await run_device(
+            client, place.data, place.cache, place.cache_mb * 1_000_000, place.tasks, Telling(stage, _printed)
+        )
 
 
 def _printed(text: str) -> None:

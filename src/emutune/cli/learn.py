@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emutune.cli.grouped import grouped
 from emutune.cli.jax_setup import prepare_jax
 from emutune.cli.options import Episodes, JsonFile, Overrides, ScenarioArgument, Seeds, Steps, validated
 from emutune.cli.terminal import progress_bar, resumable, write_json
 from emutune.errors import UsageError
 
+if TYPE_CHECKING:
+    from emutune.learning.configuration import Settings
 
-def train(
-    scenario: ScenarioArgument,
-    out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
+
+@dataclass(frozen=True)
+class Learner:
+    """Options of who learns."""
+
     settings: Annotated[
         str,
         typer.Option(
             help="Those of a learned policy of compare, such as hmppo_ranked or guided; options change them."
         ),
-    ] = "hmppo",
-    algorithm: Annotated[str | None, typer.Option(help="hmppo or ippo.")] = None,
-    network: Annotated[str | None, typer.Option(help="set, flat, ranked or sized.")] = None,
-    credit: Annotated[str | None, typer.Option(help="fleet, marginal or mixed.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="sequential or as_printed.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="none, or lookahead: learn that first.")] = None,
+    ] = "hmppo"
+    algorithm: Annotated[str | None, typer.Option(help="hmppo or ippo.")] = None
+    network: Annotated[str | None, typer.Option(help="set, flat, ranked or sized.")] = None
+    credit: Annotated[str | None, typer.Option(help="fleet, marginal or mixed.")] = None
+    baseline: Annotated[str | None, typer.Option(help="sequential or as_printed.")] = None
+    teacher: Annotated[str | None, typer.Option(help="none, or lookahead: learn that first.")] = None
+
+    def config(self, steps: int | None) -> Settings:
+        """The settings that they say, with so many steps where that is given."""
+        from emutune.study.compare import training_config
+
+        given = asdict(self) | {"steps": steps}
+        base = training_config(given.pop("settings"))
+        if base is None:
+            raise UsageError(
+                f"--settings: {self.settings!r} is no policy that trains; see emutune compare --help"
+            )
+        changed = {name: value for name, value in given.items() if value is not None}
+        return validated(type(base), **{**base.model_dump(exclude_unset=True), **changed})
+
+
+@grouped
+def train(
+    scenario: ScenarioArgument,
+    out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run is resumed.")],
+    learner: Learner,
     seeds: Seeds = 1,
     steps: Steps = None,
     overrides: Overrides = [],  # noqa: B006
@@ -37,23 +63,10 @@ def train(
     from emutune.learning.teachers import teacher_of
     from emutune.learning.training import train_seeds
     from emutune.scenario import load_scenario
-    from emutune.study.compare import training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     loaded = load_scenario(scenario, overrides)
-    base = training_config(settings)
-    if base is None:
-        raise UsageError(f"--settings: {settings!r} is no policy that trains; see emutune compare --help")
-    given = {
-        "algorithm": algorithm,
-        "network": network,
-        "baseline": baseline,
-        "credit": credit,
-        "teacher": teacher,
-        "steps": steps,
-    }
-    changed = {name: value for name, value in given.items() if value is not None}
-    config = validated(type(base), **{**base.model_dump(exclude_unset=True), **changed})
+    config = learner.config(steps)
     total = seeds * config.total_steps(loaded.fleet.ues, loaded.fleet.tasks)
     with resumable(out), progress_bar("training", total) as advance:
         policies = train_seeds(

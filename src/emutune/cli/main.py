@@ -7,7 +7,19 @@ from typing import NoReturn
 
 import typer
 
-from emutune.cli import examine, fleet, join, learn, ledger, serve, trace, tune
+from emutune.cli import (
+    calibrate,
+    catalogue,
+    examine,
+    fleet,
+    join,
+    learn,
+    ledger,
+    reference,
+    serve,
+    trace,
+    tune,
+)
 from emutune.errors import EmutuneError
 
 app = typer.Typer(
@@ -24,7 +36,7 @@ for command in (
     examine.bound,
     examine.compare,
     examine.reproduce,
-    tune.calibrate,
+    calibrate.calibrate,
     tune.tune,
     tune.plug,
     serve.serve,
@@ -35,8 +47,8 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(ledger.group, name="ledger")
-app.add_typer(tune.catalogue, name="catalogue")
-app.add_typer(tune.reference, name="reference")
+app.add_typer(catalogue.catalogue, name="catalogue")
+app.add_typer(reference.reference, name="reference")
 app.add_typer(trace.trace, name="trace")
 
 

@@ -27,6 +27,12 @@ def _writable(path: Path | None) -> Path | None:
 JsonFile = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write the figures to this file.")
 ]
+CatalogueArgument = Annotated[Path, typer.Argument(metavar="CATALOGUE", help="A catalogue's directory.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A model directory, or: reference.")]
+Data = Annotated[Path, typer.Option(help="The task's text, UTF-8.")]
+Learning = Annotated[int, typer.Option(min=1, help="Training steps.")]
+RecipeName = Annotated[str | None, typer.Option(help="Of which emulators; those built last if not given.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Episodes = Annotated[int, typer.Option(min=1, help="Held-out episodes.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Training seeds: 0, 1, ...")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Environment steps of training.")]
@@ -40,3 +46,9 @@ def validated(kind: type[Configuration], **values: object) -> Configuration:
         first = error.errors()[0]
         field = {"methods": "compress"}.get(name := str(first["loc"][0]), name)
         raise UsageError(f"--{field.replace('_', '-')}: {first['msg']}, got {first['input']!r}") from error
+
+
+def chosen(value: str, option: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is not among the choices."""
+    if value not in choices:
+        raise UsageError(f"{option}: must be one of {', '.join(choices)}, got {value!r}")

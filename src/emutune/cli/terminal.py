@@ -76,6 +76,19 @@ def stage_bar() -> Iterator[Callable[..., None]]:
         yield show
 
 
+def advance(stage: Callable[[str, int, int, str], None], name: str, progress: Any, total: int) -> None:
+    """Show a training's progress, or a stage without one."""
+    if progress is None:
+        stage(name, 0, 1, "")
+    else:
+        stage(
+            name,
+            progress.step,
+            total,
+            f"loss {progress.losses[-1]:.3f}, {progress.tokens_per_s:,.0f} tokens/s",
+        )
+
+
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table whose columns, but for the first, stand right."""
     from rich import box
@@ -103,6 +116,11 @@ def interruptible(outcome: str) -> Iterator[None]:
 def resumable(out: Path) -> AbstractContextManager[None]:
     """On Ctrl-C, say how learning goes on."""
     return interruptible(f"what was learned is in {out}; the same command resumes it")
+
+
+def going_on(out: Path) -> AbstractContextManager[None]:
+    """On Ctrl-C, say that the work can go on."""
+    return interruptible(f"what was done is kept beside {out}; the same command goes on")
 
 
 def print_comparison(figures: Mapping[str, Any]) -> None:

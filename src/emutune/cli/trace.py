@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emutune.cli.grouped import grouped
 from emutune.cli.options import JsonFile
 from emutune.cli.terminal import write_json
 
@@ -18,24 +20,30 @@ trace = typer.Typer(help="Throughput traces for scenarios: import, export, synth
 Out = Annotated[Path, typer.Option(help="The trace to write.")]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Options of how a recording is read; see ``import_trace``."""
+
+    uplink: Annotated[Path | None, typer.Option(help="The uplink's mahimahi file.")] = None
+    interval_s: Annotated[float, typer.Option(help="Seconds of each row of the trace.")] = 1.0
+    drop_zeros: Annotated[bool, typer.Option("--drop-zeros", help="Drop rows of zero rate.")] = False
+    max_gap_s: Annotated[float | None, typer.Option(help="Close longer pauses than this.")] = None
+
+
 @trace.command("import")
+@grouped
 def import_(
     form: Annotated[str, typer.Argument(metavar="FORMAT", help="mahimahi, raca or csv.")],
     path: Annotated[Path, typer.Argument(help="The file; with mahimahi the downlink's.")],
     out: Out,
-    uplink: Annotated[Path | None, typer.Option(help="The uplink's mahimahi file.")] = None,
-    interval_s: Annotated[float, typer.Option(help="Seconds of each row of the trace.")] = 1.0,
-    drop_zeros: Annotated[bool, typer.Option("--drop-zeros", help="Drop rows of zero rate.")] = False,
-    max_gap_s: Annotated[float | None, typer.Option(help="Close longer pauses than this.")] = None,
+    reading: Reading,
     json_file: JsonFile = None,
 ) -> None:
     """Bring a trace into the form that scenarios read, and say what was kept and dropped."""
     from emutune.scenario.trace import write_trace
     from emutune.scenario.trace_formats import import_trace
 
-    rates, account = import_trace(
-        form, path, uplink=uplink, interval_s=interval_s, drop_zeros=drop_zeros, max_gap_s=max_gap_s
-    )
+    rates, account = import_trace(form, path, **asdict(reading))
     write_trace(out, rates)
     for line in account.lines():
         print(line)

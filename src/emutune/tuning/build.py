@@ -43,7 +43,7 @@ from emutune.tuning.manifest import METHODS, Emulator, LayerEntry, Method, Order
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.streaming import streamed
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks
-from emutune.tuning.trainer import Progress, TrainerConfig, forget
+from emutune.tuning.trainer import Bookkeeping, Progress, TrainerConfig, forget
 
 log = logging.getLogger(__name__)
 
@@ -314,10 +314,12 @@ class _Maker:
             list(students.values()),
             lambda step: self.training.batch(step, batch, seed),
             self.recipe.distillation.model_copy(update={"seed": seed}),
+            Bookkeeping(
+                self._work(),
+                f"{self.base.base} {self.recipe.label} {sorted(students)}",
+                lambda progress: self.report("distilling", progress),
+            ),
             mask_token=self.mask_token,
-            directory=self._work(),
-            purpose=f"{self.base.base} {self.recipe.label} {sorted(students)}",
-            report=lambda progress: self.report("distilling", progress),
         )
         for level, layers in zip(students, distilled, strict=True):
             variants[level] = variants[level]._replace(layers=layers)

@@ -17,17 +17,17 @@ from scipy.optimize import isotonic_regression
 
 from emutune.errors import CatalogueError
 from emutune.files import replacing
-from emutune.tuning.adapters import Kind, attach, copy_values
+from emutune.tuning.adapters import attach, copy_values
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import block_length, pack, split_blocks
 from emutune.tuning.trainer import Progress, TrainerConfig
-from emutune.tuning.tune import Bench, adapter_layers
+from emutune.tuning.tune import AdapterTraining, Bench, TuneResult, adapter_layers
 
 Column = Literal["zero_shot", "tuned", "plugged"]
 COLUMNS: tuple[Column, ...] = ("zero_shot", "tuned", "plugged")
-CALIBRATION = TrainerConfig(steps=60, score_every=20)
+CALIBRATION = AdapterTraining(training=TrainerConfig(steps=60, score_every=20))
 
 
 class Point(BaseModel):
@@ -75,12 +75,8 @@ class Fit(BaseModel):
 def calibrate(
     catalogue: Catalogue,
     text: str,
+    how: AdapterTraining = CALIBRATION,
     *,
-    training: TrainerConfig = CALIBRATION,
-    adapter: Kind = "layers",
-    width: int = 8,
-    block: int | None = None,
-    recipe: str | None = None,
     device: str | torch.device = "cpu",
     report: Callable[[float, Progress | None], None] = lambda retention, progress: None,
 ) -> list[Point]:
@@ -92,11 +88,7 @@ def calibrate(
     Args:
         catalogue: the emulators.
         text: the task's.
-        training: how to train.
-        adapter: what to train.
-        width: rank of LoRA, width of bottlenecks.
-        block: tokens in a block of text; 256, or what the model has positions for, if not given.
-        recipe: of which emulators; those built last if not given.
+        how: what to train and how, and of which emulators.
         device: where to compute.
         report: told of the retention and the training's progress.
 
@@ -106,26 +98,23 @@ def calibrate(
         ModelError: the tokenizer does not fit the model.
         UsageError: a block has more tokens than the model positions.
     """
-    emulators = catalogue.emulators(recipe)
+    emulators = catalogue.emulators(how.recipe)
     if len(emulators) < 3:
         raise CatalogueError(
             f"{catalogue.directory}: holds {len(emulators)} emulators of that recipe, a curve needs 3 or more; build "
             "with more --retentions"
         )
-    work = catalogue.directory / "work" / "curves"
-    how = [training.model_dump_json(), adapter, str(width), str(block)]
-    key = [text, *how, *(emulator.model_dump_json() for emulator in emulators)]
-    work = work / hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
+    work = catalogue.directory / "work" / "curves" / _name(text, how, emulators)
     done = _read_points(work)
     todo = [emulator for emulator in emulators if emulator.name not in done]
     for name in done:
         # Left by a run that was stopped right after it had written the point.
         shutil.rmtree(work / name, ignore_errors=True)
     if todo:
-        tokenizer, length = catalogue.tokenizer(), block_length(catalogue.config, block)
+        tokenizer, length = catalogue.tokenizer(), block_length(catalogue.config, how.block)
         splits = split_blocks(pack(text, tokenizer, work.parent / "tokens"), length)
         full = catalogue.assemble(catalogue.base(), device)
-        parameters = attach(adapter_layers(catalogue, full), adapter, width, training.seed)
+        parameters = attach(adapter_layers(catalogue, full), how.adapter, how.width, how.training.seed)
         start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         for emulator in todo:
             report(emulator.retention, None)
@@ -134,17 +123,22 @@ def calibrate(
             checkpoint = work / emulator.name
             result = bench.train(
                 parameters,
-                training,
+                how.training,
                 checkpoint,
                 emulator.name,
                 lambda progress, at=emulator.retention: report(at, progress),  # type: ignore[misc]
             )
-            done[emulator.name] = _point(
-                emulator, result.emulator_before, result.emulator_after, result.after, result.tokens_per_s
-            )
+            done[emulator.name] = _point(emulator, result)
             _write_points(work, done)
             shutil.rmtree(checkpoint, ignore_errors=True)
     return sorted(done.values(), key=lambda point: point.retention)
+
+
+def _name(text: str, how: AdapterTraining, emulators: Sequence[Emulator]) -> str:
+    """Of the directory in which a curve is kept."""
+    key = [text, how.training.model_dump_json(), how.adapter, str(how.width), str(how.block)]
+    key += [emulator.model_dump_json() for emulator in emulators]
+    return hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
 
 
 def fit_curve(points: Sequence[Point], column: Column = "plugged") -> Fit:
@@ -232,15 +226,15 @@ def curve_file(
     return "\n".join(lines) + "\n"
 
 
-def _point(emulator: Emulator, zero_shot: float, tuned: float, plugged: float, tokens_per_s: float) -> Point:
+def _point(emulator: Emulator, result: TuneResult) -> Point:
     return Point(
         retention=emulator.retention,
         layers=len(emulator.kept),
         bytes=emulator.bytes,
-        zero_shot=zero_shot,
-        tuned=tuned,
-        plugged=plugged,
-        tokens_per_s=tokens_per_s,
+        zero_shot=result.emulator_before,
+        tuned=result.emulator_after,
+        plugged=result.after,
+        tokens_per_s=result.tokens_per_s,
     )
 
 

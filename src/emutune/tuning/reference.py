@@ -15,7 +15,7 @@ from emutune.tuning.documentation import reference_text
 from emutune.tuning.layers import keep_layers
 from emutune.tuning.perplexity import perplexity, token_losses
 from emutune.tuning.text import Blocks, pack, split_blocks
-from emutune.tuning.trainer import Progress, TrainerConfig, forget, train
+from emutune.tuning.trainer import Bookkeeping, Progress, TrainerConfig, forget, train
 
 BLOCK = 256
 _VOCABULARY = 4096
@@ -96,10 +96,8 @@ def train_reference(
         loss,
         _batches(splits["train"], config),
         config,
-        directory=directory,
-        purpose="reference model",
+        Bookkeeping(directory, "reference model", report),
         score=lambda: perplexity(model, splits["validation"]),
-        report=report,
     )
     half = model.eval().half()
     half.save_pretrained(directory)

@@ -72,16 +72,30 @@ class Progress:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class Bookkeeping:
+    """Where a training run is kept, and who is told of it.
+
+    Attributes:
+        directory: of the checkpoints; a run that was stopped goes on from there, to the same weights. There are none
+            if not given.
+        purpose: what the checkpoint belongs to; one of another purpose or configuration is refused.
+        report: told after every step.
+    """
+
+    directory: Path | None = None
+    purpose: str = ""
+    report: Callable[[Progress], None] | None = None
+
+
 def train(
     trainable: Mapping[str, nn.Parameter],
     loss: Callable[[Tensor, int], Tensor],
     batch: Callable[[int], Tensor],
     config: TrainerConfig,
+    kept: Bookkeeping = Bookkeeping(),
     *,
-    directory: Path | None = None,
-    purpose: str = "",
     score: Callable[[], float] | None = None,
-    report: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train parameters in place with AdamW, and leave them at the best score.
 
@@ -93,18 +107,16 @@ def train(
         loss: scalar loss of a batch at a step; must depend on nothing but its arguments and the parameters.
         batch: the batch of a forward pass, by its number; tokens (rows, length).
         config: how to train.
-        directory: where checkpoints are kept; a run that was stopped goes on from there, to the same weights.
-        purpose: what the checkpoint belongs to; a checkpoint of another purpose or configuration is refused.
+        kept: where the run is kept, and who is told of it.
         score: what chooses between states, lower is better; asked before the first step, every
             ``score_every`` steps and at the end. Without it the last state stays.
-        report: told after every step.
 
     Raises:
         CheckpointError: the directory holds a checkpoint of another run or a damaged one, or cannot be
             written; an earlier checkpoint is then untouched.
         TrainingInterruptedError: Ctrl-C; a checkpoint was written first.
     """
-    run = _Run(trainable, config, directory, purpose)
+    run = _Run(trainable, config, kept)
     run.restore()
     complete = run.progress.step == config.steps
     if score is not None and not run.progress.scores:
@@ -115,8 +127,8 @@ def train(
             step = run.progress.step
             if score is not None and (step % config.score_every == 0 or step == config.steps):
                 run.keep_score(score())
-            if report is not None:
-                report(run.progress)
+            if kept.report is not None:
+                kept.report(run.progress)
             if interrupted.is_set():
                 break
             if step < config.steps:
@@ -141,17 +153,13 @@ class _Run:
     """Parameters, optimiser, progress and their checkpoint."""
 
     def __init__(
-        self,
-        trainable: Mapping[str, nn.Parameter],
-        config: TrainerConfig,
-        directory: Path | None,
-        purpose: str,
+        self, trainable: Mapping[str, nn.Parameter], config: TrainerConfig, kept: Bookkeeping
     ) -> None:
         self.parameters = dict(trainable)
         self.config = config
-        self.path = None if directory is None else directory / CHECKPOINT
+        self.path = None if kept.directory is None else kept.directory / CHECKPOINT
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
-        described = json.dumps([purpose, config.model_dump(), sorted(shapes.items())])
+        described = json.dumps([kept.purpose, config.model_dump(), sorted(shapes.items())])
         self.identity = hashlib.sha256(described.encode()).hexdigest()
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}

@@ -28,19 +28,16 @@ from emutune.tuning.layers import layer_stack
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks
-from emutune.tuning.trainer import CHECKPOINT, Progress, TrainerConfig, train
+from emutune.tuning.trainer import CHECKPOINT, Bookkeeping, Progress, TrainerConfig, train
 
 Where = Literal["device", "server"]
 ServerModel = Literal["full", "cached"]
 
 
-class TuneConfig(BaseModel):
-    """What to tune and how.
+class AdapterTraining(BaseModel):
+    """How an adapter is trained against an emulator.
 
     Attributes:
-        retention: of the emulator to train against.
-        where: a device has the emulator alone; the server trains against the whole model (Eq. 9, D12), or
-            with ``server_model = "cached"`` against the emulator that the device has.
         recipe: of the emulator; the one built last if not given.
         adapter: what to train.
         width: rank of LoRA, width of bottlenecks.
@@ -49,14 +46,25 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    retention: float = 0.5
-    where: Where = "device"
-    server_model: ServerModel = "full"
     recipe: str | None = None
     adapter: Kind = "layers"
     width: int = Field(default=8, ge=1)
     block: int | None = Field(default=None, ge=8)
     training: TrainerConfig = TrainerConfig()
+
+
+class TuneConfig(AdapterTraining):
+    """What to tune and how.
+
+    Attributes:
+        retention: of the emulator to train against.
+        where: a device has the emulator alone; the server trains against the whole model (Eq. 9, D12), or
+            with ``server_model = "cached"`` against the emulator that the device has.
+    """
+
+    retention: float = 0.5
+    where: Where = "device"
+    server_model: ServerModel = "full"
 
 
 @dataclass(frozen=True)
@@ -184,10 +192,8 @@ class Bench:
             under_autocast,
             lambda number: self.splits["train"].batch(number, config.batch, config.seed),
             config,
-            directory=directory,
-            purpose=purpose,
+            Bookkeeping(directory, purpose, report),
             score=lambda: self.measure(self.full, "validation"),
-            report=report,
         )
         accepted = progress.best_step > 0
         if not accepted:

@@ -13,7 +13,7 @@ from tuning_models import ARCHITECTURES, LAYERS, MASK_TOKEN, logits, tokens
 
 from emutune.tuning.compression.distill import distill, hidden_distance
 from emutune.tuning.layers import keep_layers, layer_stack, replace_stack, stack_name
-from emutune.tuning.trainer import Progress, TrainerConfig
+from emutune.tuning.trainer import Bookkeeping, Progress, TrainerConfig
 
 MIDDLE = range(1, LAYERS - 1)
 CONFIG = TrainerConfig(steps=6, batch=2, learning_rate=3e-3, save_every_s=0.0, weight_decay=0.0)
@@ -97,7 +97,8 @@ def test_stopped_distillation_ends_the_same(tmp_path: Path) -> None:
                 raise RuntimeError("stopped")
 
         students = students_of(model, (2,), (2, 3))
-        return weights(distill(model, MIDDLE, students, batch, CONFIG, directory=directory, report=report))
+        kept = Bookkeeping(directory, report=report)
+        return weights(distill(model, MIDDLE, students, batch, CONFIG, kept))
 
     expected = run(tmp_path / "a", None)
     for stop in (2, 4):

@@ -31,7 +31,7 @@ from emutune.tuning.layers import layer_stack
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import Blocks, block_length, fitting_block, task_blocks
-from emutune.tuning.trainer import Progress, train
+from emutune.tuning.trainer import Bookkeeping, Progress, train
 
 ADAPTER = "adapter.safetensors"
 _MADE = "made.json"
@@ -189,10 +189,8 @@ def _train(
             training_loss(model, mask_token),
             lambda number: blocks.batch(number, config.batch, config.seed),
             config,
-            directory=directory / "training",
-            purpose=training.model_dump_json(),
+            Bookkeeping(directory / "training", training.model_dump_json(), report),
             score=lambda: perplexity(model, splits["validation"], mask_token=mask_token),
-            report=report,
         )
 
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from emutune.tuning.head_loss import training_loss
 from emutune.tuning.layers import keep_layers, layer_stack, replace_stack, stack_name
-from emutune.tuning.trainer import Progress, TrainerConfig, train
+from emutune.tuning.trainer import Bookkeeping, TrainerConfig, train
 
 HIDDEN_WEIGHT = 30.0
 DISTILLATION = TrainerConfig(
@@ -27,11 +26,9 @@ def distill(
     students: Sequence[Sequence[nn.Module]],
     batch: Callable[[int], Tensor],
     config: TrainerConfig = DISTILLATION,
+    kept: Bookkeeping = Bookkeeping(),  # noqa: B008 (frozen)
     *,
     mask_token: int | None = None,
-    directory: Path | None = None,
-    purpose: str = "",
-    report: Callable[[Progress], None] | None = None,
 ) -> list[list[nn.Module]]:
     """Train short stacks towards the stack they stand for, all of them in one run.
 
@@ -45,10 +42,8 @@ def distill(
         students: the layers of each short stack, bottom first.
         batch: tokens (rows, length) of a step.
         config: how to train.
+        kept: where the training is kept, and who is told of it.
         mask_token: of a masked language model.
-        directory: where the checkpoint is kept.
-        purpose: what the checkpoint belongs to.
-        report: told after every step.
 
     Returns:
         New layers in place of the students'.
@@ -76,7 +71,7 @@ def distill(
         for number, layer in enumerate(copies.values())
         for name, parameter in layer.named_parameters()
     }
-    train(trainable, loss, batch, config, directory=directory, purpose=purpose, report=report)
+    train(trainable, loss, batch, config, kept)
     for layer in copies.values():
         layer.requires_grad_(False)
     return distilled
