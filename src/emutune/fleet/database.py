@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from emutune.errors import LedgerError
 from emutune.fleet.migrations import VERSION, connect, migrate, version_of
 
 ASIDE = "restore a copy of it, or move it, its -wal and its -shm file aside and start a new one"
+_Message = TypeVar("_Message", bound=BaseModel)
 _REMEDIES = {
     "SQLITE_FULL": "free space on its disk; nothing that was recorded is lost",
     "SQLITE_IOERR": "see to its disk; nothing that was recorded is lost",
@@ -90,6 +93,20 @@ class Database:
         if found != "ok":
             raise LedgerError(f"{self.path}: is damaged: {' '.join(found.split())}; {ASIDE}")
 
+    def _read(self, kind: type[_Message], text: str) -> _Message:
+        """A message that was recorded."""
+        try:
+            return kind.model_validate_json(text)
+        except ValidationError as error:
+            raise LedgerError(
+                f"{self.path}: is damaged: {kind.__name__}: {first_problem(error)}; {ASIDE}"
+            ) from error
+
+    def _known(self, what: str, query: str, key: str | int) -> None:
+        """Refuse what the ledger does not hold."""
+        if self._one(query, key) is None:
+            raise LedgerError(f"{what} {key}: is not in {self.path}; record it first")
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All that the block does, on the disk when it ends, or nothing if it raises."""
@@ -115,3 +132,9 @@ class Database:
             name = getattr(error, "sqlite_errorname", "")
             remedy = next((text for code, text in _REMEDIES.items() if name.startswith(code)), ASIDE)
             raise LedgerError(f"{self.path}: {error}; {remedy}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a message, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

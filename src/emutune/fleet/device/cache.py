@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -59,6 +60,23 @@ class _Manifest(BaseModel):
     name: str = Field(min_length=1, max_length=200)
     outer: _Shard
     layers: list[_Layer] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A file that the server has.
+
+    Attributes:
+        route: where it is.
+        sha256, size: of its content; the size is None where only the server knows it.
+        aside, path: where it grows, and where it is once it is whole.
+    """
+
+    route: str
+    sha256: str
+    size: int | None
+    aside: Path
+    path: Path
 
 
 def shards_of(emulator: Mapping[str, Any]) -> dict[str, int]:
@@ -208,9 +226,8 @@ class Cache:
         path = folder / name
         if path.is_file() and (await self._in_thread(lambda: hash_file(path)))[0] == sha256:
             return
-        await self._download(
-            client, f"/v1/tokenizer/{name}", None, sha256, self.directory / "tokenizer.partial", path
-        )
+        aside = self.directory / "tokenizer.partial"
+        await self._download(client, _Wanted(f"/v1/tokenizer/{name}", sha256, None, aside, path))
 
     async def _fetch_shard(
         self, client: FleetClient, sha256: str, size: int, grown: Callable[[int], None]
@@ -219,39 +236,31 @@ class Cache:
         # What is longer than the shard is not its beginning.
         if _size(beginning) > size:
             beginning.unlink()
-        await self._download(
-            client, f"/v1/shards/{sha256}", size, sha256, beginning, self._whole(sha256), grown
-        )
+        shard = _Wanted(f"/v1/shards/{sha256}", sha256, size, beginning, self._whole(sha256))
+        await self._download(client, shard, grown)
         self.held[sha256] = size
 
     async def _download(
-        self,
-        client: FleetClient,
-        route: str,
-        size: int | None,
-        sha256: str,
-        aside: Path,
-        path: Path,
-        grown: Callable[[int], None] = lambda size: None,
+        self, client: FleetClient, wanted: _Wanted, grown: Callable[[int], None] = lambda size: None
     ) -> None:
         """Fetch a file until its content is what it should be."""
         for _ in range(_DAMAGED_AT_MOST):
             try:
-                async with PartialFile(aside, self._pool, grown) as file:
-                    await client.download(route, size, file)
+                async with PartialFile(wanted.aside, self._pool, grown) as file:
+                    await client.download(wanted.route, wanted.size, file)
                     found = await file.finish()
             except OSError as error:
                 if error.errno in _FULL:
                     # Others need the space more than this needs its beginning.
-                    aside.unlink(missing_ok=True)
+                    wanted.aside.unlink(missing_ok=True)
                 raise
-            if found == sha256:
-                replace_durably(aside, path)
+            if found == wanted.sha256:
+                replace_durably(wanted.aside, wanted.path)
                 return
-            aside.unlink(missing_ok=True)
-            self.dropped.append(sha256)
+            wanted.aside.unlink(missing_ok=True)
+            self.dropped.append(wanted.sha256)
         raise FleetError(
-            f"{route}: arrived damaged {_DAMAGED_AT_MOST} times; check the server's catalogue and this disk"
+            f"{wanted.route}: arrived damaged {_DAMAGED_AT_MOST} times; check the server's catalogue and this disk"
         )
 
     def _make_room(self, needed: Mapping[str, int]) -> None:

@@ -68,7 +68,9 @@ def create_app(
     app.state.fleet = routes.Shared(hub, ledger, catalogue_directory, work, limits, bucket_of)
     app.state.connections = Connections(limits, ledger)
     refusals.install(app, ledger)
-    _add_routes(app)
+    _add_tasks(app)
+    _add_files(app)
+    _add_outcomes(app)
     if board is not None:
         dashboard.install(app, board)
     return app
@@ -108,8 +110,11 @@ _FILE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _add_routes(app: FastAPI) -> None:
-    taken = {**_NOTHING, **_problems(401, 404, 408, 413, 422, 503, 507)}
+_TAKEN = {**_NOTHING, **_problems(401, 404, 408, 413, 422, 503, 507)}
+
+
+def _add_tasks(app: FastAPI) -> None:
+    """A device joins, reports a task and is leased what to do about it."""
     app.add_api_route(
         "/v1/enrolment",
         routes.enrolment,
@@ -133,6 +138,10 @@ def _add_routes(app: FastAPI) -> None:
         response_model=Lease,
         responses={204: {"description": "There is none yet."}, **_problems(401, 422, 503)},
     )
+
+
+def _add_files(app: FastAPI) -> None:
+    """What is fetched and what is sent for a lease."""
     for path, file in (("/v1/shards/{sha256}", routes.shard), ("/v1/tokenizer/{name}", routes.tokenizer)):
         app.add_api_route(
             path, file, response_class=Response, responses={**_FILE, **_problems(401, 404, 416, 422, 503)}
@@ -149,7 +158,7 @@ def _add_routes(app: FastAPI) -> None:
         methods=["PUT"],
         status_code=204,
         openapi_extra=_RAW_BODY,
-        responses={**taken, **_problems(409)},
+        responses={**_TAKEN, **_problems(409)},
     )
     app.add_api_route(
         "/v1/leases/{lease}/data",
@@ -165,6 +174,10 @@ def _add_routes(app: FastAPI) -> None:
         openapi_extra=_RAW_BODY,
         responses=_problems(401, 404, 408, 409, 413, 422, 503, 507),
     )
+
+
+def _add_outcomes(app: FastAPI) -> None:
+    """What a device says when it is done, with a lease or with the fleet."""
     for name, told, kind in (
         ("transferred", routes.transferred, Transferred),
         ("result", routes.result, Result),
@@ -175,7 +188,7 @@ def _add_routes(app: FastAPI) -> None:
             methods=["POST"],
             status_code=204,
             openapi_extra=_body(kind),
-            responses=taken,
+            responses=_TAKEN,
         )
     app.add_api_route(
         "/v1/leave",

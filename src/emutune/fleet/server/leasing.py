@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emutune.errors import FleetError
@@ -19,6 +19,23 @@ from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator, missing
 
 MegaBytes = 1e6
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one device is to do, and what is known of it.
+
+    Attributes:
+        emulator: the one chosen, or the one that would be if the device trained.
+        moved: bytes that have to move, before they are scaled.
+    """
+
+    device: str
+    report: Report
+    candidate: Candidate
+    choice: Choice
+    emulator: Emulator
+    moved: int
 
 
 class Leasing:
@@ -70,26 +87,26 @@ class Leasing:
         """Decide a step; the same for the same step and reports."""
         candidates = [self._candidate(step, device, report) for device, report in reports]
         choices = await self._decider.decide(step, candidates)
-        choices = [
-            self._allowed(choice, report) for choice, (_, report) in zip(choices, reports, strict=True)
+        plans = [
+            self._plan(device, report, candidate, choice)
+            for (device, report), candidate, choice in zip(reports, candidates, choices, strict=True)
         ]
-        wanted = [self._emulator(choice.layers) for choice in choices]
-        moved = [
-            report.data_bytes if choice.at_server else self._missing(report, emulator)
-            for choice, emulator, (_, report) in zip(choices, wanted, reports, strict=True)
-        ]
-        scaled = [bytes_ * self._config.shaping.byte_scale for bytes_ in moved]
         # What is measured later is perplexity on the text that is held back, not on the device's own.
-        judged = [
-            replace(candidate, complexity=self._of_held_back(device, candidate))
-            for candidate, (device, _) in zip(candidates, reports, strict=True)
-        ]
-        predicted = await self._decider.forecast(judged, choices, scaled)
-        rates = await self._rates(step, reports, candidates, choices, scaled)
-        return [
-            self._decision(step, *row)
-            for row in zip(reports, candidates, choices, wanted, moved, predicted, rates, strict=True)
-        ]
+        judged = [replace(plan.candidate, complexity=self._of_held_back(plan)) for plan in plans]
+        predicted = await self._forecast(plans, judged)
+        rates = await self._rates(step, plans)
+        return [self._decision(step, *row) for row in zip(plans, predicted, rates, strict=True)]
+
+    def _plan(self, device: str, report: Report, candidate: Candidate, choice: Choice) -> _Plan:
+        allowed = self._allowed(choice, report)
+        emulator = self._emulator(allowed.layers)
+        moved = report.data_bytes if allowed.at_server else self._missing(report, emulator)
+        return _Plan(device, report, candidate, allowed, emulator, moved)
+
+    async def _forecast(self, plans: Sequence[_Plan], candidates: Sequence[Candidate]) -> list[Forecast]:
+        """What plans come to for candidates that may differ from those that were decided about."""
+        scaled = [plan.moved * self._config.shaping.byte_scale for plan in plans]
+        return await self._decider.forecast(candidates, [plan.choice for plan in plans], scaled)
 
     def _candidate(self, step: int, device: str, report: Report) -> Candidate:
         shaping, scenario = self._config.shaping, self._scenario
@@ -114,9 +131,9 @@ class Leasing:
         ratio = report.perplexity_ratio * self._base_perplexity / untuned
         return self._scenario.quality.complexity_weight * (ratio - 1)
 
-    def _of_held_back(self, device: str, candidate: Candidate) -> float:
-        known = self._complexity(device)
-        return candidate.complexity if known is None else known
+    def _of_held_back(self, plan: _Plan) -> float:
+        known = self._complexity(plan.device)
+        return plan.candidate.complexity if known is None else known
 
     def _allowed(self, choice: Choice, report: Report) -> Choice:
         """What the device's cache and the server's limits leave of a choice."""
@@ -136,42 +153,25 @@ class Leasing:
     def _missing(self, report: Report, wanted: Emulator) -> int:
         return sum(missing(self._held(report), wanted).values())
 
-    async def _rates(
-        self,
-        step: int,
-        reports: Sequence[tuple[str, Report]],
-        candidates: Sequence[Candidate],
-        choices: Sequence[Choice],
-        scaled: Sequence[float],
-    ) -> list[float | None]:
+    async def _rates(self, step: int, plans: Sequence[_Plan]) -> list[float | None]:
         """What each link carries in this step, in bits/s of wall time: with the gain during it, not before it."""
         shaping = self._config.shaping
         if not shaping.enabled:
-            return [None] * len(reports)
+            return [None] * len(plans)
         during = [
-            replace(candidate, gain=DrawnLink(self._scenario, shaping.seed, device).gain(step))
-            for candidate, (device, _) in zip(candidates, reports, strict=True)
+            replace(plan.candidate, gain=DrawnLink(self._scenario, shaping.seed, plan.device).gain(step))
+            for plan in plans
         ]
-        actual = await self._decider.forecast(during, choices, scaled)
+        actual = await self._forecast(plans, during)
         scale = shaping.time_scale / shaping.byte_scale
         return [
-            forecast.rate_bps * scale if bytes_ else None
-            for forecast, bytes_ in zip(actual, scaled, strict=True)
+            forecast.rate_bps * scale if plan.moved else None
+            for forecast, plan in zip(actual, plans, strict=True)
         ]
 
-    def _decision(
-        self,
-        step: int,
-        reported: tuple[str, Report],
-        candidate: Candidate,
-        choice: Choice,
-        emulator: Emulator,
-        moved: int,
-        forecast: Forecast,
-        rate_bps: float | None,
-    ) -> Decision:
-        device, report = reported
-        local = not choice.at_server
+    def _decision(self, step: int, plan: _Plan, forecast: Forecast, rate_bps: float | None) -> Decision:
+        device, report, emulator = plan.device, plan.report, plan.emulator
+        local = not plan.choice.at_server
         lease = Lease(
             lease=f"{step}-{device}",
             step=step,
@@ -189,14 +189,14 @@ class Leasing:
             lease=lease.lease,
             kind=lease.kind,
             retention=emulator.retention if local else None,
-            at_server=choice.at_server,
+            at_server=plan.choice.at_server,
             emulator_name=emulator.name if local else None,
             lease_json=lease.model_dump_json(),
-            predicted_bytes=moved,
+            predicted_bytes=plan.moved,
             predicted_delay_s=forecast.delay_s,
             predicted_perplexity=forecast.perplexity,
-            gain=candidate.gain,
-            complexity=candidate.complexity,
+            gain=plan.candidate.gain,
+            complexity=plan.candidate.complexity,
             rate_bps=rate_bps,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from collections import defaultdict
@@ -18,6 +17,7 @@ from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
+from emutune.fleet.server.adapters import Adapters
 from emutune.fleet.server.at_server import AtServer
 from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.jobs import Jobs, Work, noted
@@ -25,7 +25,7 @@ from emutune.fleet.server.judging import Judging
 from emutune.fleet.server.leasing import Leasing
 from emutune.fleet.server.links import DrawnLink, gain_of_rate
 from emutune.fleet.server.pool import Pool
-from emutune.tuning.adapter_manifest import Asked, check_belongs, read_manifest
+from emutune.tuning.adapter_manifest import Asked
 from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator
 
@@ -66,15 +66,16 @@ class Orchestrator:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._trainers, self._judge, self._report = trainers, judge, report
         self._scenario = decider.scenario
+        self._adapters = Adapters(config.server.directory / "adapters", catalogue.info)
         self._judging = Judging(
-            config, ledger, catalogue.directory, self._scenario, self._judge, self._adapter
+            config, ledger, catalogue.directory, self._scenario, self._judge, self._adapters.path
         )
         self._leasing = Leasing(
             config, catalogue, decider, self._judging.complexity, self._last_gain, ledger.in_service
         )
         largest = self._leasing.emulators[-1].name
         self._at_server = AtServer(
-            config, ledger, catalogue.directory, largest, self._trainers, self._adapter
+            config, ledger, catalogue.directory, largest, self._trainers, self._adapters.path
         )
         # Said now, not when the first adapter comes.
         catalogue.asked(catalogue.base(), config.training.adapter, config.training.width)
@@ -84,8 +85,7 @@ class Orchestrator:
         self._stopping = False
         self._told: set[str] = set()
         self._info = self._leasing.describe()
-        self._adapters = config.server.directory / "adapters"
-        self._adapters.mkdir(parents=True, exist_ok=True)
+        self._adapters.directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def jobs(self) -> list[asyncio.Task[None]]:
@@ -268,7 +268,7 @@ class Orchestrator:
         """See ``Hub.start_adapter``."""
         row = self._row(device, lease)
         sha256 = row.adapter_sha256 if row.kind == "upload" else row.message.start
-        return None if sha256 is None else self._adapter(sha256)
+        return None if sha256 is None else self._adapters.path(sha256)
 
     def adapter_asked(self, device: str, lease: str) -> Asked:
         """See ``Hub.adapter_asked``."""
@@ -279,8 +279,7 @@ class Orchestrator:
     async def adapter_received(self, device: str, lease: str, path: Path) -> None:
         """See ``Hub.adapter_received``."""
         row = self._row(device, lease)
-        sha256 = await asyncio.to_thread(self._keep_adapter, path)
-        self._ledger.adapter(lease, sha256, self._adapter(sha256).stat().st_size)
+        await self._keep_adapter(lease, path)
         self._start(row, partial(self._evaluate, row))
 
     async def result(self, device: str, lease: str, message: Result) -> None:
@@ -317,12 +316,19 @@ class Orchestrator:
     async def _train(self, row: LeaseRow) -> None:
         """Train an uploaded task; its data stay until that is done, whatever comes between."""
         if self._row(row.device, row.lease).adapter_sha256 is None:
-            out = await self._at_server.train(row)
-            sha256 = await asyncio.to_thread(self._keep_adapter, out)
-            self._ledger.adapter(row.lease, sha256, self._adapter(sha256).stat().st_size)
+            await self._keep_adapter(row.lease, await self._at_server.train(row))
         self._at_server.forget(row)
         self._wake(row.device)
         await self._evaluate(row)
+
+    async def _keep_adapter(self, lease: str, path: Path) -> None:
+        """Keep what was trained for a lease, and record it.
+
+        Raises:
+            AdapterError: it belongs to another model, or to other layers.
+        """
+        sha256 = await asyncio.to_thread(self._adapters.keep, path)
+        self._ledger.adapter(lease, sha256, self._adapters.path(sha256).stat().st_size)
 
     async def _evaluate(self, row: LeaseRow) -> None:
         """Have a lease's adapter judged."""
@@ -339,6 +345,12 @@ class Orchestrator:
         elif row.accepted is not None and row.transferred_s is not None:
             self._ledger.close_lease(lease, "done" if row.state == "open" else "late")
         self._news.set()
+
+    def _row(self, device: str, lease: str) -> LeaseRow:
+        row = self._ledger.lease(device, lease)
+        if row is None:
+            raise FleetError(f"lease {lease}: is not one of {device}")
+        return row
 
     # What decisions need
 
@@ -363,33 +375,6 @@ class Orchestrator:
         power = link.transmit_power_w if uplink else self._scenario.radio.downlink_power_w / sharers
         rate = 8 * row.transferred_bytes / row.transferred_s
         return gain_of_rate(self._scenario, rate, power, sharers, uplink=uplink)
-
-    # Files
-
-    def _adapter(self, sha256: str) -> Path:
-        return self._adapters / f"{sha256}.safetensors"
-
-    def _keep_adapter(self, path: Path) -> str:
-        """Move an adapter to where it is named by its content.
-
-        Raises:
-            AdapterError: it belongs to another model, or to other layers.
-        """
-        manifest = read_manifest(path)
-        info = self._catalogue.info
-        check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        # As new as if it had been written now, though a kill may have come after it was.
-        os.utime(path)
-        os.replace(path, self._adapter(sha256))
-        return sha256
-
-    def _row(self, device: str, lease: str) -> LeaseRow:
-        row = self._ledger.lease(device, lease)
-        if row is None:
-            raise FleetError(f"lease {lease}: is not one of {device}")
-        return row
 
 
 def _trained_late(row: LeaseRow) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -129,7 +130,7 @@ async def run_server(
         raise FleetError(
             "a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices"
         )
-    certificate = certificate_of(config)
+    server, certificate = config.server, certificate_of(config)
     with _only_one(config), opened_ledger(config) as ledger:
         _same_fleet(ledger, config, catalogue)
         await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
@@ -137,27 +138,19 @@ async def run_server(
             hub = Orchestrator(config, ledger, catalogue, decider, trainers, judging, stepped)
             board = open_board(config, ledger, catalogue, policy)
             app = create_app(
-                hub,
-                ledger,
-                catalogue.directory,
-                config.server.directory,
-                config.limits,
-                Links().bucket,
-                board,
+                hub, ledger, catalogue.directory, server.directory, config.limits, Links().bucket, board
             )
-            server = config.server
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
             started(url_of(server.reached_as[0], listening.port))
-            renewing = asyncio.create_task(Renewal(config, certificate, listening.show).run())
             shared: Shared = app.state.fleet
-            directory = config.server.directory
-            housekeeping = Housekeeping(ledger, directory, config.keep.days, hub.at_work, shared.forget)
-            tidying = asyncio.create_task(housekeeping.run())
+            renewal = Renewal(config, certificate, listening.show)
+            tidying = Housekeeping(ledger, server.directory, config.keep.days, hub.at_work, shared.forget)
             try:
-                await _until_told(asyncio.create_task(hub.run()))
-                await _forget_uploads(shared)
+                async with _beside(renewal.run(), tidying.run()):
+                    await _until_told(asyncio.create_task(hub.run()))
+                    await _forget_uploads(shared)
             finally:
-                for job in (renewing, tidying, *hub.jobs):
+                for job in hub.jobs:
                     job.cancel()
                 await board.say_farewell()
                 await listening.stop()
@@ -203,6 +196,17 @@ async def _until_told(work: asyncio.Task[None]) -> None:
             task.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Work that is done meanwhile, for as long as the block takes."""
+    running = [asyncio.create_task(one) for one in work]
+    try:
+        yield
+    finally:
+        for task in running:
+            task.cancel()
 
 
 @asynccontextmanager
