@@ -7,7 +7,6 @@ a while.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections import Counter
@@ -23,8 +22,8 @@ from faulty_fleet import DEVICES, STEPS, Outcome, outcome
 from small_disks import fill, small_disk
 from whole_fleet import Carrier, WholeFleet
 
-from emutune.fleet.device import agent, state
-from emutune.fleet.server import orchestrator
+from emutune.fleet import disk
+from emutune.fleet.device import state
 from emutune.tuning.catalogue import Catalogue
 
 LONGEST_S = 90.0
@@ -333,13 +332,11 @@ def has_task(fleet: MemoryFleet, name: str) -> bool:
 @contextmanager
 def hasty() -> Iterator[None]:
     """Look often whether a disk has room again."""
-    with contextlib.ExitStack() as stack:
-        for module in (agent, orchestrator):
-            if hasattr(module, "_DISK_FULL_S"):
-                kept = module._DISK_FULL_S
-                module._DISK_FULL_S = 0.1
-                stack.callback(setattr, module, "_DISK_FULL_S", kept)
+    kept, disk.LOOK_AGAIN_S = disk.LOOK_AGAIN_S, 0.1
+    try:
         yield
+    finally:
+        disk.LOOK_AGAIN_S = kept
 
 
 def faults(random_seed: int, span_s: float) -> dict[str, Callable[[MemoryFleet], Any]]:

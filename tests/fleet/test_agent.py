@@ -14,8 +14,9 @@ from device_models import TEXT, catalogue, emulator, leasing, serving
 from fake_server import FakeServer, client_of, fleet_info, sha256
 
 from emutune.errors import FleetError
-from emutune.fleet.device import agent
-from emutune.fleet.device.agent import Telling, run_device
+from emutune.fleet.device import agent, errand
+from emutune.fleet.device.agent import run_device
+from emutune.fleet.device.telling import Telling
 from emutune.fleet.protocol import Lease, Result, Transferred
 from emutune.tuning.catalogue import Catalogue
 
@@ -40,7 +41,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "_AFTER_FAILURE_S", 0.0)
-    monkeypatch.setattr(agent, "_POLL_S", 0.3)
+    for module in (agent, errand):
+        monkeypatch.setattr(module, "POLL_S", 0.3)
 
 
 def device(

@@ -363,7 +363,7 @@ def test_a_device_ends_when_the_server_is_gone_for_longer_than_its_patience(tmp_
     server = FakeServer(fleet_info())
     server.unreachable = 10**9
     client = client_of(server)
-    client._backoff = Backoff(first_s=0.001, longest_s=0.004, patience_s=0.2)
+    client._patience.backoff = Backoff(first_s=0.001, longest_s=0.004, patience_s=0.2)
     begun = time.monotonic()
     with pytest.raises(FleetError, match="nothing is lost"):
         asyncio.run(client.info())
@@ -373,7 +373,7 @@ def test_a_device_ends_when_the_server_is_gone_for_longer_than_its_patience(tmp_
 def test_patience_counts_from_the_last_answer() -> None:
     server = FakeServer(fleet_info(), key="0" * 64)
     client = client_of(server)
-    client._backoff = Backoff(first_s=0.05, longest_s=0.05, patience_s=0.15)
+    client._patience.backoff = Backoff(first_s=0.05, longest_s=0.05, patience_s=0.15)
 
     async def calls() -> None:
         for _ in range(6):

@@ -45,8 +45,9 @@ def join(
 ) -> None:
     """Take part in a fleet: report tasks, fetch emulators, train adapters or let the server train them."""
     expect_libraries("fleet", "join")
-    from emutune.fleet.device.client import Backoff, FleetClient
+    from emutune.fleet.device.client import FleetClient
     from emutune.fleet.device.network import tls_transport
+    from emutune.fleet.device.patience import Backoff
     from emutune.fleet.loop import run
     from emutune.fleet.security import read_credentials, trusting
 
@@ -64,7 +65,8 @@ def join(
 
 
 async def _run(client: FleetClient, place: Place, stage: Callable[..., None]) -> int:
-    from emutune.fleet.device.agent import Telling, run_device
+    from emutune.fleet.device.agent import run_device
+    from emutune.fleet.device.telling import Telling
 
     async with client:
         return await run_device(

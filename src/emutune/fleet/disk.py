@@ -6,6 +6,8 @@ import errno
 import os
 import sqlite3
 
+# Between two looks whether a full disk has room again.
+LOOK_AGAIN_S = 5.0
 _CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SQLITE = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 # The writer of safetensors gives the number in its text alone, that of arrays only how much was written.

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -17,11 +12,13 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from emutune.errors import FleetError
-from emutune.fleet.device import clock
+from emutune.fleet.device.patience import Backoff, PassingError, Patience
 from emutune.fleet.protocol import Enrolment, FleetInfo, Lease, Received, Report, Result, Transferred
 from emutune.fleet.security import Credentials
 from emutune.fleet.shaping import TokenBucket
 
+# How long the server is asked to hold an answer back that it does not have yet.
+POLL_S = 20.0
 # What a long poll may take beyond the time that the server was asked to wait.
 _POLL_MARGIN_S = 15.0
 _DAMAGED_AT_MOST = 3
@@ -47,34 +44,6 @@ class RefusedError(FleetError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-class _PassingError(Exception):
-    """A failure that may be over when the request is sent again."""
-
-    def __init__(self, message: str, wait_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.wait_s = wait_s
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """How long to wait before a request is sent again: doubling, with jitter so that a fleet does not come at once.
-
-    Attributes:
-        first_s, longest_s: least and most of what the waits are drawn from.
-        attempts: after so many in a row the failure is raised; None to go on for ever.
-        patience_s: after so long without any answer the failure is raised; None to go on for ever.
-    """
-
-    first_s: float = 0.2
-    longest_s: float = 15.0
-    attempts: int | None = None
-    patience_s: float | None = None
-
-    def wait_s(self, failures: int) -> float:
-        """The wait after so many failures in a row."""
-        return random.uniform(0.5, 1.0) * min(self.longest_s, self.first_s * 2.0 ** min(failures - 1, 30))
 
 
 class Sink(Protocol):
@@ -121,10 +90,7 @@ class FleetClient:
         """
         self.credentials = credentials
         self.url = (url or credentials.url).rstrip("/")
-        self._backoff = backoff or Backoff()
-        self._remark = remark
-        self._silent_since: float | None = None
-        self._complaint: str | None = None
+        self._patience = Patience(self.url, credentials, backoff or Backoff(), remark)
         self._http = httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=_timeout(0))
 
     async def __aenter__(self) -> Self:
@@ -175,13 +141,13 @@ class FleetClient:
                 if size is None:
                     return
                 if sink.size < size:
-                    raise _PassingError(f"the transfer ended after {sink.size} of {size} bytes")
-            except (httpx2.TransportError, _PassingError) as error:
+                    raise PassingError(f"the transfer ended after {sink.size} of {size} bytes")
+            except (httpx2.TransportError, PassingError) as error:
                 failures = 1 if sink.size > before else failures + 1
-                await self._wait(error, failures)
+                await self._patience.wait(error, failures)
             except httpx2.InvalidURL as error:
                 raise FleetError(f"{self.url}: no address of a server ({error})") from error
-        self._again()
+        self._patience.answered()
 
     async def adapter(self, lease: str, sink: Sink, wait_s: float) -> bool:
         """Fetch the adapter that belongs to a lease; False if there is none within some time."""
@@ -236,9 +202,9 @@ class FleetClient:
                 received = await self._upload_part(route, path, before, size, bucket)
                 # The server takes all bytes or throws them all away.
                 damaged += received.bytes <= before and not received.complete
-            except (httpx2.TransportError, httpx2.StreamError, _PassingError) as error:
+            except (httpx2.TransportError, httpx2.StreamError, PassingError) as error:
                 failures += 1
-                await self._wait(error, failures)
+                await self._patience.wait(error, failures)
                 received = _read(Received, await self._request("GET", route))
                 failures = 0 if received.bytes > before else failures
             if damaged >= _DAMAGED_AT_MOST:
@@ -261,7 +227,7 @@ class FleetClient:
         except RefusedError as error:
             if error.status != 409:
                 raise
-            raise _PassingError(str(error)) from error
+            raise PassingError(str(error)) from error
         return _read(Received, response)
 
     async def transferred(self, lease: str, message: Transferred) -> None:
@@ -297,13 +263,13 @@ class FleetClient:
         while True:
             try:
                 answer = await attempt()
-            except (httpx2.TransportError, httpx2.DecodingError, _PassingError) as error:
+            except (httpx2.TransportError, httpx2.DecodingError, PassingError) as error:
                 failures += 1
-                await self._wait(error, failures)
+                await self._patience.wait(error, failures)
             except httpx2.InvalidURL as error:
                 raise FleetError(f"{self.url}: no address of a server ({error})") from error
             else:
-                self._again()
+                self._patience.answered()
                 return answer
 
     async def _stream(self, path: str, size: int | None, sink: Sink, wait_s: float = 0.0) -> int:
@@ -318,7 +284,7 @@ class FleetClient:
             )
             if response.status_code == 416:
                 await sink.restart()
-                raise _PassingError("the server has fewer bytes than this device")
+                raise PassingError("the server has fewer bytes than this device")
             if response.is_error or response.status_code == 204:
                 await response.aread()
                 self._checked(response)
@@ -329,73 +295,23 @@ class FleetClient:
             async for piece in response.aiter_raw():
                 if size is not None and sink.size + len(piece) > size:
                     await sink.restart()
-                    raise _PassingError(f"{path}: more than {size} bytes")
+                    raise PassingError(f"{path}: more than {size} bytes")
                 await sink.write(piece)
             return response.status_code
 
     def _checked(self, response: httpx2.Response) -> httpx2.Response:
-        self._silent_since = None
+        self._patience.heard()
         status = response.status_code
         if status < 300:
             return response
         if status >= 500 or status in _PASSING:
-            raise _PassingError(
+            raise PassingError(
                 f"the server answers {status} {_detail(response)}".rstrip(), _retry_after_s(response)
             )
         remedy = _REMEDIES.get(status)
         if remedy is not None:
             raise RefusedError(status, f"{self.url}: {remedy}")
         raise RefusedError(status, f"{response.request.url.path}: refused with {status} {_detail(response)}")
-
-    async def _wait(self, error: Exception, failures: int) -> None:
-        """Wait before the next attempt.
-
-        Raises:
-            FleetError: the server is not of this device's fleet, or there were enough attempts.
-        """
-        text = str(error) or type(error).__name__
-        problem = _certificate_problem(error)
-        if problem is not None and getattr(problem, "verify_code", 0) not in clock.OUT_OF_DATE:
-            raise FleetError(
-                f"{self.url}: its certificate is not of the fleet {self.credentials.fleet!r} "
-                f"({problem.verify_message}); give that fleet's address, or credentials of this one"
-            ) from error
-        if problem is not None:
-            # A clock is set, and a certificate renewed, while a device waits.
-            text = problem.verify_message
-            if self._complaint != text:
-                wrong = await clock.what_is_wrong(self.url, self.credentials.ca)
-                self._complain(text, f"{wrong or text}; trying again")
-        if self._backoff.attempts is not None and failures >= self._backoff.attempts:
-            raise FleetError(f"{self.url}: {text}, {failures} times; is the server running?") from error
-        self._check_patience(error)
-        wait_s = max(self._backoff.wait_s(failures), getattr(error, "wait_s", 0.0))
-        # A single failure is everyday life on a radio link.
-        if failures == 2 and problem is None:
-            self._complain(text, f"{text}; trying again until it answers")
-        await asyncio.sleep(wait_s)
-
-    def _check_patience(self, error: Exception) -> None:
-        """Give up a server that has been silent for too long, such as one whose steps are all done."""
-        if not isinstance(error, httpx2.TransportError):
-            return
-        now = time.monotonic()
-        self._silent_since = self._silent_since or now
-        patience_s = self._backoff.patience_s
-        if patience_s is not None and now - self._silent_since >= patience_s:
-            raise FleetError(
-                f"{self.url}: has not answered for {patience_s / 3600:.3g} hours; nothing is lost: once the server "
-                "runs, the same command goes on"
-            ) from error
-
-    def _complain(self, reason: str, remark: str) -> None:
-        self._complaint = reason
-        self._remark(f"{self.url}: {remark}")
-
-    def _again(self) -> None:
-        if self._complaint is not None:
-            self._complaint = None
-            self._remark(f"{self.url}: answers again")
 
 
 def _timeout(wait_s: float) -> httpx2.Timeout:
@@ -431,14 +347,6 @@ def _retry_after_s(response: httpx2.Response) -> float:
         return min(30.0, max(0.0, float(response.headers.get("retry-after", 0))))
     except ValueError:
         return 0.0
-
-
-def _certificate_problem(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 async def _pieces(

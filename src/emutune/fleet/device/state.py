@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emutune.errors import FleetError
+from emutune.fleet import disk
 from emutune.fleet.device.files import hash_file, write_durably
 from emutune.fleet.protocol import Lease, Result, Transferred
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A machine without a clock of its own starts in 1970.
 _LONGEST_S = 1e9
+Answer = TypeVar("Answer")
 
 
 class StateUnwritableError(FleetError):
@@ -138,6 +142,15 @@ class Memory:
                 f"{self.path}: cannot be written ({error.strerror}); free some space, then the device goes on"
             ) from error
         self.state = changed
+
+    async def written(self, remark: Callable[[str], None], change: Callable[[], Answer]) -> Answer:
+        """Make a change, as soon as the disk has room for it; ``remark`` is told why it has to wait."""
+        while True:
+            try:
+                return change()
+            except StateUnwritableError as error:
+                remark(str(error))
+                await asyncio.sleep(disk.LOOK_AGAIN_S)
 
     def task(self, data: Path) -> Task:
         """The task at hand; if there is none, one is made of the next text, by name and round robin.

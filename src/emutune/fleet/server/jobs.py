@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any
 
 from emutune.errors import EmutuneError, LedgerError
-from emutune.fleet.disk import is_full
+from emutune.fleet import disk
 
 log = logging.getLogger("emutune.fleet")
 
 Work = Callable[[], Coroutine[Any, Any, None]]
-_DISK_FULL_S = 5.0
 _LONGEST_REASON = 500
 
 
@@ -63,10 +62,10 @@ async def noted(change: Callable[[], object]) -> None:
             change()
             return
         except LedgerError as error:
-            if not is_full(error):
+            if not disk.is_full(error):
                 raise
             log.error("%s", error)
-        await asyncio.sleep(_DISK_FULL_S)
+        await asyncio.sleep(disk.LOOK_AGAIN_S)
 
 
 async def _guarded(name: str, work: Work, failed: Callable[[str], object]) -> None:
@@ -77,10 +76,10 @@ async def _guarded(name: str, work: Work, failed: Callable[[str], object]) -> No
         except Exception as error:
             known = isinstance(error, EmutuneError | OSError)
             log.error("%s: %s", name, error, exc_info=not known)
-            if not is_full(error):
+            if not disk.is_full(error):
                 text = str(error) if known else f"{type(error).__name__}: {error}"
                 break
-        await asyncio.sleep(_DISK_FULL_S)
+        await asyncio.sleep(disk.LOOK_AGAIN_S)
     reason = " ".join(text.split())[:_LONGEST_REASON]
     # Whatever it was, the step must not wait for it.
     await noted(lambda: failed(reason))
