@@ -13,6 +13,7 @@ from scipy import stats
 from emutune.scenario import Scenario
 from emutune.world import build_world, draw_episode
 from emutune.world.channel import draw_fading, fading_quantiles, path_gain
+from emutune.world.fading import Unfaded
 from worlds import edited
 
 BLOCKS = (2, 10, 100, 10_000)
@@ -140,7 +141,7 @@ def test_fading_of_an_episode_follows_the_gamma_law(paper: Scenario) -> None:
 
 def test_fading_is_no_part_of_the_gain_where_it_is_in_the_rate(paper: Scenario) -> None:
     worlds = [build_world(edited(paper, {"radio.rate": rate})) for rate in ("ergodic", "shannon")]
-    assert worlds[0].fading_quantiles is None
+    assert isinstance(worlds[0].radio.fading, Unfaded)
     ergodic, shannon = (np.asarray(draw_episode(jax.random.key(3), world).gain) for world in worlds)
     np.testing.assert_array_equal(ergodic, np.broadcast_to(ergodic[0], ergodic.shape))
     # The distances are the same ones: what sets the two apart is the fading, whose mean is 1.

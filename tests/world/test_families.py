@@ -26,6 +26,9 @@ from emutune.world import (
     ue_features,
 )
 from emutune.world.environments import OrchestrationEnv, parallel_env
+from emutune.world.fading import FreshFading
+from emutune.world.mobility import Standing
+from emutune.world.path_loss import PowerLaw
 from worlds import alike, assert_same, play_both, step_wish
 
 UNEQUAL = [
@@ -90,7 +93,7 @@ def test_a_chain_that_never_leaves_is_the_world_of_one_model() -> None:
 
 def test_the_paper_s_world_is_as_before_there_were_families(paper: Scenario) -> None:
     world = build_world(paper)
-    assert world.persistence is None
+    assert world.families.families == 1
     assert world.rules.models.families == world.rules.models.missing_bits.shape[1] == 1
     assert world.rules.terms == ("perplexity",)
     state = reset(jax.random.key(0), world)
@@ -100,7 +103,11 @@ def test_the_paper_s_world_is_as_before_there_were_families(paper: Scenario) -> 
     # Measured before these features existed.
     returns = evaluate_policy(paper, Random(), held_out_episodes(paper, 3)).episode_return
     np.testing.assert_allclose(returns, GOLDEN, rtol=1e-6)
-    assert (world.path_loss, world.fading, world.mobility, world.trace) == (None,) * 4
+    assert [type(law) for law in (world.radio.place, world.radio.path_loss, world.radio.fading)] == [
+        Standing,
+        PowerLaw,
+        FreshFading,
+    ]
     assert not world.rules.links.ergodic
     assert len(jax.tree.leaves(state.episode)) == 4
     plan = Plan(jnp.ones(6, bool), jnp.zeros(6, jnp.int32))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -15,15 +14,14 @@ from emutune.scenario.load import dump_scenario
 from emutune.world import build_world, features_of, observe, reset, ue_features
 from emutune.world.dynamics import draw_links
 from emutune.world.environments import OrchestrationEnv
-from emutune.world.mobility import Path, build_mobility, draw_paths, mean_way_m
-from emutune.world.radio import TIMING_ADVANCE_M
+from emutune.world.mobility import TIMING_ADVANCE_M, Path, Waypoints, mean_way_m
 from worlds import alike, step_wish
 
 WALK = "mobility={speed_mps={min=0.5, max=2.0}, pause_s={min=0, max=60}, interval_s=30}"
 UES = 6000
 
 # Programs take long to compile: tests share them, and the fleets that they are compiled for.
-draw = jax.jit(draw_paths, static_argnums=(3, 4))
+draw = jax.jit(Waypoints.draw, static_argnums=(2, 3))
 links = jax.jit(draw_links)
 reset_compiled = jax.jit(reset)
 
@@ -37,10 +35,7 @@ def walking(*changes: str) -> Scenario:
 
 def paths(scenario: Scenario) -> Path:
     """The ways of a large fleet over eleven intervals."""
-    tables, distance = build_mobility(scenario), scenario.fleet.distance_m
-    assert tables is not None
-    assert distance is not None
-    drawn = draw(jax.random.key(0), tables, jnp.asarray([distance.min, distance.max]), 12, UES)
+    drawn = draw(build_world(scenario).radio.place, jax.random.key(0), 12, UES)
     return jax.tree.map(lambda part: np.asarray(part, float), drawn)
 
 
@@ -121,10 +116,8 @@ def test_a_ue_s_draws_are_its_own_and_its_episode_s() -> None:
     scenario = walking()
     one, other = (links(jax.random.key(seed), build_world(scenario))[0] for seed in (0, 1))
     again = links(jax.random.key(0), build_world(scenario))[0]
-    assert one.path is not None
-    assert other.path is not None
     np.testing.assert_array_equal(one.gain, again.gain)
-    assert not np.any(np.asarray(one.path.distance_m) == np.asarray(other.path.distance_m))
+    assert not np.any(np.asarray(one.way["distance_m"]) == np.asarray(other.way["distance_m"]))
 
 
 def test_gains_follow_the_way() -> None:
@@ -132,9 +125,7 @@ def test_gains_follow_the_way() -> None:
         "fleet.ues=800", "fleet.tasks=10", "radio.path_loss.shadowing=false", "radio.rate=ergodic"
     )
     channel, _ = links(jax.random.key(1), build_world(scenario))
-    assert channel.path is not None
-    assert channel.line_of_sight is not None
-    clear, distance = np.asarray(channel.line_of_sight), np.asarray(channel.path.distance_m, float)
+    clear, distance = np.asarray(channel.way["line_of_sight"]), np.asarray(channel.way["distance_m"], float)
     slant = np.hypot(distance, 8.5)
     hidden_db = 22.4 + 35.3 * np.log10(slant) + 21.3 * math.log10(3.5)
     np.testing.assert_allclose(-10 * np.log10(channel.gain)[~clear], hidden_db[~clear], atol=1e-3)
@@ -150,8 +141,7 @@ def test_fading_follows_each_ue_s_own_speed() -> None:
         "radio.path_loss.shadowing=false", "radio.fading_blocks=2",
     )  # fmt: skip
     channel, _ = links(jax.random.key(2), build_world(scenario))
-    assert channel.path is not None
-    speed = np.asarray(channel.path.speed_mps)[1:]
+    speed = np.asarray(channel.way["speed_mps"])[1:]
     ratio = np.asarray(channel.gain)[1:] / np.asarray(channel.gain)[:-1]
     assert (np.abs(ratio[speed == 0] - 1) < 1e-4).all()
     assert (np.abs(ratio[speed > 0.5] - 1) > 1e-4).mean() > 0.99
@@ -160,9 +150,7 @@ def test_fading_follows_each_ue_s_own_speed() -> None:
 def test_the_base_station_knows_the_timing_advance_and_no_more() -> None:
     world = build_world(walking())
     state = reset_compiled(jax.random.key(3), world)
-    path = links(jax.random.key(3), world)[0].path
-    assert path is not None
-    exact = np.asarray(path.distance_m)
+    exact = np.asarray(links(jax.random.key(3), world)[0].way["distance_m"])
     seen = np.asarray(state.episode.distance_m)
     assert np.abs(seen - exact).max() <= TIMING_ADVANCE_M / 2 + 1e-3
     inside = (seen > 50) & (seen < 500)

@@ -25,7 +25,6 @@ from emutune.world.path_loss import (
     los_probability,
     path_loss_db,
 )
-from emutune.world.radio import gain_bounds, middle_gain
 
 # Compiled once for every path loss: what differs between models are numbers.
 propagate = jax.jit(draw_propagation)
@@ -44,7 +43,7 @@ def scenario_of(model: str, *changes: str, carrier_ghz: float = 3.5) -> Scenario
 
 def tables_of(model: str, *changes: str, carrier_ghz: float = 3.5) -> PathLossTables:
     tables = build_path_loss(scenario_of(model, *changes, carrier_ghz=carrier_ghz))
-    assert tables is not None
+    assert isinstance(tables, PathLossTables)
     return tables
 
 
@@ -198,9 +197,9 @@ def test_an_episode_s_gain_is_loss_shadowing_and_fading() -> None:
 def test_features_are_scaled_by_the_gains_that_occur(model: str, sight: str) -> None:
     world = build_world(scenario_of(model, "fleet.ues=3000", f"radio.path_loss.line_of_sight={sight}"))
     gain = np.asarray(draw_episode_compiled(jax.random.key(5), world).gain)
-    low, high = np.asarray(gain_bounds(world))
+    low, high = np.asarray(world.radio.gain_bounds)
     assert 0.95 < ((gain > low) & (gain < high)).mean() <= 1
-    assert low < float(middle_gain(world)) < high
+    assert low < float(world.radio.middle_gain) < high
 
 
 def test_path_loss_is_a_thing_of_its_own_keys() -> None:

@@ -32,7 +32,6 @@ from emutune.world import (
     ue_features,
 )
 from emutune.world.features import S1
-from emutune.world.radio import middle_gain
 
 _COMPLEXITY, _CACHED = feature_index("complexity"), feature_index("cached_retention")
 # Features of s1, the paper's state; what more a world has follows them.
@@ -358,4 +357,4 @@ def signed(at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
 def _unit_s(world: World) -> Float[Array, ""]:
     """Seconds of the largest emulator's download at the fleet's middle distance, alone on the link."""
     largest = world.rules.retention_bounds[1] * world.rules.models.whole_bits[0]
-    return largest / downlink_bps(world.rules.links, middle_gain(world))
+    return largest / downlink_bps(world.rules.links, world.radio.middle_gain)

@@ -113,8 +113,8 @@ class Horizon:
             "held_family": jnp.argmax(situation.held, axis=-1),
             "held": jnp.max(situation.held, axis=-1),
             "after": after,
-            "stays": world.stays,
-            "active": world.task_probability,
+            "stays": world.families.stays,
+            "active": world.devices.active.mean,
             "delta": jnp.asarray(models.missing_bits.shape[1] > 1),
             "left": world.tasks - present_step(world, situation),
         }
@@ -145,12 +145,13 @@ def search_horizon(scenario: Scenario) -> Horizon:
     Raises:
         UsageError: UEs cache several emulators.
     """
-    if scenario.families and scenario.families.cache_gb is not None:
+    world = build_world(scenario)
+    if world.rules.several:
         raise UsageError(
             "horizon: its programme knows caches of one emulator only, and families.cache_gb lets a UE cache several; "
             "use lookahead, or leave families.cache_gb out"
         )
-    return plan_horizon(build_world(scenario), search_prices(scenario))
+    return plan_horizon(world, search_prices(scenario))
 
 
 def _solve(steps: int, known: dict[str, Any], own: Any) -> np.ndarray:

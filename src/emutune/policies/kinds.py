@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from emutune.policies.base import register_policy
 from emutune.step import Situation
 from emutune.world import World
-from emutune.world.devices import spread_quantile
-from emutune.world.radio import gain_bounds
+from emutune.world.devices import Same, Some, SpreadLaw
 
 # Points of each axis; fewer gains where there are other axes as well.
 _GAINS, _FEWER_GAINS = 9, 4
@@ -63,22 +62,16 @@ class Kind(NamedTuple):
 
 def make_kinds(world: World) -> Kinds:
     """The grid of a world."""
-    laws, rules = world.devices, world.rules
-    log_seconds, joules, memory_bits = (jnp.asarray([neutral]) for neutral in (-jnp.inf, 0.0, jnp.inf))
-    private = jnp.arange(1.0)
-    if laws.tflops is not None:
-        slowest, fastest = laws.tflops.bounds
-        longest, shortest = (jnp.log(mean_tflop(world) / speed) for speed in (slowest, fastest))
-        log_seconds = jnp.linspace(shortest, longest + 1e-6, _SECONDS)
-    if laws.j_per_tflop is not None:
-        least, most = laws.j_per_tflop.bounds * mean_tflop(world)
-        cheap = -rules.weight_per_j * least / world.ues
-        dear = -(rules.weight_per_j + rules.over_budget_weight_per_j) * most / world.ues
-        joules = jnp.linspace(cheap, jnp.maximum(dear, cheap * (1 + 1e-6)) + 1e-12, _JOULES)
-    if laws.memory_bits is not None:
-        memory_bits = spread_quantile(laws.memory_bits, jnp.arange(_MEMORIES) / (_MEMORIES - 1))
-    if laws.private_ues is not None:
-        private = jnp.arange(2.0)
+    laws, rules, tflop = world.devices, world.rules, mean_tflop(world)
+    longest, shortest = jnp.log(tflop / laws.tflops.bounds)
+    least, most = laws.j_per_tflop.bounds * tflop
+    cheap = -rules.weight_per_j * least / world.ues
+    dear = -(rules.weight_per_j + rules.over_budget_weight_per_j) * most / world.ues
+    dear = jnp.maximum(dear, cheap * (1 + 1e-6))
+    log_seconds = jnp.linspace(shortest, longest + 1e-6, _points(laws.tflops, _SECONDS))
+    joules = jnp.linspace(cheap, dear + 1e-12, _points(laws.j_per_tflop, _JOULES))
+    memory_bits = laws.memory_bits.quantile(jnp.linspace(0.0, 1.0, _points(laws.memory_bits, _MEMORIES)))
+    private = jnp.arange(_points(laws.private, 2) * 1.0)
     others = (log_seconds, memory_bits, private)
     gains = _GAINS if all(axis.shape[0] == 1 for axis in others) else _FEWER_GAINS
     return Kinds(_gain_grid(world, gains), log_seconds, joules, memory_bits, private)
@@ -129,6 +122,11 @@ def locate(kinds: Kinds, own: Kind) -> list[tuple[Int[Array, "ues"], Float[Array
     return corners
 
 
+def _points(law: SpreadLaw | Some | Same, count: int) -> int:
+    """Where all are the same, one point stands for them."""
+    return count if law.varies else 1
+
+
 def mean_tflop(world: World) -> Float[Array, ""]:
     """Operations of training with the first family's whole model, of data of mean size."""
     return world.rules.models.whole_tflop_per_bit[0] * world.data_bits.mean()
@@ -148,5 +146,5 @@ def _between(
 
 def _gain_grid(world: World, count: int) -> Float[Array, "gains"]:
     """Logarithms of gains from the farthest UE in deep fading to the nearest at its best."""
-    weakest, strongest = jnp.log(gain_bounds(world))
+    weakest, strongest = jnp.log(world.radio.gain_bounds)
     return jnp.linspace(weakest, strongest + 1e-6, count)

@@ -7,7 +7,7 @@ UE caches several emulators each pays a rent for its room (``worth``). The share
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -166,8 +166,8 @@ def _plan(world: World, *prices: Array) -> Lookahead:
     return plan_lookahead(world, LaterPrices(*prices))
 
 
-def _search_prices(scenario: Scenario, worlds: Iterable[World], episodes: int) -> list[LaterPrices]:
-    begins, grids = _price_grids(scenario)
+def _search_prices(scenario: Scenario, worlds: Sequence[World], episodes: int) -> list[LaterPrices]:
+    begins, grids = _price_grids(scenario, worlds[0])
 
     def prices_of(point: Sequence[Any]) -> LaterPrices:
         return LaterPrices(**dict(zip(grids, point, strict=True)))
@@ -182,7 +182,7 @@ def _search_prices(scenario: Scenario, worlds: Iterable[World], episodes: int) -
     return found
 
 
-def _price_grids(scenario: Scenario) -> tuple[list[Point], dict[str, Point]]:
+def _price_grids(scenario: Scenario, world: World) -> tuple[list[Point], dict[str, Point]]:
     """Where searches of prices begin, and the values of each of ``LaterPrices`` that they try."""
     grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
     coarse = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -192,7 +192,7 @@ def _price_grids(scenario: Scenario) -> tuple[list[Point], dict[str, Point]]:
     if backgrounds:
         start = (*start, backgrounds[len(backgrounds) // 2])
         grids = {"upload": coarse, "download": coarse, "background_s": (0.0, *backgrounds[:-1])}
-    if scenario.families is None or scenario.families.cache_gb is None:
+    if not world.rules.several:
         return [start], grids
     # Rents and the price of downloads make up for each other: from one beginning the search stays near it.
     return [(*start, rent) for rent in _RENTS[2:7:2]], {**grids, "rent": _RENTS}

@@ -33,11 +33,7 @@ class Step(NamedTuple):
 
 
 def play(
-    world: World,
-    policy: Policy,
-    episode: Episode,
-    key: Key[Array, ""],
-    watch: Callable[[Step], Watched],
+    world: World, policy: Policy, episode: Episode, key: Key[Array, ""], watch: Callable[[Step], Watched]
 ) -> Watched:
     """Play one episode.
 

@@ -36,7 +36,7 @@ def levels_of(scenario: Scenario) -> Point:
 def patiences_s(scenario: Scenario) -> Point:
     """How long training on a UE may be let take, from hardly any to any; nothing where it takes no time."""
     world = build_world(scenario)
-    if world.devices.tflops is None:
+    if not world.rules.trains_in_time:
         return ()
     tflop = np.asarray(world.rules.models.whole_tflop_per_bit)[:, None] * np.asarray(world.data_bits)
     slowest, fastest = np.asarray(world.devices.tflops.bounds, np.float64)

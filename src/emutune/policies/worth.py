@@ -16,7 +16,6 @@ from emutune.policies.kinds import Kind, mean_tflop
 from emutune.step import Situation, complexity_factor, put_in_cache
 from emutune.step.link import downlink_bps, uplink_bps
 from emutune.world import World
-from emutune.world.radio import downlink_gain_bounds, gain_bounds
 
 
 class LaterPrices(NamedTuple):
@@ -68,14 +67,6 @@ def _worth_of_held(
     return jnp.take_along_axis(each, jnp.argmax(held, axis=-1)[:, None], axis=-1)[:, 0]
 
 
-def _downlink_gain(world: World, gain: Float[Array, ""]) -> Float[Array, ""]:
-    """The downlink's gain that goes with one of the uplink: as far between its bounds, in decibels."""
-    if world.trace is None:
-        return gain
-    ends = jnp.log(gain_bounds(world))
-    return jnp.exp(jnp.interp(jnp.log(gain), ends, jnp.log(downlink_gain_bounds(world))))
-
-
 class TaskCosts(NamedTuple):
     """What a later task costs one UE, on average over what tasks are like, by family.
 
@@ -100,13 +91,13 @@ def task_costs(world: World, kind: Kind, prices: LaterPrices) -> TaskCosts:
     layers, data_bits = jnp.arange(models.most + 1), world.data_bits.mean()
     allowed = (layers >= models.low[:, None]) & (layers <= models.high[:, None])
     allowed = allowed & (models.memory_bits <= kind.memory_bits * (1 + 1e-6))
-    chance = world.task_probability
+    chance = world.devices.active.mean
     # A task's share of the mean over tasks, on average over how many others have one.
     scale = (
         -rules.perplexity_weight / ues * _mean_complexity_factor(world) * (1 - (1 - chance) ** ues) / chance
     )
     upload_s = data_bits / uplink_bps(rules.links, world.transmit_power_w.mean(), kind.gain)
-    download_s = 1 / downlink_bps(rules.links, _downlink_gain(world, kind.gain))
+    download_s = 1 / downlink_bps(rules.links, world.radio.downlink_gain_at(kind.gain))
     larger = (models.whole_tflop_per_bit / jnp.maximum(models.whole_tflop_per_bit[0], 1e-30))[:, None]
     share = larger * (layers / models.layers[:, None])
     here_s = jnp.maximum(kind.seconds * share - prices.background_s, 0.0)
@@ -149,7 +140,7 @@ def worth_before(
     if several:
         # Tasks of other families are others' costs, and leave what is held of this one.
         now = jnp.where(own, now, after)
-    chance, stays = world.task_probability, world.stays
+    chance, stays = world.devices.active.mean, world.families.stays
     now = chance * now + (1 - chance) * after
     return stays * now + (1 - stays) * now.mean(0)
 

@@ -110,14 +110,29 @@ class Scenario(Section):
         return self.download is not None and self.download.delta
 
     @property
+    def cache_gb(self) -> float | None:
+        """What a UE can keep of emulators of several families; None where it keeps one emulator."""
+        return self.families.cache_gb if self.families else None
+
+    @property
+    def interval_s(self) -> float | None:
+        """Seconds from one task to the next; None where nothing depends on it."""
+        clock = self.mobility or self.trace
+        return clock.interval_s if clock else None
+
+    @property
     def fading_interval_s(self) -> float | None:
         """Seconds from one task's fading to the next one's; None where it is drawn anew."""
         fading = self.radio.fading
-        if fading is None:
-            return None
-        if fading.interval_s is None and self.mobility is not None:
-            return self.mobility.interval_s
-        return fading.interval_s
+        return fading.interval_s or self.interval_s if fading else None
+
+    @property
+    def speeds_mps(self) -> tuple[float, ...]:
+        """The slowest and the fastest that UEs or their surroundings move, or the only one; none if it is not known."""
+        fading, speeds = self.radio.fading, self.mobility and self.mobility.speed_mps
+        if fading and fading.speed_mps is not None:
+            return (fading.speed_mps,)
+        return tuple(dict.fromkeys((speeds.min, speeds.max))) if speeds else ()
 
     @property
     def plain_radio(self) -> bool:
@@ -128,9 +143,10 @@ class Scenario(Section):
 
     def _levels(self, one: FoundationModel | Family) -> tuple[int, int]:
         fewest, most = self._levels_between_bounds(one.layers)
-        cache_gb = self.families.cache_gb if self.families else None
-        if cache_gb is not None:
-            most = min(most, math.floor(min(cache_gb / one.size_gb, 1.0) * one.layers + 1e-9 * one.layers))
+        if self.cache_gb is not None:
+            most = min(
+                most, math.floor(min(self.cache_gb / one.size_gb, 1.0) * one.layers + 1e-9 * one.layers)
+            )
         return fewest, most
 
     def _levels_between_bounds(self, layers: int) -> tuple[int, int]:
@@ -154,13 +170,13 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _every_family_fits_the_cache(self) -> Scenario:
-        if self.families is None or self.families.cache_gb is None:
+        if self.cache_gb is None:
             return self
         for index, model in enumerate(self.models):
             if model.fewest > model.most:
                 where = f"families.others.{index - 1}" if index else "model"
                 raise ValueError(
-                    f"families.cache_gb: {self.families.cache_gb:g} GB hold no emulator of {where}, the smallest of "
+                    f"families.cache_gb: {self.cache_gb:g} GB hold no emulator of {where}, the smallest of "
                     f"which has {model.emulator_gb(model.fewest):g} GB; raise families.cache_gb to at least that, "
                     "lower retention.min or leave families.cache_gb out"
                 )

@@ -69,8 +69,7 @@ def build_rules(scenario: Scenario, dtype: DTypeLike = jnp.float32) -> Rules:
         return jnp.asarray(value, dtype)
 
     quality, reward = scenario.quality, scenario.reward
-    computation, energy, families = scenario.computation, scenario.energy, scenario.families
-    cache_gb = families.cache_gb if families else None
+    computation, energy, cache_gb = scenario.computation, scenario.energy, scenario.cache_gb
     return Rules(
         terms=tuple(term.NAME for term in TERMS if term.is_on(scenario)),
         trains_in_time=computation is not None,

@@ -165,11 +165,8 @@ def training_config(name: str, steps: int | None = None) -> Settings | None:
 
 def run_directory(directory: Path, name: str, scenario: Scenario, config: Settings) -> Path:
     """Where a policy's training is kept: a name of its own for every scenario and configuration."""
-    return directory / f"{name}-{_digest(scenario, config)}"
-
-
-def _digest(scenario: Scenario, config: Settings) -> str:
-    return hashlib.sha256((dump_scenario(scenario) + config.model_dump_json()).encode()).hexdigest()[:12]
+    told = (dump_scenario(scenario) + config.model_dump_json()).encode()
+    return directory / f"{name}-{hashlib.sha256(told).hexdigest()[:12]}"
 
 
 def _told(say: Progress, name: str, seeds: int, steps_of_each: int) -> Callable[[int], None]:

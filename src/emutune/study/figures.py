@@ -26,7 +26,8 @@ _CURVES = {
     "perplexity": "mean perplexity",
     "changes_per_ue": "emulator changes per UE",
 }
-_RANDOM_KEYS = {
+# Where comparisons have what training records.
+COMPARED = {
     "episode_return": "return_mean",
     "delay_min": "delay_min",
     "perplexity": "perplexity_mean",
@@ -61,7 +62,7 @@ def draw_fig2(
     for panel, (field, label) in zip(panels, _CURVES.items(), strict=False):
         for name, columns in curves.items():
             _draw_curve(panel, columns["steps"], columns[field], name)
-        level = first["policies"]["random"][_RANDOM_KEYS[field]]
+        level = first["policies"]["random"][COMPARED[field]]
         panel.axhline(level, color=COLOURS["random"], linestyle="--", label="random")
         if field == "episode_return":
             panel.axhline(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from scipy import special
@@ -19,13 +19,17 @@ from emutune.scenario import Scenario
 from emutune.step.ergodic import spectral_efficiency
 from emutune.study.evaluate import evaluate_policy, held_out_episodes, held_out_key
 from emutune.world import Episode, World, build_world
-from emutune.world.channel import path_gain
 from emutune.world.dynamics import draw_links
 from emutune.world.fading import LIGHT_M_PER_S
-from emutune.world.path_loss import path_loss_db
 
 # Below this many percent over the bound, a policy that decides the same at every step is good enough.
 _TRIVIAL_PERCENT = 2.0
+# What is told of a UE's way: of which of its draws, and what of them.
+_OF_WAY: tuple[tuple[str, str, Callable[[np.ndarray], float]], ...] = (
+    ("distance_m", "distance_m", lambda rows: rows[0]),
+    ("last_distance_m", "distance_m", lambda rows: rows[-1]),
+    ("line_of_sight_share", "line_of_sight", np.mean),
+)
 
 
 class _Link(NamedTuple):
@@ -46,28 +50,16 @@ def link_budget(scenario: Scenario) -> dict[str, Any]:
     low, high = scenario.level_bounds
     budget: dict[str, Any] = {"levels": high - low + 1, "fewest_layers": low, "most_layers": high}
     power = scenario.fleet.transmit_power_w
-    for place, index in (("nearest", 0), ("farthest", 1)):
-        if world.distance_m is not None and scenario.trace is None:
-            gain = np.asarray(_gain_at(world, scenario, index), np.float64)
-            link = _Link(gain, gain, (power.min + power.max) / 2)
-            budget[place] = {"distance_m": float(world.distance_m[index]), **_carried(scenario, link)}
+    for place, (distance_m, reached) in world.radio.ends().items():
+        gain = np.asarray(reached, np.float64)
+        link = _Link(gain, gain, (power.min + power.max) / 2)
+        budget[place] = {"distance_m": float(distance_m), **_carried(scenario, link)}
     budget["ues"] = _each_ue(scenario, world)
     budget["coherence"] = _coherence(scenario)
     budget["models"] = _training(scenario, world)
     budget["shares"] = reward_shares(scenario)
     budget["remarks"] = [*_remarks(scenario), *_radio_remarks(scenario, budget)]
     return budget
-
-
-def _gain_at(world: World, scenario: Scenario, index: int) -> jax.Array:
-    assert world.distance_m is not None
-    distance_m = world.distance_m[index]
-    if world.path_loss is None:
-        assert world.path_loss_exponent is not None
-        return path_gain(distance_m, world.path_loss_exponent)
-    assert scenario.radio.path_loss is not None
-    clear = {"always": True, "never": False, "drawn": index == 0}[scenario.radio.path_loss.line_of_sight]
-    return 10 ** (-path_loss_db(world.path_loss, distance_m, jnp.asarray(clear)) / 10)
 
 
 def _carried(scenario: Scenario, link: _Link) -> dict[str, float]:
@@ -100,37 +92,28 @@ def _each_ue(scenario: Scenario, world: World) -> list[dict[str, float]]:
     channel, power_w = jax.jit(draw_links)(held_out_key(0), world)
     gain = np.asarray(channel.gain, np.float64)[1:]
     down = gain if channel.downlink_gain is None else np.asarray(channel.downlink_gain, np.float64)[1:]
-    rows = []
-    for n in range(world.ues):
-        row: dict[str, float] = {}
-        if channel.path is not None:
-            walked_m = np.asarray(channel.path.distance_m)[:, n]
-            row |= {"distance_m": float(walked_m[0]), "last_distance_m": float(walked_m[-1])}
-        if channel.line_of_sight is not None:
-            row["line_of_sight_share"] = float(np.asarray(channel.line_of_sight)[:, n].mean())
-        rows.append(row | _carried(scenario, _Link(gain[:, n], down[:, n], float(power_w[n]))))
-    return rows
+    way = {name: np.asarray(rows) for name, rows in channel.way.items()}
+    told = [(name, read, way[drawn]) for name, drawn, read in _OF_WAY if drawn in way]
+    return [
+        {name: float(read(rows[:, n])) for name, read, rows in told}
+        | _carried(scenario, _Link(gain[:, n], down[:, n], float(power_w[n])))
+        for n in range(world.ues)
+    ]
 
 
 def _coherence(scenario: Scenario) -> list[dict[str, float]]:
     """Doppler spread and coherence time 0.423 / f_D at the slowest and fastest speed, if speeds are known."""
-    radio, mobility = scenario.radio, scenario.mobility
-    if radio.carrier_ghz is None:
+    carrier_ghz, interval_s = scenario.radio.carrier_ghz, scenario.fading_interval_s or scenario.interval_s
+    if carrier_ghz is None or interval_s is None:
         return []
-    if radio.fading is not None and radio.fading.speed_mps is not None:
-        speeds = [radio.fading.speed_mps]
-    else:
-        speeds = [] if mobility is None else [mobility.speed_mps.min, mobility.speed_mps.max]
-    interval_s = scenario.fading_interval_s or (mobility.interval_s if mobility else None)
     rows = []
-    for speed in dict.fromkeys(speeds):
-        doppler_hz = speed * 1e9 * radio.carrier_ghz / LIGHT_M_PER_S
+    for speed in scenario.speeds_mps:
+        doppler_hz = speed * 1e9 * carrier_ghz / LIGHT_M_PER_S
         row = {"speed_mps": speed, "doppler_hz": doppler_hz}
         if doppler_hz > 0:
             row["coherence_s"] = 0.423 / doppler_hz
-        if interval_s is not None:
-            row["interval_s"] = interval_s
-            row["correlation"] = float(special.j0(2 * math.pi * doppler_hz * interval_s))
+        row["interval_s"] = interval_s
+        row["correlation"] = float(special.j0(2 * math.pi * doppler_hz * interval_s))
         rows.append(row)
     return rows
 
@@ -171,7 +154,7 @@ def _training(scenario: Scenario, world: World) -> list[dict[str, float]]:
     wanted = scenario.computation
     if wanted is None:
         return []
-    compute = None if scenario.energy is None else scenario.energy.compute_j_per_tflop
+    compute = scenario.energy.compute_j_per_tflop if scenario.energy else None
     rows = []
     for model, per_bit in zip(scenario.models, world.rules.models.whole_tflop_per_bit, strict=True):
         tflop = float(per_bit * world.data_bits.mean())
@@ -203,7 +186,7 @@ def _remarks(scenario: Scenario) -> list[str]:
 
 
 def _cache_remarks(scenario: Scenario) -> list[str]:
-    cache_gb = scenario.families.cache_gb if scenario.families else None
+    cache_gb = scenario.cache_gb
     if cache_gb is None:
         return []
     largest_gb = sum(model.emulator_gb(model.most) for model in scenario.models)
@@ -228,15 +211,14 @@ def _radio_remarks(scenario: Scenario, budget: dict[str, Any]) -> list[str]:
                 f"{at}, and an upload may take {shortest_s:.3g} s: too short for the ergodic rate, which is a mean "
                 "over many coherence times"
             )
-        if scenario.radio.fading is not None and "interval_s" in row:
+        if scenario.fading_interval_s:
             lasts = "hardly any of it is left" if row["correlation"] ** 2 < 0.01 else "some of it stays"
             remarks.append(
                 f"{at} and a block's fading of the next task comes {row['interval_s']:.3g} s later: {lasts} "
                 f"(J0 = {row['correlation']:.3f})"
             )
-    clock = scenario.mobility or scenario.trace
-    interval_s = None if clock is None else clock.interval_s
-    if interval_s is not None and longest_s > interval_s:
+    interval_s = scenario.interval_s or math.inf
+    if longest_s > interval_s:
         remarks.append(
             f"the largest emulator takes the median UE {longest_s:.3g} s alone, longer than the {interval_s:.3g} s "
             "from one task to the next, through which its gain stays the same"

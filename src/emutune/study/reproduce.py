@@ -18,15 +18,10 @@ from matplotlib.figure import Figure
 from emutune.files import make_writable, replacing, saving
 from emutune.scenario import load_scenario
 from emutune.study.compare import LEARNED, Effort, Progress, compare
-from emutune.study.figures import draw_fig2, read_curves
-from emutune.study.paper_table import TABLE_I, paper_ratio
+from emutune.study.figures import COMPARED, draw_fig2, read_curves
+from emutune.study.paper_table import TABLE_I, PaperRow, paper_ratio
 
 POLICIES = ("random", "best_fixed", "ippo", "hmppo")
-_RATIO_KEYS = {
-    "episode_return": "return_mean",
-    "delay_min": "delay_min",
-    "perplexity": "perplexity_mean",
-}
 
 
 def reproduce(directory: str | Path, *, quick: bool = False, progress: Progress | None = None) -> Path:
@@ -115,9 +110,9 @@ def _ratio_rows(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, 
             continue
         for name in ("hmppo", "ippo"):
             cells: list[float | None] = []
-            for field, key in _RATIO_KEYS.items():
-                ours = one["policies"][name][key] / one["policies"]["random"][key]
-                cells += [paper_ratio(one["ues"], name, field), ours]
+            for field in PaperRow._fields:
+                ours, random = (one["policies"][each][COMPARED[field]] for each in (name, "random"))
+                cells += [paper_ratio(one["ues"], name, field), ours / random]
             yield {"label": f"{one['ues']}, {name}", "cells": cells}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,24 @@ from scipy import special
 # A float32 standard normal drawn by inverse transform never leaves [-6, 6].
 _SPAN = 6.0
 _KNOTS = 4097
+
+
+class Channel(NamedTuple):
+    """Gains of an episode, and where they come from.
+
+    One row more than there are tasks: row t is known before task t, row t + 1 holds during it.
+
+    Attributes:
+        gain: of the uplink, and of the downlink where that has none of its own.
+        way: what was drawn on the way to the gains, by name, as far as their law has it: ``distance_m``,
+            ``moved_m``, ``speed_mps`` and ``timing_advance_m`` of UEs that move, ``line_of_sight`` and
+            ``shadowing_db`` of a path loss; one row of what stays.
+        downlink_gain: of the downlink.
+    """
+
+    gain: Float[Array, "rows ues"]
+    way: dict[str, Array]
+    downlink_gain: Float[Array, "rows ues"] | None = None
 
 
 @lru_cache(maxsize=64)

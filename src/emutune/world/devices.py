@@ -1,41 +1,101 @@
 """What sets UEs apart beside their radio: speed, power, memory, privacy, and whether they have a task.
 
-Each is a feature of its own; what is off is not drawn.
+Each is a feature of its own, and what is off is the same for all, so that it is not drawn.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from emutune.scenario import Scenario, Spread
-
-# Each draw has a number of its own, folded into the episode's key: those that were there before stay.
-_SPEED, _ENERGY, _MEMORY, _PRIVACY, _ACTIVITY = 101, 102, 103, 104, 105
+from emutune.world.draws import Draw, bounds_of, key_of
 
 
-class SpreadTable(NamedTuple):
-    """An interval, and whether it is the logarithm that is uniform."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Same:
+    """All have the same, which a situation knows to be so: nothing is drawn, and nothing of it is in a program."""
+
+    mean: float = field(metadata={"static": True})
+    varies: ClassVar[bool] = False
+
+    @property
+    def bounds(self) -> Float[Array, "2"]:
+        """Twice the same."""
+        return self.quantile(jnp.zeros(2))
+
+    def quantile(self, share: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """The same at each share."""
+        return jnp.full(share.shape, self.mean)
+
+    def draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> None:
+        """Nothing."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SpreadLaw:
+    """Uniform over an interval, or in the logarithm."""
 
     bounds: Float[Array, "2"]
     logarithmic: Bool[Array, ""]
+    varies: ClassVar[bool] = True
+
+    def quantile(self, share: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """The value below which such a share of the distribution lies."""
+        low, high = self.bounds
+        return jnp.where(self.logarithmic, low * (high / low) ** share, low + (high - low) * share)
+
+    def draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Independent draws of the given shape."""
+        return self.quantile(jax.random.uniform(key, shape))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Some:
+    """So many of the UEs, whichever."""
+
+    count: Float[Array, ""]
+    varies: ClassVar[bool] = True
+
+    def draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """Which of them."""
+        return jnp.argsort(jax.random.uniform(key, shape)) < self.count
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chance:
+    """Each by itself with the same probability, its mean."""
+
+    mean: Float[Array, ""]
+    varies: ClassVar[bool] = True
+
+    def draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """Independent draws of the given shape."""
+        return jax.random.bernoulli(key, self.mean, shape)
 
 
 class DeviceLaws(NamedTuple):
-    """From which UEs are drawn; None where a feature is off."""
+    """From which UEs are drawn, and which of them have a task; where a feature is off, its law is neutral."""
 
-    tflops: SpreadTable | None = None
-    j_per_tflop: SpreadTable | None = None
-    memory_bits: SpreadTable | None = None
-    private_ues: Float[Array, ""] | None = None
-    task_probability: Float[Array, ""] | None = None
+    tflops: SpreadLaw | Same
+    j_per_tflop: SpreadLaw | Same
+    memory_bits: SpreadLaw | Same
+    private: Some | Same
+    active: Chance | Same
 
 
 class Devices(NamedTuple):
-    """What each UE is for a whole episode, as far as the world says; see ``Situation``."""
+    """What each UE is for a whole episode, as far as UEs differ in it; see ``Situation``."""
 
     tflops: Float[Array, "*batch ues"] | None = None
     compute_w: Float[Array, "*batch ues"] | None = None
@@ -46,58 +106,32 @@ class Devices(NamedTuple):
 def build_devices(scenario: Scenario) -> DeviceLaws:
     """The laws of a scenario."""
     computation, energy, memory = scenario.computation, scenario.energy, scenario.memory
-    privacy, activity = scenario.privacy, scenario.activity
+    privacy, activity, real = scenario.privacy, scenario.activity, partial(jnp.asarray, dtype=jnp.float32)
     return DeviceLaws(
-        tflops=_spread(computation.device_tflops if computation else None),
-        j_per_tflop=_spread(energy.compute_j_per_tflop if energy else None),
-        memory_bits=_spread(memory.device_gb if memory else None, 8e9),
-        private_ues=_real(float(scenario.private_ues)) if privacy else None,
-        task_probability=_real(activity.task_probability) if activity else None,
+        tflops=_spread(computation.device_tflops if computation else None, math.inf),
+        j_per_tflop=_spread(energy.compute_j_per_tflop if energy else None, 0.0),
+        memory_bits=_spread(memory.device_gb if memory else None, math.inf, 8e9),
+        private=Some(real(scenario.private_ues)) if privacy else Same(0.0),
+        active=Chance(real(activity.task_probability)) if activity else Same(1.0),
     )
 
 
 def draw_devices(key: Key[Array, ""], laws: DeviceLaws, ues: int) -> Devices:
     """The UEs of one episode."""
 
-    def drawn(number: int, law: SpreadTable | None) -> Array | None:
-        return law and spread_quantile(law, jax.random.uniform(jax.random.fold_in(key, number), (ues,)))
+    def drawn(law: SpreadLaw | Some | Same, draw: Draw) -> Array | None:
+        return law.draw(key_of(key, draw), (ues,))
 
-    tflops, j_per_tflop = drawn(_SPEED, laws.tflops), drawn(_ENERGY, laws.j_per_tflop)
-    private_ues = laws.private_ues
+    tflops, j_per_tflop = drawn(laws.tflops, Draw.SPEED), drawn(laws.j_per_tflop, Draw.ENERGY)
     return Devices(
         tflops=tflops,
         compute_w=None if tflops is None or j_per_tflop is None else j_per_tflop * tflops,
-        memory_bits=drawn(_MEMORY, laws.memory_bits),
-        private=None if private_ues is None else _some(jax.random.fold_in(key, _PRIVACY), private_ues, ues),
+        memory_bits=drawn(laws.memory_bits, Draw.MEMORY),
+        private=drawn(laws.private, Draw.PRIVACY),
     )
 
 
-def draw_activity(
-    key: Key[Array, ""], laws: DeviceLaws, tasks: int, ues: int
-) -> Bool[Array, "{tasks} {ues}"] | None:
-    """Which UEs have a task at each step; None if all always do."""
-    if laws.task_probability is None:
-        return None
-    return jax.random.bernoulli(jax.random.fold_in(key, _ACTIVITY), laws.task_probability, (tasks, ues))
-
-
-def _spread(wanted: Spread | None, scale: float = 1.0) -> SpreadTable | None:
+def _spread(wanted: Spread | None, otherwise: float, scale: float = 1.0) -> SpreadLaw | Same:
     if wanted is None:
-        return None
-    bounds = jnp.asarray([wanted.min * scale, wanted.max * scale], jnp.float32)
-    return SpreadTable(bounds, jnp.asarray(wanted.law == "log_uniform"))
-
-
-def spread_quantile(table: SpreadTable, share: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """The value below which such a share of a distribution lies."""
-    low, high = table.bounds
-    return jnp.where(table.logarithmic, low * (high / low) ** share, low + (high - low) * share)
-
-
-def _some(key: Key[Array, ""], count: Float[Array, ""], ues: int) -> Bool[Array, "{ues}"]:
-    """So many UEs, whichever."""
-    return jnp.argsort(jax.random.uniform(key, (ues,))) < count
-
-
-def _real(value: float) -> Float[Array, ""]:
-    return jnp.asarray(value, jnp.float32)
+        return Same(otherwise)
+    return SpreadLaw(bounds_of(wanted, scale), jnp.asarray(wanted.law == "log_uniform"))

@@ -23,10 +23,10 @@ from emutune.step import (
     situation_of,
     usable_layers,
 )
-from emutune.world.devices import Devices, draw_activity, draw_devices
-from emutune.world.families import draw_families
+from emutune.world.channel import Channel
+from emutune.world.devices import Devices, draw_devices
+from emutune.world.draws import Draw, key_of, uniform
 from emutune.world.parameters import World
-from emutune.world.radio import Channel, draw_channel, timing_advance_m
 
 
 class Episode(NamedTuple):
@@ -82,23 +82,18 @@ class Outcome(NamedTuple):
 
 def draw_episode(key: Key[Array, ""], world: World) -> Episode:
     """Draw everything random in one episode (sec. VI-A, D3, D8)."""
-    keys = jax.random.split(key, 5)
-    steps, ues = world.tasks, world.ues
+    shape = (world.tasks, world.ues)
     channel, transmit_power_w = draw_links(key, world)
-    family = None
-    if world.persistence is not None:
-        family_key, families = jax.random.fold_in(key, 5), world.rules.models.families
-        family = draw_families(family_key, world.persistence, families, steps, ues)
     return Episode(
         gain=channel.gain,
-        complexity=_uniform(keys[2], world.complexity, (steps, ues)),
-        data_bits=_uniform(keys[3], world.data_bits, (steps, ues)),
+        complexity=uniform(key_of(key, Draw.COMPLEXITY), world.complexity, shape),
+        data_bits=uniform(key_of(key, Draw.DATA), world.data_bits, shape),
         transmit_power_w=transmit_power_w,
-        family=family,
-        devices=draw_devices(key, world.devices, ues),
-        active=draw_activity(key, world.devices, steps, ues),
+        family=world.families.draw(key_of(key, Draw.FAMILY), *shape),
+        devices=draw_devices(key, world.devices, world.ues),
+        active=world.devices.active.draw(key_of(key, Draw.ACTIVITY), shape),
         downlink_gain=channel.downlink_gain,
-        distance_m=timing_advance_m(world, channel.path),
+        distance_m=channel.way.get("timing_advance_m"),
     )
 
 
@@ -109,9 +104,8 @@ def draw_batch(key: Key[Array, ""], world: World, count: int) -> Episode:
 
 def draw_links(key: Key[Array, ""], world: World) -> tuple[Channel, Float[Array, "ues"]]:
     """The channel of the episode of a key, and the transmit powers."""
-    keys = jax.random.split(key, 5)
-    transmit_power_w = _uniform(keys[4], world.transmit_power_w, (world.ues,))
-    return draw_channel(key, keys[0], keys[1], world, transmit_power_w), transmit_power_w
+    transmit_power_w = uniform(key_of(key, Draw.POWER), world.transmit_power_w, (world.ues,))
+    return world.radio.draw(key, transmit_power_w, world.tasks + 1), transmit_power_w
 
 
 def nothing_carried(world: World) -> Carried:
@@ -139,12 +133,14 @@ def observe(world: World, state: State) -> Situation:
 
 def situation_at(world: World, episode: Episode, now: Int[Array, ""], carried: Carried) -> Situation:
     """What is known before a step: the gains are those during the step before."""
-    distance_m = episode.distance_m
 
-    def row(rows: Array | None, index: Array = now) -> Array | None:
-        return None if rows is None else rows[index]
+    def row(rows: Array | None) -> Array | None:
+        # What is off is an empty tree, and stays one.
+        return jax.tree.map(lambda each: each[now], rows)
 
-    approach_m = None if distance_m is None else distance_m[jnp.maximum(now - 1, 0)] - distance_m[now]
+    def nearer(rows: Array) -> Array:
+        return rows[jnp.maximum(now - 1, 0)] - rows[now]
+
     return situation_of(
         progress=now / world.tasks,
         family=row(episode.family),
@@ -154,8 +150,8 @@ def situation_at(world: World, episode: Episode, now: Int[Array, ""], carried: C
         transmit_power_w=episode.transmit_power_w,
         gain=episode.gain[now],
         downlink_gain=row(episode.downlink_gain),
-        distance_m=row(distance_m),
-        approach_m=approach_m,
+        distance_m=row(episode.distance_m),
+        approach_m=jax.tree.map(nearer, episode.distance_m),
         **episode.devices._asdict(),
         **carried._asdict(),
     )
@@ -177,7 +173,3 @@ def serve(world: World, situation: Situation, plan: Plan) -> tuple[Carried, Outc
     held, age = put_in_cache(rules, situation.held, situation.age, situation.family, plan.layers)
     spent_j = situation.spent_j + charged.taken.joules
     return Carried(held, age, spent_j), Outcome(plan, switched, charged)
-
-
-def _uniform(key: Key[Array, ""], bounds: Float[Array, "2"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    return jax.random.uniform(key, shape, minval=bounds[0], maxval=bounds[1])

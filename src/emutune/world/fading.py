@@ -15,8 +15,8 @@ K is, and exact:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,41 +24,88 @@ from jaxtyping import Array, Float, Key
 
 from emutune.scenario import Scenario
 from emutune.step.special import bessel_j0
-from emutune.world.channel import draw_fading, fading_quantiles
+from emutune.world.channel import draw_fading, fading_at_scores, fading_quantiles
+from emutune.world.draws import Draw, key_of
+from emutune.world.mobility import Path
 
 LIGHT_M_PER_S = 299_792_458.0
 
 
-class FadingTables(NamedTuple):
-    """What fading that drifts is drawn with.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Unfaded:
+    """Fading is no part of the gain: a rate is the mean over it."""
+
+    def bounds(self) -> float:
+        """Of the factor that features and tables are scaled by."""
+        return 1.0
+
+    def draw(self, key: Key[Array, ""], path: Path, shape: tuple[int, int]) -> float:
+        """A factor that changes nothing."""
+        return 1.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FreshFading:
+    """Fading that is drawn anew for every task.
 
     Attributes:
-        others: quantiles of Q / (2K - 1) at normal scores, see ``fading_quantiles``.
+        quantiles: of Gamma(K, 1/K), see ``fading_quantiles``.
+    """
+
+    quantiles: Float[Array, "knots"]
+
+    def bounds(self) -> Float[Array, "2"]:
+        """Three standard normal scores against and in favour."""
+        return fading_at_scores(self.quantiles, jnp.asarray([-3.0, 3.0]))
+
+    def draw(self, key: Key[Array, ""], path: Path, shape: tuple[int, int]) -> Float[Array, "rows ues"]:
+        """Mean fading power of each task."""
+        return draw_fading(key_of(key, Draw.FADING), self.quantiles, shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DriftingFading(FreshFading):
+    """Fading that drifts.
+
+    Attributes:
+        others: quantiles of Q / (2K - 1) at normal scores.
         blocks: K.
         carrier_hz: for the Doppler spread.
-        speed_mps: of every UE; None where each moves at its own.
         interval_s: T, from one task to the next.
+        speed_mps: of every UE; None where each moves at its own.
     """
 
     others: Float[Array, "knots"]
     blocks: Float[Array, ""]
     carrier_hz: Float[Array, ""]
-    speed_mps: Float[Array, ""] | None
     interval_s: Float[Array, ""]
+    speed_mps: Float[Array, ""] | None
+
+    def draw(self, key: Key[Array, ""], path: Path, shape: tuple[int, int]) -> Float[Array, "rows ues"]:
+        """As where it is drawn anew, but correlated from row to row."""
+        speed_mps = path.speed_mps[1:] if self.speed_mps is None else self.speed_mps
+        kept = jnp.broadcast_to(fading_correlation(self, speed_mps), (shape[0] - 1, shape[1]))
+        return draw_drifting(key_of(key, Draw.DRIFT), self, kept)
 
 
-def build_fading(scenario: Scenario) -> FadingTables | None:
-    """The tables of a scenario; None if its fading is drawn anew for every task."""
-    radio = scenario.radio
-    if radio.fading is None or radio.fading_blocks is None or radio.carrier_ghz is None:
-        return None
-    blocks, real = radio.fading_blocks, partial(jnp.asarray, dtype=jnp.float32)
-    return FadingTables(
-        others=real(fading_quantiles(blocks - 0.5)),
-        blocks=real(blocks),
+def build_fading(scenario: Scenario) -> Unfaded | FreshFading | DriftingFading:
+    """The law of a scenario whose channel is a modelled one."""
+    radio, real = scenario.radio, partial(jnp.asarray, dtype=jnp.float32)
+    if radio.fading_blocks is None or radio.rate == "ergodic":
+        return Unfaded()
+    quantiles = real(fading_quantiles(radio.fading_blocks))
+    if radio.fading is None or radio.carrier_ghz is None:
+        return FreshFading(quantiles)
+    return DriftingFading(
+        quantiles=quantiles,
+        others=real(fading_quantiles(radio.fading_blocks - 0.5)),
+        blocks=real(radio.fading_blocks),
         carrier_hz=real(1e9 * radio.carrier_ghz),
-        speed_mps=None if radio.fading.speed_mps is None else real(radio.fading.speed_mps),
         interval_s=real(scenario.fading_interval_s),
+        speed_mps=jax.tree.map(real, radio.fading.speed_mps),
     )
 
 
@@ -67,31 +114,27 @@ def doppler_hz(speed_mps: Float[Array, "*batch"], carrier_hz: Float[Array, ""]) 
     return speed_mps * carrier_hz / LIGHT_M_PER_S
 
 
-def fading_correlation(tables: FadingTables, speed_mps: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+def fading_correlation(law: DriftingFading, speed_mps: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Share of a block's amplitude that is left one task later: J0(2 pi f_D T)."""
-    turns = doppler_hz(speed_mps, tables.carrier_hz) * tables.interval_s
+    turns = doppler_hz(speed_mps, law.carrier_hz) * law.interval_s
     return bessel_j0(2 * math.pi * turns)
 
 
 def draw_drifting(
-    key: Key[Array, ""],
-    tables: FadingTables,
-    quantiles: Float[Array, "knots"],
-    correlation: Float[Array, "later ues"],
+    key: Key[Array, ""], law: DriftingFading, correlation: Float[Array, "later ues"]
 ) -> Float[Array, "rows ues"]:
     """Mean fading power of each task, mean 1 and variance 1/K, one row more than there are correlations.
 
     Args:
         key: of the episode.
-        tables: of the scenario.
-        quantiles: of Gamma(K, 1/K), for the first row.
+        law: of the scenario.
         correlation: of each row's amplitudes with those of the row before.
     """
     first_key, along_key, others_key = jax.random.split(key, 3)
-    freedom = 2 * tables.blocks
-    first = freedom * draw_fading(first_key, quantiles, correlation.shape[1:])
+    freedom = 2 * law.blocks
+    first = freedom * draw_fading(first_key, law.quantiles, correlation.shape[1:])
     along = jax.random.normal(along_key, correlation.shape)
-    others = (freedom - 1) * draw_fading(others_key, tables.others, correlation.shape)
+    others = (freedom - 1) * draw_fading(others_key, law.others, correlation.shape)
 
     def move(before: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         kept, normal, rest = now

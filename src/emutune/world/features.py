@@ -18,9 +18,8 @@ from emutune.step import (
     retention_of,
     usable_layers,
 )
-from emutune.world.devices import SpreadTable, spread_quantile
+from emutune.world.mobility import TIMING_ADVANCE_M
 from emutune.world.parameters import World
-from emutune.world.radio import TIMING_ADVANCE_M, downlink_gain_bounds, gain_bounds
 
 
 class Feature(NamedTuple):
@@ -31,8 +30,8 @@ class Feature(NamedTuple):
         unit: of what it is made from.
         low: its lowest value up to rounding; fading leaves gains without any.
         high: its highest.
-        is_on: whether a world has it.
         column: its values.
+        is_on: whether a world has it.
         carried: whether actions change it.
     """
 
@@ -40,8 +39,8 @@ class Feature(NamedTuple):
     unit: str
     low: float
     high: float
-    is_on: Callable[[World], bool]
     column: Callable[[World, Situation], Float[Array, "*batch ues"]]
+    is_on: Callable[[World], bool] = lambda world: True
     carried: bool = False
 
 
@@ -97,11 +96,11 @@ def other_retention(world: World, situation: Situation) -> Float[Array, "*batch 
 def _gain(world: World, situation: Situation) -> Array:
     # Gains vary over decades, so they enter as logarithms, scaled by the path loss at the fleet's nearest
     # and farthest distance and by fading up to three standard normal scores either way.
-    return _centred(jnp.log(situation.gain), jnp.log(gain_bounds(world)))
+    return _centred(jnp.log(situation.gain), jnp.log(world.radio.gain_bounds))
 
 
 def _downlink_gain(world: World, situation: Situation) -> Array:
-    return _centred(jnp.log(situation.downlink_gain), jnp.log(downlink_gain_bounds(world)))
+    return _centred(jnp.log(situation.downlink_gain), jnp.log(world.radio.downlink_gain_bounds))
 
 
 def _of_tasks(situation: Situation, values: Array) -> Array:
@@ -110,14 +109,28 @@ def _of_tasks(situation: Situation, values: Array) -> Array:
 
 
 def _distance(world: World, situation: Situation) -> Array:
-    assert world.distance_m is not None
-    return _centred(situation.distance_m, world.distance_m)
+    return _centred(situation.distance_m, world.radio.place.distance_m)
 
 
 def _approach(world: World, situation: Situation) -> Array:
-    assert world.mobility is not None
-    farthest_m = world.mobility.speed_mps[1] * world.mobility.interval_s + TIMING_ADVANCE_M
-    return situation.approach_m / farthest_m
+    return situation.approach_m / (world.radio.place.stride_m + TIMING_ADVANCE_M)
+
+
+def _cached_retention(world: World, situation: Situation) -> Array:
+    return _scaled(world, cached_retention(world, situation))
+
+
+def _other_retention(world: World, situation: Situation) -> Array:
+    return _scaled(world, other_retention(world, situation))
+
+
+def _cache_share(world: World, situation: Situation) -> Array:
+    return cache_share(world.rules, situation.held)
+
+
+def _budget_left(world: World, situation: Situation) -> Array:
+    # Below 0: what is spent beyond it.
+    return jnp.maximum(1 - situation.spent_j / world.rules.budget_j, -1.0)
 
 
 def _model_size(world: World, situation: Situation) -> Array:
@@ -131,13 +144,11 @@ def _model_quality(world: World, situation: Situation) -> Array:
 
 
 def _speed(world: World, situation: Situation) -> Array:
-    assert world.devices.tflops is not None
     return _centred(jnp.log(situation.tflops), jnp.log(world.devices.tflops.bounds))
 
 
 def _whole_training(world: World, situation: Situation) -> Array:
     """Seconds of this task with the whole model, as a logarithm over their range."""
-    assert world.devices.tflops is not None
     per_bit = world.rules.models.whole_tflop_per_bit
     seconds = look_up(per_bit, situation.family) * situation.data_bits / situation.tflops
     slowest, fastest = world.devices.tflops.bounds
@@ -147,8 +158,8 @@ def _whole_training(world: World, situation: Situation) -> Array:
 
 
 def _operation_energy(world: World, situation: Situation) -> Array:
-    assert world.devices.j_per_tflop is not None
-    return _placed(situation.compute_w / situation.tflops, world.devices.j_per_tflop)
+    ends = world.devices.j_per_tflop.quantile(jnp.asarray([0.0, 1.0]))
+    return _centred(situation.compute_w / situation.tflops, ends)
 
 
 def _largest_emulator(world: World, situation: Situation) -> Array:
@@ -161,18 +172,10 @@ def _scaled(world: World, retention: Array) -> Array:
     return retention / world.rules.retention_bounds[1]
 
 
-def _placed(values: Float[Array, "*batch"], table: SpreadTable) -> Float[Array, "*batch"]:
-    return _centred(values, spread_quantile(table, jnp.asarray([0.0, 1.0])))
-
-
 def _centred(values: Float[Array, "*batch"], bounds: Float[Array, "2"]) -> Float[Array, "*batch"]:
     """Map the bounds to -1 and 1; an interval of one point maps to 0."""
     half_width = (bounds[1] - bounds[0]) / 2
     return (values - (bounds[0] + half_width)) / jnp.maximum(half_width, 1e-6 * jnp.abs(bounds[1]) + 1e-12)
-
-
-def _always(world: World) -> bool:
-    return True
 
 
 def _several_families(world: World) -> bool:
@@ -185,74 +188,39 @@ _SHARE = (0.0, 1.0)
 
 # The state s1 of the paper, which every world has.
 S1 = (
-    Feature("gain", "dB", *_FREE, _always, _gain),
-    Feature(
-        "complexity", "1", *_SIGNED, _always, lambda w, s: _of_tasks(s, _centred(s.complexity, w.complexity))
-    ),
-    Feature("data", "bit", *_SIGNED, _always, lambda w, s: _of_tasks(s, _centred(s.data_bits, w.data_bits))),
-    Feature(
-        "cached_retention",
-        "1",
-        *_SHARE,
-        _always,
-        lambda w, s: _scaled(w, cached_retention(w, s)),
-        carried=True,
-    ),
+    Feature("gain", "dB", *_FREE, _gain),
+    Feature("complexity", "1", *_SIGNED, lambda w, s: _of_tasks(s, _centred(s.complexity, w.complexity))),
+    Feature("data", "bit", *_SIGNED, lambda w, s: _of_tasks(s, _centred(s.data_bits, w.data_bits))),
+    Feature("cached_retention", "1", *_SHARE, _cached_retention, carried=True),
 )
 FEATURES = (
     *S1,
+    Feature("other_retention", "1", *_SHARE, _other_retention, _several_families, carried=True),
+    Feature("cache_share", "1", *_SHARE, _cache_share, lambda w: w.rules.several, carried=True),
+    Feature("budget_left", "1", *_SIGNED, _budget_left, lambda w: "budget" in w.rules.terms, carried=True),
+    Feature("model_size", "bit", *_SHARE, _model_size, _several_families),
+    Feature("model_quality", "1", *_SHARE, _model_quality, _several_families),
+    Feature("downlink_gain", "dB", *_FREE, _downlink_gain, lambda w: not w.radio.reciprocal),
+    Feature("distance", "m", *_SIGNED, _distance, lambda w: w.radio.place.moves),
+    Feature("approach", "m", *_SIGNED, _approach, lambda w: w.radio.place.moves),
+    Feature("speed", "TFLOP/s", *_SIGNED, _speed, lambda w: w.rules.trains_in_time),
+    Feature("whole_training", "s", *_SIGNED, _whole_training, lambda w: w.rules.trains_in_time),
     Feature(
-        "other_retention",
-        "1",
-        *_SHARE,
-        _several_families,
-        lambda w, s: _scaled(w, other_retention(w, s)),
-        carried=True,
+        "operation_energy", "J/TFLOP", *_SIGNED, _operation_energy, lambda w: w.devices.j_per_tflop.varies
     ),
-    Feature(
-        "cache_share",
-        "1",
-        *_SHARE,
-        lambda w: w.rules.several,
-        lambda w, s: cache_share(w.rules, s.held),
-        carried=True,
-    ),
-    Feature(
-        "budget_left",
-        "1",
-        *_SIGNED,
-        lambda w: "budget" in w.rules.terms,
-        # Below 0: what is spent beyond it.
-        lambda w, s: jnp.maximum(1 - s.spent_j / w.rules.budget_j, -1.0),
-        carried=True,
-    ),
-    Feature("model_size", "bit", *_SHARE, _several_families, _model_size),
-    Feature("model_quality", "1", *_SHARE, _several_families, _model_quality),
-    Feature("downlink_gain", "dB", *_FREE, lambda w: w.trace is not None, _downlink_gain),
-    Feature("distance", "m", *_SIGNED, lambda w: w.mobility is not None, _distance),
-    Feature("approach", "m", *_SIGNED, lambda w: w.mobility is not None, _approach),
-    Feature("speed", "TFLOP/s", *_SIGNED, lambda w: w.rules.trains_in_time, _speed),
-    Feature("whole_training", "s", *_SIGNED, lambda w: w.rules.trains_in_time, _whole_training),
-    Feature(
-        "operation_energy",
-        "J/TFLOP",
-        *_SIGNED,
-        lambda w: w.devices.j_per_tflop is not None,
-        _operation_energy,
-    ),
-    Feature("largest_emulator", "1", *_SHARE, lambda w: w.rules.limits_memory, _largest_emulator),
+    Feature("largest_emulator", "1", *_SHARE, _largest_emulator, lambda w: w.rules.limits_memory),
     Feature(
         "may_upload",
         "1",
         *_SIGNED,
-        lambda w: w.devices.private_ues is not None,
         lambda w, s: jnp.where(s.private, -1.0, 1.0),
+        lambda w: w.devices.private.varies,
     ),
     Feature(
         "active",
         "1",
         *_SIGNED,
-        lambda w: w.devices.task_probability is not None,
         lambda w, s: jnp.where(s.active, 1.0, -1.0),
+        lambda w: w.devices.active.varies,
     ),
 )

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from emutune.forking import refuse_fork
-from emutune.scenario import Range, Scenario
+from emutune.scenario import Scenario
 from emutune.step import Rules, build_rules
-from emutune.world.channel import fading_quantiles
 from emutune.world.devices import DeviceLaws, build_devices
-from emutune.world.fading import FadingTables, build_fading
-from emutune.world.mobility import MobilityTables, build_mobility
-from emutune.world.path_loss import PathLossTables, build_path_loss
-from emutune.world.trace import TraceTables, build_trace
+from emutune.world.draws import bounds_of
+from emutune.world.families import FamilyChain
+from emutune.world.radio import Radio, build_radio
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +28,8 @@ class World:
 
     Attributes:
         rules: what a step is computed with.
-        persistence: how likely the next task is of the same family for certain; None where there is one family.
+        radio: from which gains are drawn.
+        families: from which the foundation model of each task is drawn.
         devices: from which speeds, powers, memory, privacy and activity are drawn.
     """
 
@@ -38,28 +37,11 @@ class World:
     tasks: int = field(metadata={"static": True})
     rules: Rules
     transmit_power_w: Float[Array, "2"]
-    distance_m: Float[Array, "2"] | None
     data_bits: Float[Array, "2"]
     complexity: Float[Array, "2"]
-    path_loss_exponent: Float[Array, ""] | None
-    fading_quantiles: Float[Array, "knots"] | None
-    persistence: Float[Array, ""] | None
+    radio: Radio
+    families: FamilyChain
     devices: DeviceLaws
-    path_loss: PathLossTables | None
-    fading: FadingTables | None
-    mobility: MobilityTables | None
-    trace: TraceTables | None
-
-    @property
-    def stays(self) -> Float[Array, ""]:
-        """Probability that the next task is of the same family for certain; else it is drawn from all."""
-        return jnp.asarray(1.0) if self.persistence is None else self.persistence
-
-    @property
-    def task_probability(self) -> Float[Array, ""]:
-        """Probability that a UE has a task."""
-        known = self.devices.task_probability
-        return jnp.asarray(1.0) if known is None else known
 
     @property
     def has_devices(self) -> bool:
@@ -83,37 +65,15 @@ def world_outline(scenario: Scenario) -> World:
 
 
 def _arrays(scenario: Scenario) -> World:
-    fleet, radio = scenario.fleet, scenario.radio
+    fleet, stays = scenario.fleet, scenario.families.persistence if scenario.families else 1.0
     return World(
         ues=fleet.ues,
         tasks=fleet.tasks,
         rules=build_rules(scenario),
-        transmit_power_w=_interval(fleet.transmit_power_w),
-        distance_m=None if fleet.distance_m is None else _interval(fleet.distance_m),
-        data_bits=_interval(scenario.tasks.data_mb, scale=8e6),
-        complexity=_interval(scenario.tasks.complexity),
-        path_loss_exponent=None if radio.path_loss_exponent is None else _real(radio.path_loss_exponent),
-        fading_quantiles=_fading_quantiles(scenario),
-        persistence=None if scenario.families is None else _real(scenario.families.persistence),
+        transmit_power_w=bounds_of(fleet.transmit_power_w),
+        data_bits=bounds_of(scenario.tasks.data_mb, scale=8e6),
+        complexity=bounds_of(scenario.tasks.complexity),
+        radio=build_radio(scenario),
+        families=FamilyChain(len(scenario.models), jnp.asarray(stays, jnp.float32)),
         devices=build_devices(scenario),
-        path_loss=build_path_loss(scenario),
-        fading=build_fading(scenario),
-        mobility=build_mobility(scenario),
-        trace=build_trace(scenario),
     )
-
-
-def _fading_quantiles(scenario: Scenario) -> Float[Array, "knots"] | None:
-    """None where fading is no part of the gain: it is in a trace's rates, or in the rate itself."""
-    blocks = scenario.radio.fading_blocks
-    if blocks is None or scenario.trace is not None or scenario.radio.rate == "ergodic":
-        return None
-    return jnp.asarray(fading_quantiles(blocks), jnp.float32)
-
-
-def _real(value: float) -> Float[Array, ""]:
-    return jnp.asarray(value, jnp.float32)
-
-
-def _interval(bounds: Range, scale: float = 1.0) -> Float[Array, "2"]:
-    return jnp.asarray([bounds.min * scale, bounds.max * scale], jnp.float32)

@@ -1,4 +1,4 @@
-"""Path loss of 3GPP TR 38.901: urban micro street canyons (UMi) and urban macro cells (UMa).
+"""Path loss: a power of the distance, or that of 3GPP TR 38.901 in street canyons (UMi) and macro cells (UMa).
 
 Loss with and without line of sight and the breakpoint distance are those of table 7.4.1-1, the probability of
 line of sight that of table 7.4.2-1, and what drifts with a UE's position does so exponentially, with the
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from emutune.scenario import Scenario
+from emutune.world.channel import path_gain
+from emutune.world.draws import Draw, key_of
+from emutune.world.mobility import Path
 
 _LIGHT_M_PER_S = 3.0e8
-# Features are scaled by shadowing of so many standard deviations.
-_FEATURE_SCORES = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,47 @@ class PathLossTables(NamedTuple):
     ue_height_m: Float[Array, ""]
     carrier_ghz: Float[Array, ""]
 
+    def end_gains(self, distance_m: Float[Array, "2"], scores: float = 0.0) -> Float[Array, "2"]:
+        """Gains at the nearest and farthest distance.
+
+        With line of sight at the one and without at the other; where it is not drawn, with or without it alike.
+        Shadowing is of so many standard deviations, in favour at the one and against at the other.
+        """
+        line_of_sight = jnp.stack([self.los_odds >= 0, self.los_odds > 0])
+        near_db, far_db = path_loss_db(self, distance_m, line_of_sight)
+        in_favour_db, against_db = scores * self.shadowing_db[jnp.where(line_of_sight, 0, 1)]
+        return _gain(jnp.stack([near_db - in_favour_db, far_db + against_db]))
+
+    def mean_gain(self, distance_m: Float[Array, ""]) -> Float[Array, ""]:
+        """Gain at a distance, in decibels the mean over line of sight and shadowing."""
+        clear = los_probability(self, distance_m)
+        with_los, without = path_loss_db(self, jnp.broadcast_to(distance_m, (2,)), jnp.asarray([True, False]))
+        return _gain(clear * with_los + (1 - clear) * without)
+
+    def draw(self, key: Key[Array, ""], path: Path) -> tuple[Float[Array, "rows ues"], dict[str, Array]]:
+        """Gains along each UE's path, and the ``Propagation`` that they come of."""
+        way = draw_propagation(key_of(key, Draw.PROPAGATION), self, path.distance_m, path.moved_m)
+        loss_db = path_loss_db(self, path.distance_m, way.line_of_sight) + way.shadowing_db
+        return _gain(loss_db), way._asdict()
+
+
+class PowerLaw(NamedTuple):
+    """A gain that is the distance to the power of minus an exponent."""
+
+    exponent: Float[Array, ""]
+
+    def end_gains(self, distance_m: Float[Array, "2"], scores: float = 0.0) -> Float[Array, "2"]:
+        """Gains at the nearest and farthest distance; there is no shadowing."""
+        return self.mean_gain(distance_m)
+
+    def mean_gain(self, distance_m: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Gain at a distance."""
+        return path_gain(distance_m, self.exponent)
+
+    def draw(self, key: Key[Array, ""], path: Path) -> tuple[Float[Array, "rows ues"], dict[str, Array]]:
+        """Gains along each UE's path; nothing is drawn for them."""
+        return self.mean_gain(path.distance_m), {}
+
 
 class Propagation(NamedTuple):
     """Where waves go: whether there is line of sight, and the shadowing in dB."""
@@ -95,11 +137,11 @@ class Propagation(NamedTuple):
     shadowing_db: Float[Array, "*rows ues"]
 
 
-def build_path_loss(scenario: Scenario) -> PathLossTables | None:
-    """The tables of a scenario; None if its path loss is a power of the distance, or measured."""
+def build_path_loss(scenario: Scenario) -> PathLossTables | PowerLaw:
+    """The law of a scenario whose channel is a modelled one."""
     wanted = scenario.radio.path_loss
     if wanted is None:
-        return None
+        return PowerLaw(jnp.asarray(scenario.radio.path_loss_exponent, jnp.float32))
     model = MODELS[wanted.model]
     numbers = (
         model.los,
@@ -187,16 +229,8 @@ def draw_propagation(
     return Propagation(line_of_sight, tables.shadowing_db[state] * score)
 
 
-def loss_range_db(tables: PathLossTables, distance_m: Float[Array, "2"]) -> tuple[Array, Array]:
-    """The least and the greatest loss that features are scaled by.
-
-    At the nearest distance with line of sight and shadowing two standard deviations in favour, and at the
-    farthest without and against; where the line of sight is not drawn, with or without it alike.
-    """
-    line_of_sight = jnp.stack([tables.los_odds >= 0, tables.los_odds > 0])
-    loss = path_loss_db(tables, distance_m, line_of_sight)
-    spread = _FEATURE_SCORES * tables.shadowing_db[jnp.where(line_of_sight, 0, 1)]
-    return loss[0] - spread[0], loss[1] + spread[1]
+def _gain(loss_db: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return 10 ** (-loss_db / 10)
 
 
 def _slant_m(tables: PathLossTables, distance_m: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

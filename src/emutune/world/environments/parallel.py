@@ -124,9 +124,7 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
 
 
 def parallel_env(
-    scenario: Scenario | str | Path = "paper",
-    overrides: Iterable[str] = (),
-    render_mode: str | None = None,
+    scenario: Scenario | str | Path = "paper", overrides: Iterable[str] = (), render_mode: str | None = None
 ) -> OrchestrationParallelEnv:
     """The parallel environment of a scenario, under the name that PettingZoo's users look for."""
     return OrchestrationParallelEnv(scenario, overrides, render_mode)

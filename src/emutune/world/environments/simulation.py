@@ -159,7 +159,7 @@ def _more(world: World, state: State, outcome: Outcome) -> dict[str, Shaped[Arra
         "family": (known.family, rules.models.families > 1),
         "training_s": (taken.training_s, rules.trains_in_time),
         "energy_j": (taken.joules, rules.uses_energy),
-        "active": (known.active, state.episode.active is not None),
+        "active": (known.active, world.devices.active.varies),
     }
     return {name: value for name, (value, is_on) in entries.items() if is_on}
 
