@@ -12,11 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import NetworkKind, TrainingConfig
-from emutune.learning.networks import Network
+from emutune.learning.networks import Network, PerUe, Which
 from emutune.policies import register_policy
 from emutune.step import Plan, Situation, plan_of_wish, possible_case
 from emutune.world import World, cached_retention
@@ -30,25 +30,19 @@ class Actors(NamedTuple):
     log_std: Float[Array, ""]
 
 
-def case_logits(kind: NetworkKind, actors: Actors, inputs: Inputs) -> Float[Array, "*batch ues"]:
+def case_logits(kind: NetworkKind, actors: Actors, inputs: Inputs) -> PerUe:
     """Log-odds of training at the server."""
     return ARCHITECTURES[kind].outputs(actors.case, inputs.features, inputs.context)
 
 
-def retention_means(
-    kind: NetworkKind, actors: Actors, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-) -> Float[Array, "*batch ues"]:
+def retention_means(kind: NetworkKind, actors: Actors, inputs: Inputs, at_server: Which) -> PerUe:
     """Means of the unclipped retention, in units where the bounds are -1 and 1."""
     architecture = ARCHITECTURES[kind]
     return architecture.outputs(actors.emulator, architecture.view_s2(inputs, at_server), inputs.context)
 
 
 def wish_of(
-    kind: NetworkKind,
-    world: World,
-    situation: Situation,
-    at_server: Bool[Array, "*batch ues"],
-    unclipped: Float[Array, "*batch ues"],
+    kind: NetworkKind, world: World, situation: Situation, at_server: Which, unclipped: PerUe
 ) -> Plan:
     """The plan that the agents' actions come to."""
     wanted, usable = to_retention(world, unclipped), cached_retention(world, situation)
@@ -57,28 +51,24 @@ def wish_of(
     )
 
 
-def to_retention(world: World, unclipped: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+def to_retention(world: World, unclipped: PerUe) -> PerUe:
     """Clip an agent's continuous action to [-1, 1] and map it to the retention bounds."""
     low, high = world.rules.retention_bounds
     return low + (high - low) * (jnp.clip(unclipped, -1.0, 1.0) + 1) / 2
 
 
-def from_retention(world: World, retention: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+def from_retention(world: World, retention: PerUe) -> PerUe:
     """What ``to_retention`` maps to a retention, from -1 to 1."""
     low, high = world.rules.retention_bounds
     return jnp.clip(2 * (retention - low) / jnp.maximum(high - low, 1e-6) - 1, -1.0, 1.0)
 
 
-def case_log_probability(
-    logits: Float[Array, "*batch ues"], at_server: Bool[Array, "*batch ues"]
-) -> Float[Array, "*batch ues"]:
+def case_log_probability(logits: PerUe, at_server: Which) -> PerUe:
     """Log-probability of each UE's case."""
     return jax.nn.log_sigmoid(jnp.where(at_server, logits, -logits))
 
 
-def retention_log_probability(
-    means: Float[Array, "*batch ues"], log_std: Float[Array, ""], unclipped: Float[Array, "*batch ues"]
-) -> Float[Array, "*batch ues"]:
+def retention_log_probability(means: PerUe, log_std: Float[Array, ""], unclipped: PerUe) -> PerUe:
     """Log-density of each UE's unclipped retention."""
     scores = (unclipped - means) * jnp.exp(-log_std)
     return -0.5 * scores**2 - log_std - 0.5 * math.log(2 * math.pi)

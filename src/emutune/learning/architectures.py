@@ -11,11 +11,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from emutune.learning.configuration import NetworkKind
 from emutune.learning.networks import (
+    Context,
+    Features,
     Network,
+    PerUe,
+    Which,
     create_flat_network,
     create_network,
     flat_outputs,
@@ -23,14 +27,7 @@ from emutune.learning.networks import (
     set_value,
 )
 from emutune.step import Situation, chooses_case, downlink_bps, look_up, uplink_bps, whole_training_s
-from emutune.world import (
-    World,
-    cached_retention,
-    feature_index,
-    features_of,
-    progress_feature,
-    ue_features,
-)
+from emutune.world import World, cached_retention, feature_index, features_of, progress_feature, ue_features
 from emutune.world.features import S1
 
 _COMPLEXITY, _CACHED = feature_index("complexity"), feature_index("cached_retention")
@@ -47,9 +44,9 @@ class Times(NamedTuple):
         here: of training with the largest emulator.
     """
 
-    up: Float[Array, "*batch ues"]
-    down: Float[Array, "*batch ues"]
-    here: Float[Array, "*batch ues"]
+    up: PerUe
+    down: PerUe
+    here: PerUe
 
 
 class Inputs(NamedTuple):
@@ -63,10 +60,10 @@ class Inputs(NamedTuple):
         times: of architectures that rank UEs; empty for others.
     """
 
-    features: Float[Array, "*batch ues features"]
-    context: Float[Array, "*batch context"]
-    chooses: Bool[Array, "*batch ues"]
-    active: Bool[Array, "*batch ues"]
+    features: Features
+    context: Context
+    chooses: Which
+    active: Which
     times: Times | tuple[()]
 
 
@@ -86,8 +83,8 @@ class SetNetworks:
         self,
         world: World,
         situation: Situation,
-        features: Float[Array, "*batch ues features"] | None = None,
-        context: Float[Array, "*batch context"] | None = None,
+        features: Features | None = None,
+        context: Context | None = None,
     ) -> Inputs:
         """A batch of situations, as the networks take it.
 
@@ -103,67 +100,43 @@ class SetNetworks:
         seen, times = self.see(world, situation, features, chooses)
         return Inputs(seen, context, chooses, situation.active, times)
 
-    def context(self, world: World, situation: Situation) -> Float[Array, "*batch context"]:
+    def context(self, world: World, situation: Situation) -> Context:
         """What all UEs share: the progress."""
         return progress_feature(situation)[..., None]
 
     def see(
-        self,
-        world: World,
-        situation: Situation,
-        features: Float[Array, "*batch ues features"],
-        chooses: Bool[Array, "*batch ues"],
+        self, world: World, situation: Situation, features: Features, chooses: Which
     ) -> tuple[Float[Array, "*batch ues seen"], Times | tuple[()]]:
         """Features, and what more is seen."""
         return features, ()
 
-    def view_s1(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues features"]:
+    def view_s1(self, inputs: Inputs, at_server: Which) -> Features:
         """What agent 1 sees: gain, complexity, data, cached retention, and what more the world has."""
         return inputs.features
 
-    def view_s2(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues features"]:
+    def view_s2(self, inputs: Inputs, at_server: Which) -> Features:
         """What agent 2 sees: cached retention, a1, complexity, and what more the world has."""
         cached, complexity = inputs.features[..., _CACHED], inputs.features[..., _COMPLEXITY]
         own = jnp.stack([cached, signed(at_server), complexity], axis=-1)
         return jnp.concatenate([own, inputs.features[..., _PAPERS:]], axis=-1)
 
-    def view_both(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues features"]:
+    def view_both(self, inputs: Inputs, at_server: Which) -> Features:
         """{s1; s2}, the critic's input as printed (Eq. 22), each feature once."""
         return jnp.concatenate([inputs.features, signed(at_server)[..., None]], axis=-1)
 
-    def wanted_retention(
-        self, wanted: Float[Array, "*batch ues"], usable: Float[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues"]:
+    def wanted_retention(self, wanted: PerUe, usable: PerUe) -> PerUe:
         """The retention that agent 2 wants, of what its network says and what is held."""
         return wanted
 
-    def decides_retention(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues"]:
+    def decides_retention(self, inputs: Inputs, at_server: Which) -> PerUe:
         """1 where agent 2's draw has an effect: on the UE."""
         return (1.0 - at_server) * inputs.active
 
-    def outputs(
-        self,
-        network: Network,
-        features: Float[Array, "*batch ues features"],
-        context: Float[Array, "*batch context"],
-    ) -> Float[Array, "*batch ues"]:
+    def outputs(self, network: Network, features: Features, context: Context) -> PerUe:
         """One output per UE."""
         return set_outputs(network, features, context)[..., 0]
 
-    def value(
-        self,
-        network: Network,
-        features: Float[Array, "*batch ues features"],
-        context: Float[Array, "*batch context"],
-    ) -> Float[Array, "*batch"]:
+    def value(self, network: Network, features: Features, context: Context) -> Float[Array, "*batch"]:
         """One output for all UEs together: a state's value."""
         return set_value(network, features, context)
 
@@ -181,21 +154,11 @@ class FlatNetworks(SetNetworks):
 
     kind: NetworkKind = "flat"
 
-    def outputs(
-        self,
-        network: Network,
-        features: Float[Array, "*batch ues features"],
-        context: Float[Array, "*batch context"],
-    ) -> Float[Array, "*batch ues"]:
+    def outputs(self, network: Network, features: Features, context: Context) -> PerUe:
         """One output per UE."""
         return flat_outputs(network, features, context)
 
-    def value(
-        self,
-        network: Network,
-        features: Float[Array, "*batch ues features"],
-        context: Float[Array, "*batch context"],
-    ) -> Float[Array, "*batch"]:
+    def value(self, network: Network, features: Features, context: Context) -> Float[Array, "*batch"]:
         """One output for all UEs together."""
         return flat_outputs(network, features, context)[..., 0]
 
@@ -247,11 +210,7 @@ class RankedNetworks(SetNetworks):
         return 2.0 / world.ues * rank - 1
 
     def see(
-        self,
-        world: World,
-        situation: Situation,
-        features: Float[Array, "*batch ues features"],
-        chooses: Bool[Array, "*batch ues"],
+        self, world: World, situation: Situation, features: Features, chooses: Which
     ) -> tuple[Float[Array, "*batch ues seen"], Times]:
         """Features, who waits, how many do, a UE's rank among them, and its times."""
         held, times = cached_retention(world, situation), self.times(world, situation)
@@ -271,9 +230,7 @@ class RankedNetworks(SetNetworks):
         more = jnp.stack([signed(waits), 2.0 / world.ues * count - 1, rank], axis=-1)
         return jnp.concatenate([features, more, seen], axis=-1), times
 
-    def view_s2(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues features"]:
+    def view_s2(self, inputs: Inputs, at_server: Which) -> Features:
         """What agent 2 sees: that of set networks, and what can be fetched while others upload."""
         seen = super().view_s2(inputs, at_server)
         return jnp.concatenate([seen, self._fitting_share(inputs, at_server)[..., None]], axis=-1)
@@ -282,9 +239,7 @@ class RankedNetworks(SetNetworks):
         """By how much times grow when so many of a fleet share."""
         return count
 
-    def _fitting_share(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues"]:
+    def _fitting_share(self, inputs: Inputs, at_server: Which) -> PerUe:
         """Share of the largest emulator that arrives before the slowest upload does, from 0 to 2.
 
         So much of the downlink costs nothing, since both links run at the same time.
@@ -300,15 +255,11 @@ class RankedNetworks(SetNetworks):
         takes = jnp.where(downloads > 0, downloads, 1) * down + here
         return jnp.where(uploads > 0, jnp.minimum(slowest / takes, 2.0), 2.0)
 
-    def wanted_retention(
-        self, wanted: Float[Array, "*batch ues"], usable: Float[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues"]:
+    def wanted_retention(self, wanted: PerUe, usable: PerUe) -> PerUe:
         """A usable emulator is kept as it is."""
         return jnp.where(usable > 0, usable, wanted)
 
-    def decides_retention(
-        self, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
-    ) -> Float[Array, "*batch ues"]:
+    def decides_retention(self, inputs: Inputs, at_server: Which) -> PerUe:
         """1 where agent 2's draw has an effect: on the UE, with nothing usable held."""
         return super().decides_retention(inputs, at_server) * (inputs.features[..., _CACHED] <= 0)
 
@@ -323,7 +274,7 @@ class SizedNetworks(RankedNetworks):
         """All UEs."""
         return float(world.ues)
 
-    def context(self, world: World, situation: Situation) -> Float[Array, "*batch context"]:
+    def context(self, world: World, situation: Situation) -> Context:
         """The progress, and how dear the links are to the fleet."""
         progress = progress_feature(situation)
         dearness = jnp.broadcast_to(jnp.log(links_price(world)), progress.shape)
@@ -349,7 +300,7 @@ def links_price(world: World) -> Float[Array, ""]:
     return delay / (10 * world.rules.perplexity_weight)
 
 
-def signed(at_server: Bool[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+def signed(at_server: Which) -> PerUe:
     """1 for yes and -1 for no."""
     return jnp.where(at_server, 1.0, -1.0)
 

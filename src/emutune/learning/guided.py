@@ -21,7 +21,7 @@ from emutune.errors import UsageError
 from emutune.learning.configuration import GuidedConfig
 from emutune.learning.descent import descend
 from emutune.learning.learner import Record, wanted_teacher
-from emutune.learning.networks import Network, create_network, set_outputs
+from emutune.learning.networks import Network, PerUe, create_network, set_outputs
 from emutune.learning.rollout import one_axis
 from emutune.policies import LaterPrices, Lookahead, Policy, Step, plan_lookahead, play, register_policy
 from emutune.scenario import Scenario
@@ -106,9 +106,7 @@ def correction(
     return jnp.where(usable > 0, of_task, jnp.where(other > 0, of_other, nothing))
 
 
-def _held(
-    world: World, situation: Situation
-) -> tuple[Float[Array, "*batch ues"], Float[Array, "*batch ues"]]:
+def _held(world: World, situation: Situation) -> tuple[PerUe, PerUe]:
     """Retention held of the task's family, and the largest of another."""
     return cached_retention(world, situation), other_retention(world, situation)
 
@@ -117,9 +115,9 @@ class Samples(NamedTuple):
     """What regression sees: states, what was held after the decision, and what each UE then added."""
 
     situation: Situation
-    usable: Float[Array, "*batch ues"]
-    other: Float[Array, "*batch ues"]
-    missing: Float[Array, "*batch ues"]
+    usable: PerUe
+    other: PerUe
+    missing: PerUe
 
 
 def begin_guided(base: Lookahead, world: World, width: int, seed: int) -> Guided:

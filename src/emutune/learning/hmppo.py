@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import TrainingConfig
-from emutune.learning.networks import Network
+from emutune.learning.networks import Features, Network, Which
 from emutune.world import World
 
 Predicted = Literal["fleet", "marginal"]
-View = Callable[[Inputs, Bool[Array, "*batch ues"]], Float[Array, "*batch ues features"]]
+View = Callable[[Inputs, Which], Features]
 
 
 class Critic(NamedTuple):
@@ -32,7 +32,7 @@ class Critic(NamedTuple):
     credit: Predicted
 
     def value(
-        self, config: TrainingConfig, network: Network, inputs: Inputs, at_server: Bool[Array, "*batch ues"]
+        self, config: TrainingConfig, network: Network, inputs: Inputs, at_server: Which
     ) -> Float[Array, "..."]:
         """Its output, in standardised units of return; per UE if credit is."""
         architecture, seen = ARCHITECTURES[config.network], self.view(inputs, at_server)

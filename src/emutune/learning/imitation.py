@@ -19,16 +19,10 @@ from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.descent import descend
 from emutune.learning.hmppo import Critic, critic_plan
-from emutune.learning.networks import Network
+from emutune.learning.networks import Network, PerUe
 from emutune.learning.rollout import one_axis
 from emutune.learning.slices import SLICES, fixed_shares, slice_of
-from emutune.learning.update import (
-    TrainingState,
-    explore,
-    mean_of,
-    returns_to_go,
-    standardise_values,
-)
+from emutune.learning.update import TrainingState, explore, mean_of, returns_to_go, standardise_values
 from emutune.policies import Policy, Step, play
 from emutune.step import retention_of
 from emutune.world import World, draw_batch
@@ -116,7 +110,7 @@ def _attend(
     )
 
 
-def _beyond(unclipped: Float[Array, "*batch ues"]) -> Float[Array, "*batch ues"]:
+def _beyond(unclipped: PerUe) -> PerUe:
     """The same retentions, the extreme ones so far beyond the bounds that exploring does not leave them."""
     return jnp.where(jnp.abs(unclipped) >= 1 - 1e-4, 1.3 * unclipped, unclipped)
 

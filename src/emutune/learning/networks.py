@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class Layer(NamedTuple):
@@ -22,30 +22,29 @@ class Layer(NamedTuple):
 
 
 Network = list[Layer]
+# Features and numbers of every UE, which of them, and what all of them share.
+Features = Float[Array, "*batch ues features"]
+PerUe = Float[Array, "*batch ues"]
+Which = Bool[Array, "*batch ues"]
+Context = Float[Array, "*batch context"]
 _HIDDEN_GAIN = 2**0.5
 
 
-def set_outputs(
-    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
-) -> Float[Array, "*batch ues outputs"]:
+def set_outputs(network: Network, features: Features, context: Context) -> Float[Array, "*batch ues outputs"]:
     """Several outputs per UE of a network that all UEs share."""
     hidden, pooled = _set_hidden(network, features, context)
     last = network[-1]
     return _times(hidden, last.own) + (pooled @ last.pooled + last.bias)[..., None, :]
 
 
-def set_value(
-    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
-) -> Float[Array, "*batch"]:
+def set_value(network: Network, features: Features, context: Context) -> Float[Array, "*batch"]:
     """One output of such a network for all UEs together."""
     _, pooled = _set_hidden(network, features, context)
     last = network[-1]
     return (pooled @ last.pooled + last.bias)[..., 0]
 
 
-def flat_outputs(
-    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
-) -> Float[Array, "*batch outputs"]:
+def flat_outputs(network: Network, features: Features, context: Context) -> Float[Array, "*batch outputs"]:
     """The outputs of a network over all features at once."""
     hidden = jnp.concatenate([features.reshape(*features.shape[:-2], -1), context], axis=-1)
     for layer in network[:-1]:
@@ -113,7 +112,7 @@ def _orthogonal(generator: np.random.Generator, rows: int, columns: int) -> Floa
 
 
 def _set_hidden(
-    network: Network, features: Float[Array, "*batch ues features"], context: Float[Array, "*batch context"]
+    network: Network, features: Features, context: Context
 ) -> tuple[Float[Array, "*batch ues width"], Float[Array, "*batch width"]]:
     """Hidden units of each UE after the last hidden layer, and their mean over UEs."""
     hidden = features

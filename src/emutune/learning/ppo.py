@@ -58,11 +58,7 @@ def initial_state(config: TrainingConfig, world: World, seed: int) -> TrainingSt
 
 @partial(jax.jit, static_argnums=0)
 def run_updates(
-    config: TrainingConfig,
-    world: World,
-    state: TrainingState,
-    count: Int[Array, ""],
-    updates: Int[Array, ""],
+    config: TrainingConfig, world: World, state: TrainingState, count: Int[Array, ""], updates: Int[Array, ""]
 ) -> tuple[TrainingState, Metrics]:
     """Run ``count`` of in all ``updates`` updates in one program; rows past ``count`` stay zero."""
     rows = empty_metrics(CHUNK)

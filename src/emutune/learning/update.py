@@ -241,10 +241,7 @@ def _explore_and_evaluate(
 
 
 def _make_samples(
-    config: TrainingConfig,
-    state: TrainingState,
-    trajectory: Trajectory,
-    rewards: Rewards,
+    config: TrainingConfig, state: TrainingState, trajectory: Trajectory, rewards: Rewards
 ) -> tuple[Samples, Float[Array, ""]]:
     """Advantages, value targets and old log-probabilities of a batch of episodes."""
     kind, actors, plan = config.network, state.parameters.actors, critic_plan(config)
@@ -346,21 +343,13 @@ def _loss(
         value_loss += jnp.mean((values - target) ** 2)
     ratio = jnp.exp(case_change)
     diagnostics = jnp.stack(
-        [
-            jnp.mean(ratio - 1 - case_change),
-            jnp.mean(jnp.abs(ratio - 1) > config.clip),
-            entropy,
-            value_loss,
-        ]
+        [jnp.mean(ratio - 1 - case_change), jnp.mean(jnp.abs(ratio - 1) > config.clip), entropy, value_loss]
     )
     return case_loss + emulator_loss - config.entropy_weight * entropy + value_loss, diagnostics
 
 
 def clipped_loss(
-    log_ratio: Float[Array, "samples ues"],
-    advantage: Float[Array, "samples ..."],
-    weight: Array,
-    clip: float,
+    log_ratio: Float[Array, "samples ues"], advantage: Float[Array, "samples ..."], weight: Array, clip: float
 ) -> Float[Array, ""]:
     """The clipped objective of Eq. 21, negated: ratios per UE, averaged over the UEs that count."""
     ratio = jnp.exp(log_ratio)
