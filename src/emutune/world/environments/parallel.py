@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -18,7 +18,6 @@ from emutune.world.features import features_of
 from emutune.world.parameters import world_outline
 
 Observations = dict[str, Float[np.ndarray, "features"]]
-Value = TypeVar("Value")
 
 _AGENTS = ("case", "emulator")
 # What s2 leaves out of s1.
@@ -102,9 +101,9 @@ class OrchestrationParallelEnv(ParallelEnv[str, np.ndarray, np.ndarray]):  # typ
         self.agents = [] if terminated else self.agents
         return (
             self._observations(seen),
-            _for_both(reward),
-            _for_both(terminated),
-            _for_both(truncated),
+            dict.fromkeys(_AGENTS, reward),
+            dict.fromkeys(_AGENTS, terminated),
+            dict.fromkeys(_AGENTS, truncated),
             _infos(info),
         )
 
@@ -134,10 +133,6 @@ def _emulator_sees(scenario: Scenario) -> Bool[np.ndarray, "features"]:
     """Which numbers of the observation the emulator agent sees; the progress is the last."""
     seen = [feature.name not in _UNSEEN for feature in features_of(world_outline(scenario))]
     return np.append(np.repeat(seen, scenario.fleet.ues), True)
-
-
-def _for_both(value: Value) -> dict[str, Value]:
-    return dict.fromkeys(_AGENTS, value)
 
 
 def _infos(info: dict[str, Any]) -> dict[str, dict[str, Any]]:

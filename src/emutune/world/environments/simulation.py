@@ -15,27 +15,33 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from emutune.errors import UsageError
 from emutune.forking import refuse_fork
 from emutune.scenario import Scenario, dump_scenario, load_scenario, parse_scenario
-from emutune.step import plan_of_wish, retention_of
+from emutune.step import Situation, plan_of_wish, retention_of
 from emutune.world.dynamics import Carried, Outcome, State, during, observe, reset, step
 from emutune.world.features import cached_retention, progress_feature, ue_features
 from emutune.world.parameters import World
 
 Result = TypeVar("Result")
 
-_PER_UE = (
-    "gain",
-    "complexity",
-    "data_mb",
-    "transmit_power_w",
-    "at_server",
-    "retention",
-    "cached_retention",
-    "switched",
-    "delay_s",
-    "perplexity",
-)
-# What there is of these depends on the world.
-_MORE = {"family": np.int32, "training_s": np.float32, "energy_j": np.float32, "active": bool}
+# What is told of each UE's step, from the world, the situation that was charged, and the outcome.
+_PER_UE: dict[str, Callable[[World, Situation, Outcome], Array]] = {
+    "gain": lambda w, s, o: s.gain,
+    "complexity": lambda w, s, o: s.complexity,
+    "data_mb": lambda w, s, o: s.data_bits / 8e6,
+    "transmit_power_w": lambda w, s, o: s.transmit_power_w,
+    "at_server": lambda w, s, o: o.plan.at_server,
+    "retention": lambda w, s, o: retention_of(w.rules.models, s.family, o.plan.layers),
+    "cached_retention": lambda w, s, o: cached_retention(w, s),
+    "switched": lambda w, s, o: o.switched,
+    "delay_s": lambda w, s, o: o.charge.taken.delay_s,
+    "perplexity": lambda w, s, o: o.charge.taken.perplexity,
+}
+# What there is of these depends on the world: their kind, where there are any, and what is told.
+_MORE: dict[str, tuple[Any, Callable[[World], bool], Callable[[Situation, Outcome], Array]]] = {
+    "family": (np.int32, lambda w: w.rules.models.families > 1, lambda s, o: s.family),
+    "training_s": (np.float32, lambda w: w.rules.trains_in_time, lambda s, o: o.charge.taken.training_s),
+    "energy_j": (np.float32, lambda w: w.rules.uses_energy, lambda s, o: o.charge.taken.joules),
+    "active": (bool, lambda w: w.devices.active.varies, lambda s, o: s.active),
+}
 
 
 class Progress(NamedTuple):
@@ -103,7 +109,7 @@ def fetch(report: Report) -> Fetched:
     observation, terminated, per_ue, fleet, more = jax.device_get(report)
     info = dict(zip(_PER_UE, np.moveaxis(per_ue, -2, 0).copy(), strict=True))
     info |= {name: info[name].astype(bool) for name in ("at_server", "switched")}
-    info |= {name: more[name].astype(kind) for name, kind in _MORE.items() if name in more}
+    info |= {name: more[name].astype(kind) for name, (kind, *_) in _MORE.items() if name in more}
     # Gymnasium gathers the floats of single environments as float64.
     info["step_delay_s"], info["reward"] = np.moveaxis(fleet, -1, 0).astype(np.float64)
     return Fetched(observation.copy(), terminated.copy(), info)
@@ -117,15 +123,16 @@ def _begin(seed: UInt32[Array, "2"], world: World) -> tuple[State, Float[Array, 
 def _advance(
     world: World, state: State, at_server: Bool[Array, "ues"], retention: Float[Array, "ues"]
 ) -> tuple[Progress, Report]:
-    after, outcome = step(
-        world, state, plan_of_wish(world.rules, observe(world, state), at_server, retention)
-    )
+    known = observe(world, state)
+    after, outcome = step(world, state, plan_of_wish(world.rules, known, at_server, retention))
+    true = during(state.episode, state.step, known)
+    per_ue = [told(world, true, outcome) for told in _PER_UE.values()]
     report = Report(
         observation=_observation(world, after),
         terminated=after.step >= world.tasks,
-        per_ue=_per_ue(world, state, outcome),
+        per_ue=jnp.stack(per_ue).astype(jnp.float32),
         fleet=jnp.stack([outcome.charge.delay_s, outcome.reward]),
-        more=_more(world, state, outcome),
+        more={name: told(true, outcome) for name, (_, is_on, told) in _MORE.items() if is_on(world)},
     )
     return Progress(after.carried, after.step), report
 
@@ -134,34 +141,6 @@ def _observation(world: World, state: State) -> Float[Array, "features"]:
     """s1 feature by feature, as the paper lists it, what more there is, then the progress."""
     seen = observe(world, state)
     return jnp.append(ue_features(world, seen).T.ravel(), progress_feature(seen))
-
-
-def _per_ue(world: World, state: State, outcome: Outcome) -> Float[Array, "entries ues"]:
-    known, taken = observe(world, state), outcome.charge.taken
-    entries = {
-        "gain": during(state.episode, state.step, known).gain,
-        "complexity": known.complexity,
-        "data_mb": known.data_bits / 8e6,
-        "transmit_power_w": known.transmit_power_w,
-        "at_server": outcome.plan.at_server,
-        "retention": retention_of(world.rules.models, known.family, outcome.plan.layers),
-        "cached_retention": cached_retention(world, known),
-        "switched": outcome.switched,
-        "delay_s": taken.delay_s,
-        "perplexity": taken.perplexity,
-    }
-    return jnp.stack([entries[name] for name in _PER_UE]).astype(jnp.float32)
-
-
-def _more(world: World, state: State, outcome: Outcome) -> dict[str, Shaped[Array, "ues"]]:
-    known, taken, rules = observe(world, state), outcome.charge.taken, world.rules
-    entries = {
-        "family": (known.family, rules.models.families > 1),
-        "training_s": (taken.training_s, rules.trains_in_time),
-        "energy_j": (taken.joules, rules.uses_energy),
-        "active": (known.active, world.devices.active.varies),
-    }
-    return {name: value for name, (value, is_on) in entries.items() if is_on}
 
 
 def _merge(begins: Bool[Array, ""], fresh: State, state: State) -> State:
