@@ -157,7 +157,7 @@ def _whole_training(world: World, situation: Situation) -> Array:
     return _centred(jnp.log(seconds), jnp.stack([quickest, longest]))
 
 
-def _operation_energy(world: World, situation: Situation) -> Array:
+def _joules(world: World, situation: Situation) -> Array:
     ends = world.devices.j_per_tflop.quantile(jnp.asarray([0.0, 1.0]))
     return _centred(situation.compute_w / situation.tflops, ends)
 
@@ -170,6 +170,10 @@ def _largest_emulator(world: World, situation: Situation) -> Array:
 
 def _scaled(world: World, retention: Array) -> Array:
     return retention / world.rules.retention_bounds[1]
+
+
+def _signed(which: Array) -> Array:
+    return jnp.where(which, 1.0, -1.0)
 
 
 def _centred(values: Float[Array, "*batch"], bounds: Float[Array, "2"]) -> Float[Array, "*batch"]:
@@ -205,22 +209,10 @@ FEATURES = (
     Feature("approach", "m", *_SIGNED, _approach, lambda w: w.radio.place.moves),
     Feature("speed", "TFLOP/s", *_SIGNED, _speed, lambda w: w.rules.trains_in_time),
     Feature("whole_training", "s", *_SIGNED, _whole_training, lambda w: w.rules.trains_in_time),
-    Feature(
-        "operation_energy", "J/TFLOP", *_SIGNED, _operation_energy, lambda w: w.devices.j_per_tflop.varies
-    ),
+    Feature("operation_energy", "J/TFLOP", *_SIGNED, _joules, lambda w: w.devices.j_per_tflop.varies),
     Feature("largest_emulator", "1", *_SHARE, _largest_emulator, lambda w: w.rules.limits_memory),
     Feature(
-        "may_upload",
-        "1",
-        *_SIGNED,
-        lambda w, s: jnp.where(s.private, -1.0, 1.0),
-        lambda w: w.devices.private.varies,
+        "may_upload", "1", *_SIGNED, lambda w, s: _signed(~s.private), lambda w: w.devices.private.varies
     ),
-    Feature(
-        "active",
-        "1",
-        *_SIGNED,
-        lambda w, s: jnp.where(s.active, 1.0, -1.0),
-        lambda w: w.devices.active.varies,
-    ),
+    Feature("active", "1", *_SIGNED, lambda w, s: _signed(s.active), lambda w: w.devices.active.varies),
 )

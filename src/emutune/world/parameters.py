@@ -27,6 +27,7 @@ class World:
     What is off is no part of the program.
 
     Attributes:
+        has_devices: see ``Scenario.has_devices``.
         rules: what a step is computed with.
         radio: from which gains are drawn.
         families: from which the foundation model of each task is drawn.
@@ -35,6 +36,7 @@ class World:
 
     ues: int = field(metadata={"static": True})
     tasks: int = field(metadata={"static": True})
+    has_devices: bool = field(metadata={"static": True})
     rules: Rules
     transmit_power_w: Float[Array, "2"]
     data_bits: Float[Array, "2"]
@@ -42,11 +44,6 @@ class World:
     radio: Radio
     families: FamilyChain
     devices: DeviceLaws
-
-    @property
-    def has_devices(self) -> bool:
-        """Whether UEs differ in more than their radio: in what they can compute, spend, hold or tell."""
-        return self.rules.uses_energy or bool(jax.tree.leaves(self.devices))
 
 
 def build_world(scenario: Scenario) -> World:
@@ -69,6 +66,7 @@ def _arrays(scenario: Scenario) -> World:
     return World(
         ues=fleet.ues,
         tasks=fleet.tasks,
+        has_devices=scenario.has_devices,
         rules=build_rules(scenario),
         transmit_power_w=bounds_of(fleet.transmit_power_w),
         data_bits=bounds_of(scenario.tasks.data_mb, scale=8e6),
