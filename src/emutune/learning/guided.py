@@ -24,6 +24,7 @@ from emutune.learning.learner import Record, wanted_teacher
 from emutune.learning.networks import Network, PerUe, create_network, set_outputs
 from emutune.learning.rollout import one_axis
 from emutune.policies import LaterPrices, Lookahead, Policy, Step, plan_lookahead, play, register_policy
+from emutune.policies.worth import Later
 from emutune.scenario import Scenario
 from emutune.step import Plan, Situation, look_up, marginal_charges
 from emutune.world import (
@@ -71,9 +72,7 @@ class Guided:
         noise = self.exploration * jax.random.normal(key, (2, *kept.shape))
         return self.base.choose(world, situation, kept + noise[0], renewed + noise[1])
 
-    def _corrections(
-        self, world: World, situation: Situation
-    ) -> tuple[Float[Array, "ues"], Float[Array, "levels ues"]]:
+    def _corrections(self, world: World, situation: Situation) -> Later:
         """What the network adds to the worth of the cache as it is, and with every emulator."""
         models = world.rules.models
         coefficients = self.scale * correction_coefficients(world, self.network, situation)

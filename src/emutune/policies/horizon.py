@@ -22,14 +22,7 @@ from emutune.policies.base import register_policy
 from emutune.policies.expected import Expectation, link_shares
 from emutune.policies.kinds import kind_of
 from emutune.policies.lookahead import Lookahead, plan_lookahead, present_step, search_prices
-from emutune.policies.worth import (
-    LaterPrices,
-    TaskCosts,
-    task_costs,
-    worth_before,
-    worth_of_kept,
-    worth_of_renewed,
-)
+from emutune.policies.worth import Later, LaterPrices, TaskCosts, task_costs, worth_after, worth_before
 from emutune.scenario import Scenario
 from emutune.step import Plan, Situation
 from emutune.world import World, build_world
@@ -60,9 +53,7 @@ class Horizon:
             return jax.vmap(lambda one: self.decide(world, one, key))(situation)
         return self.base.choose(world, situation, *self.later(world, situation))
 
-    def later(
-        self, world: World, situation: Situation
-    ) -> tuple[Float[Array, "ues"], Float[Array, "levels ues"]]:
+    def later(self, world: World, situation: Situation) -> Later:
         """As ``Lookahead.later``, with the programme's prices."""
         shadow = self.base.shadow_per_j(world, situation)
         present = present_step(world, situation)
@@ -80,8 +71,7 @@ class Horizon:
 
         coming = (shares[1:], present + jnp.arange(1, self.steps))
         worth, _ = jax.lax.scan(before, after, coming, reverse=True)
-        own = worth[jnp.arange(worth.shape[0]), situation.family]
-        return worth_of_kept(world, situation, own), worth_of_renewed(world, situation, own)
+        return worth_after(world, situation, worth[jnp.arange(worth.shape[0]), situation.family])
 
     def shares(
         self,

@@ -21,7 +21,7 @@ from emutune.policies.choices import list_options
 from emutune.policies.joint import assign
 from emutune.policies.kinds import Kind, Kinds, every_kind, kind_of, locate, make_kinds
 from emutune.policies.search import EPISODES, Point, ascend, mean_return, patiences_s, scorer
-from emutune.policies.worth import LaterPrices, task_costs, worth_before, worth_of_kept, worth_of_renewed
+from emutune.policies.worth import Later, LaterPrices, task_costs, worth_after, worth_before
 from emutune.scenario import Scenario
 from emutune.step import Plan, Situation
 from emutune.world import World, build_world
@@ -69,12 +69,10 @@ class Lookahead:
         options = list_options(world.rules, situation, kept, renewed, self.shadow_per_j(world, situation))
         return assign(options, exact=self.exact, unlike=world.has_devices)
 
-    def later(
-        self, world: World, situation: Situation
-    ) -> tuple[Float[Array, "ues"], Float[Array, "levels ues"]]:
+    def later(self, world: World, situation: Situation) -> Later:
         """Worth of the cache as it is, and with every emulator of the task's family."""
-        own = self._read(world, situation, self.shadow_per_j(world, situation))
-        return worth_of_kept(world, situation, own), worth_of_renewed(world, situation, own)
+        shadow = self.shadow_per_j(world, situation)
+        return worth_after(world, situation, self._read(world, situation, shadow))
 
     def shadow_per_j(self, world: World, situation: Situation) -> Float[Array, "ues"]:
         """What a joule of each UE's budget is worth later, times UEs; 0 where there is no budget.
@@ -90,7 +88,7 @@ class Lookahead:
         values = []
         prices = [-share * rules.over_budget_weight_per_j for share in _SHADOWS]
         for price in prices:
-            kept = worth_of_kept(world, situation, self._read(world, situation, nothing + price))
+            kept, _ = worth_after(world, situation, self._read(world, situation, nothing + price))
             # This step's part of what is left is not for later.
             values.append(kept - price * left * (1 - 1 / to_go) / world.ues)
         return jnp.asarray(prices)[jnp.argmax(jnp.stack(values), axis=0)]

@@ -35,26 +35,22 @@ class LaterPrices(NamedTuple):
     rent: Float[Array, ""] | float = 0.0
 
 
-def worth_of_kept(
-    world: World, situation: Situation, own: Float[Array, "ues families levels"]
-) -> Float[Array, "ues"]:
-    """Worth of each UE's cache as it is, from its table of what is held after this step."""
-    return _worth_of_held(world, own, situation.held)
+# Worth of each UE's cache as it is, and once an emulator of each number of layers has served the task.
+Later = tuple[Float[Array, "ues"], Float[Array, "levels ues"]]
 
 
-def worth_of_renewed(
-    world: World, situation: Situation, own: Float[Array, "ues families levels"]
-) -> Float[Array, "levels ues"]:
-    """The same once an emulator of each number of layers has served the task."""
+def worth_after(world: World, situation: Situation, own: Float[Array, "ues families levels"]) -> Later:
+    """Worth of caches after a step, from each UE's table of what is held then."""
+    kept = _worth_of_held(world, own, situation.held)
     if not world.rules.several:
-        return own[jnp.arange(own.shape[0]), situation.family].T
+        return kept, own[jnp.arange(own.shape[0]), situation.family].T
 
     def renewed(layers: Int[Array, ""]) -> Array:
         taken = jnp.broadcast_to(layers, situation.family.shape)
         held, _ = put_in_cache(world.rules, situation.held, situation.age, situation.family, taken)
         return _worth_of_held(world, own, held)
 
-    return jax.vmap(renewed)(jnp.arange(own.shape[2]))
+    return kept, jax.vmap(renewed)(jnp.arange(own.shape[2]))
 
 
 def _worth_of_held(
