@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Key
 from emutune.scenario import Range, Span, Spread
 
 
+@unique
 class Draw(IntEnum):
-    """What is drawn for an episode."""
+    """What is drawn for an episode; two draws of one number would be alike."""
 
     DISTANCE = 0
     FADING = 1
@@ -24,11 +25,11 @@ class Draw(IntEnum):
     PROPAGATION = 101
     DRIFT = 102
     WINDOWS = 103
-    SPEED = 101
-    ENERGY = 102
-    MEMORY = 103
-    PRIVACY = 104
-    ACTIVITY = 105
+    SPEED = 200
+    ENERGY = 201
+    MEMORY = 202
+    PRIVACY = 203
+    ACTIVITY = 204
 
 
 def key_of(key: Key[Array, ""], draw: Draw) -> Key[Array, ""]:
