@@ -37,6 +37,7 @@ from emutune.world import (
     progress_feature,
     ue_features,
 )
+from emutune.world.draws import Draw, key_of
 
 # Worth of the task's family: constant, linear, quadratic in the retention; of another: the same; of nothing.
 _COEFFICIENTS = 7
@@ -192,7 +193,8 @@ def _play(world: World, policy: Guided, key: Key[Array, ""]) -> tuple[Samples, F
         added = marginal_charges(world.rules, step.true, step.outcome.plan)
         return step.known, *_held(world, step.after), worth, added, step.outcome.reward
 
-    known, usable, other, worth, added, rewards = play(world, policy, draw_episode(key, world), key, watch)
+    episode, noise = draw_episode(key, world), key_of(key, Draw.DECISIONS)
+    known, usable, other, worth, added, rewards = play(world, policy, episode, noise, watch)
     to_go = jnp.flip(jnp.cumsum(jnp.flip(added, 0), axis=0), 0) - added
     return Samples(known, usable, other, to_go - worth), rewards
 

@@ -13,7 +13,7 @@ from emutune.scenario import Range, Span, Spread
 
 @unique
 class Draw(IntEnum):
-    """What is drawn for an episode; two draws of one number would be alike."""
+    """What is drawn for an episode, and noise on its decisions; two draws of one number would be alike."""
 
     DISTANCE = 0
     FADING = 1
@@ -30,6 +30,7 @@ class Draw(IntEnum):
     MEMORY = 202
     PRIVACY = 203
     ACTIVITY = 204
+    DECISIONS = 300
 
 
 def key_of(key: Key[Array, ""], draw: Draw) -> Key[Array, ""]:
