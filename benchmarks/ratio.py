@@ -37,14 +37,13 @@ def quickest(action):
 
 
 def world(name):
-    """The random policy on drawn episodes."""
+    """The random policy in the simulator, draws of episodes included."""
     from emutune.policies import Random
     from emutune.scenario import load_scenario
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     scenario = load_scenario(name)
-    episodes = held_out_episodes(scenario, 1024)
-    return {"world": quickest(lambda: evaluate_policy(scenario, Random(), episodes))}
+    return {"world": quickest(lambda: evaluate_policy(scenario, Random(), held_out_episodes(scenario, 2048)))}
 
 
 def train(name):
