@@ -12,7 +12,10 @@ import pytest
 from whole_fleet import WholeFleet, catalogue_at
 
 from emutune.errors import FleetError
+from emutune.fleet.device.abilities import Abilities
 from emutune.fleet.ledger import Ledger
+from emutune.fleet.protocol import Report
+from emutune.fleet.server.leasing import UntrainableError
 from emutune.tuning.adapters import load_adapter
 from emutune.tuning.catalogue import Catalogue
 
@@ -194,6 +197,70 @@ def test_catalogue_of_another_model_is_refused(tmp_path: Path, catalogue: Catalo
 
     with pytest.raises(FleetError, match="was made from the model"):
         asyncio.run(scenario())
+
+
+def test_what_devices_can_and_may_is_known_before_it_is_decided(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=1)
+    for name in ("ue3", "ue4"):
+        fleet.add_device(name)
+    sizes = [emulator.bytes for emulator in catalogue.emulators()]
+    able = {
+        "ue1": Abilities(),
+        "ue2": Abilities(memory_bytes=sizes[1]),
+        "ue3": Abilities(memory_bytes=sizes[0] - 1),
+        "ue4": Abilities(memory_bytes=sizes[0], private=True),
+    }
+
+    async def scenario() -> None:
+        async with fleet.server() as work:
+            await asyncio.gather(work, *(fleet.device(name, abilities=each) for name, each in able.items()))
+
+    asyncio.run(scenario())
+    with fleet.ledger() as ledger:
+        by_device = {row.device: row for row in ledger.step_leases(0)}
+    names = [emulator.name for emulator in catalogue.emulators()]
+    assert by_device["ue1"].emulator_name == names[-1]
+    assert by_device["ue2"].emulator_name == names[1]
+    # No emulator fits, and nothing keeps its data.
+    assert by_device["ue3"].at_server
+    assert by_device["ue4"].emulator_name == names[0]
+    assert all(row.state == "done" for row in by_device.values())
+
+
+def test_private_data_stay_whatever_the_policy_wants(tmp_path: Path, catalogue: Catalogue) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=2, policy="all_server")
+
+    async def scenario() -> None:
+        async with fleet.server() as work:
+            await asyncio.gather(
+                work, fleet.device("ue1"), fleet.device("ue2", abilities=Abilities(private=True))
+            )
+
+    asyncio.run(scenario())
+    with fleet.ledger() as ledger:
+        rows = [row for step in range(ledger.last_step() + 1) for row in ledger.step_leases(step)]
+    assert {row.device: row.at_server for row in rows} == {"ue1": True, "ue2": False}
+    assert all(row.state == "done" for row in rows)
+
+
+def test_private_device_that_can_hold_no_emulator_is_refused_by_itself_and_by_the_server(
+    tmp_path: Path, catalogue: Catalogue
+) -> None:
+    fleet = fleet_of(tmp_path, catalogue, count=1)
+    unfit = Abilities(memory_bytes=catalogue.emulators()[0].bytes - 1, private=True)
+
+    async def scenario() -> None:
+        async with fleet.server():
+            with pytest.raises(FleetError, match=r"--memory-gb: is .* leave --private out"):
+                await fleet.device("ue1", abilities=unfit)
+            report = Report(
+                task="t-0", data_bytes=5, data_sha256="0" * 64, cache_bytes=10**9,
+                memory_bytes=unfit.memory_bytes, private=True,
+            )  # fmt: skip
+            with pytest.raises(UntrainableError, match="memory_bytes: is below"):
+                await fleet.hub.reported("ue1", report)
+
+    asyncio.run(scenario())
 
 
 def test_device_whose_cache_is_small_gets_an_emulator_that_fits(tmp_path: Path, catalogue: Catalogue) -> None:

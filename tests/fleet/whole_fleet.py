@@ -16,6 +16,7 @@ from directories import catalogue_of, generated_text
 
 from emutune.fleet.config import FleetConfig, load_fleet
 from emutune.fleet.device import work
+from emutune.fleet.device.abilities import ANYTHING, Abilities
 from emutune.fleet.device.agent import run_device
 from emutune.fleet.device.client import Backoff, FleetClient
 from emutune.fleet.ledger import Ledger
@@ -199,13 +200,20 @@ class WholeFleet:
                     job.cancel()
                 await asyncio.gather(steps, *hub.jobs, return_exceptions=True)
 
-    async def device(self, name: str, tasks: int | None = None, cache_bytes: int = 10**9) -> int:
+    async def device(
+        self,
+        name: str,
+        tasks: int | None = None,
+        cache_bytes: int = 10**9,
+        abilities: Abilities = ANYTHING,
+    ) -> int:
         """A device at work."""
         backoff = Backoff(first_s=0.01, longest_s=0.05)
         client = FleetClient(read_credentials(self.folder / f"{name}.json"), self.carrier, backoff=backoff)
         async with client:
             folder = self.folder / name
-            return await run_device(client, folder / "data", folder / "cache", cache_bytes, tasks)
+            data, cache = folder / "data", folder / "cache"
+            return await run_device(client, data, cache, cache_bytes, tasks, abilities=abilities)
 
     def ledger(self) -> Ledger:
         return Ledger(self.config.server.directory / "ledger.sqlite")

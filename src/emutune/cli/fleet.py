@@ -31,7 +31,8 @@ def fleet(
     """Run a fleet on this machine: real processes, real TLS, links shaped as the fleet's file says."""
     quiet_libraries("fleet", "fleet")
     from emutune.fleet.config import LEDGER, load_fleet
-    from emutune.fleet.local import local_devices, run_local_fleet
+    from emutune.fleet.local import local_devices, run_local_fleet, with_drawn_abilities
+    from emutune.scenario import load_scenario
 
     config = load_fleet(source)
     directory = config.server.directory
@@ -43,7 +44,7 @@ def fleet(
         run_local_fleet(
             source,
             config,
-            local_devices(config, devices),
+            with_drawn_abilities(config, load_scenario(config.scenario), local_devices(config, devices)),
             used,
             policy,
             started=lambda url: announce_dashboard(url, directory),

@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Options of what a device works on, where it keeps it, and for how long."""
+    """Options of what a device works on and with, where it keeps it, and for how long."""
 
     data: Annotated[Path, typer.Option(help="Directory of texts to tune on, *.txt in UTF-8.")]
     cache: Annotated[Path, typer.Option(help="Directory of what the device keeps.")] = Path("device")
     cache_mb: Annotated[int, typer.Option(min=1, help="The most that emulators may take there, MB.")] = 4096
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Largest emulator to train with, GB; only the cache limits it, if not given."
+        ),
+    ] = None
+    private: Annotated[
+        bool, typer.Option("--private", help="The data never leave this device: train here, or not at all.")
+    ] = False
     tasks: Annotated[
         int | None,
         typer.Option(min=1, help="Leave the fleet after so many; stay until it ends, if not given."),
@@ -65,12 +74,20 @@ def join(
 
 
 async def _run(client: FleetClient, place: Place, stage: Callable[..., None]) -> int:
+    from emutune.fleet.device.abilities import Abilities
     from emutune.fleet.device.agent import run_device
     from emutune.fleet.device.telling import Telling
 
+    memory = None if place.memory_gb is None else round(place.memory_gb * 1e9)
     async with client:
         return await run_device(
-            client, place.data, place.cache, place.cache_mb * 1_000_000, place.tasks, Telling(stage, _printed)
+            client,
+            place.data,
+            place.cache,
+            place.cache_mb * 1_000_000,
+            place.tasks,
+            Telling(stage, _printed),
+            Abilities(memory, place.private),
         )
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +18,9 @@ from emutune.errors import FleetError
 from emutune.files import replacing
 from emutune.fleet.addresses import url_of
 from emutune.fleet.config import EVERY_ADDRESS, FleetConfig
+from emutune.fleet.device.abilities import ANYTHING, Abilities
 from emutune.fleet.server.run import enrol_device, opened_ledger
+from emutune.scenario import Scenario
 
 COMMAND = (sys.executable, "-c", "from emutune.cli.main import run; run()")
 _START_S = 120.0
@@ -28,10 +30,11 @@ _HELD_BACK = 5
 
 @dataclass(frozen=True)
 class LocalDevice:
-    """Where a device of this machine keeps its things."""
+    """Where a device of this machine keeps its things, and what it can."""
 
     name: str
     directory: Path
+    abilities: Abilities = ANYTHING
 
     @property
     def credentials(self) -> Path:
@@ -51,13 +54,40 @@ class LocalDevice:
     def command(self, url: str) -> list[str]:
         """What runs it."""
         options = ("--credentials", self.credentials, "--data", self.data, "--cache", self.cache)
-        return [*COMMAND, "join", url, *map(str, options)]
+        memory = self.abilities.memory_bytes
+        limits = [] if memory is None else ["--memory-gb", repr(memory / 1e9)]
+        limits += ["--private"] if self.abilities.private else []
+        return [*COMMAND, "join", url, *map(str, options), *limits]
 
 
 def local_devices(config: FleetConfig, count: int) -> list[LocalDevice]:
     """Devices ``ue1``, ``ue2``, ... below the server's directory."""
     root = config.server.directory / "devices"
     return [LocalDevice(f"ue{number}", root / f"ue{number}") for number in range(1, count + 1)]
+
+
+def with_drawn_abilities(
+    config: FleetConfig, scenario: Scenario, devices: Sequence[LocalDevice]
+) -> list[LocalDevice]:
+    """Devices that can what the scenario's laws say, where it has some; the same for the same seed and number."""
+    if not config.shaping.enabled or (scenario.memory is None and scenario.privacy is None):
+        return list(devices)
+    import jax
+    import numpy as np
+
+    from emutune.world import build_world
+    from emutune.world.devices import draw_devices
+
+    fleet = scenario.fleet.model_copy(update={"ues": len(devices)})
+    laws = build_world(scenario.model_copy(update={"fleet": fleet})).devices
+    drawn = draw_devices(jax.random.key(config.shaping.seed), laws, len(devices))
+    private = np.zeros(len(devices), bool) if drawn.private is None else np.asarray(drawn.private)
+    bits = np.full(len(devices), np.inf) if drawn.memory_bits is None else np.asarray(drawn.memory_bits)
+    memory = [int(each / 8 / config.shaping.byte_scale) if np.isfinite(each) else None for each in bits]
+    return [
+        replace(device, abilities=Abilities(room, bool(own)))
+        for device, room, own in zip(devices, memory, private, strict=True)
+    ]
 
 
 def write_documentation_tasks(config: FleetConfig, devices: Sequence[LocalDevice]) -> None:

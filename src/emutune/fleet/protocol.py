@@ -8,7 +8,7 @@ their task, everything else by its lease, and what was counted is not counted ag
 |---|---|---|
 | ``POST /v1/enrolment`` | ``Enrolment`` | 204; 403 for a token that is unknown or was used with another key |
 | ``GET /v1/fleet`` | | ``FleetInfo`` |
-| ``POST /v1/reports`` | ``Report`` | 204; 429 while nothing is decided about too many tasks before it |
+| ``POST /v1/reports`` | ``Report`` | 204; 429 while too many tasks wait for a decision; 422 if nobody can train it |
 | ``GET /v1/lease?wait=SECONDS`` | | ``Lease``, or 204 if there is none yet |
 | ``GET /v1/shards/{sha256}`` | | a shard of the catalogue; answers ``Range: bytes=N-`` |
 | ``GET /v1/tokenizer/{name}`` | | a file of the catalogue's tokenizer; the names are in ``FleetInfo`` |
@@ -89,6 +89,8 @@ class Report(Message):
         gain: measured power gain of the link; None where links are shaped, whose gains the server draws.
         emulator: name of the cached emulator, whole and verified.
         cache_bytes: the most that the device's cache may hold.
+        memory_bytes: of the largest emulator that the device can train with; None if only its cache is a limit.
+        private: the data may not leave the device.
     """
 
     task: Identifier
@@ -98,6 +100,8 @@ class Report(Message):
     gain: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     emulator: Annotated[str, Field(max_length=200)] | None = None
     cache_bytes: Annotated[int, Field(ge=1, le=1 << 50)]
+    memory_bytes: Annotated[int, Field(ge=0, le=1 << 50)] | None = None
+    private: bool = False
 
 
 class Training(Message):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emutune.errors import EmutuneError, FleetError
+from emutune.fleet.device.abilities import ANYTHING, Abilities
 from emutune.fleet.device.cache import Cache
 from emutune.fleet.device.client import POLL_S, FleetClient, RefusedError
 from emutune.fleet.device.errand import Errand
@@ -30,6 +31,7 @@ async def run_device(
     cache_bytes: int,
     tasks: int | None = None,
     telling: Telling | None = None,
+    abilities: Abilities = ANYTHING,
 ) -> int:
     """Take part in a fleet until it is stopped, or so many tasks are done.
 
@@ -42,6 +44,7 @@ async def run_device(
         cache_bytes: the most that shards may take there.
         tasks: how many to do before the device leaves the fleet; None to go on until the server ends it.
         telling: who is told.
+        abilities: what the device can, and may.
 
     Returns:
         The tasks done.
@@ -51,7 +54,7 @@ async def run_device(
     """
     check_texts(data)
     async with Cache(cache, cache_bytes) as opened:
-        device = Device(client, data, opened, telling or Telling())
+        device = Device(client, data, opened, telling or Telling(), abilities)
         await device.join()
         return await device.run(tasks)
 
@@ -59,8 +62,11 @@ async def run_device(
 class Device:
     """One device with an open cache."""
 
-    def __init__(self, client: FleetClient, data: Path, cache: Cache, telling: Telling) -> None:
+    def __init__(
+        self, client: FleetClient, data: Path, cache: Cache, telling: Telling, abilities: Abilities
+    ) -> None:
         self.client, self.data, self.cache, self.telling = client, data, cache, telling
+        self.abilities = abilities
         credentials = client.credentials
         self.memory = Memory(cache.directory / "state.json", credentials.fleet, credentials.device)
         self.info: FleetInfo | None = None
@@ -70,7 +76,7 @@ class Device:
         """Enrol, and get ready to train.
 
         Raises:
-            FleetError: the fleet is another one, or its smallest emulator does not fit into the cache.
+            FleetError: the fleet is another one, or its smallest emulator does not fit where it must.
         """
         # On disk before the first task, so that the cache is this device's from now on.
         self.memory.change()
@@ -86,6 +92,7 @@ class Device:
                 f"{self.client.url}: is the fleet {self.info.name!r}, the credentials are for "
                 f"{self.client.credentials.fleet!r}; give that fleet's address, or credentials of this one"
             )
+        self.abilities.check(self.info)
         await self.cache.prepare(self.info, self.client)
         self.telling.remark(f"joined {self.info.name} as {self.client.credentials.device}")
 
@@ -126,6 +133,8 @@ class Device:
             perplexity_ratio=None if current is None else await self._ratio(task, current),
             emulator=None if current is None else current["name"],
             cache_bytes=self.cache.limit,
+            memory_bytes=self.abilities.memory_bytes,
+            private=self.abilities.private,
         )
 
     async def _ratio(self, task: Task, current: dict[str, Any]) -> float | None:
@@ -152,7 +161,9 @@ class Device:
         work = await self.memory.written(self.telling.remark, lambda: self._work(lease))
         folder = self._folder(lease)
         try:
-            errand = Errand(self.client, self.data, self.cache, self.memory, self.telling, lease)
+            errand = Errand(
+                self.client, self.data, self.cache, self.memory, self.telling, lease, self.abilities.private
+            )
             result = work.result or await self._remembered(await errand.result(folder))
             await self.client.result(lease.lease, result)
         except RefusedError as error:

@@ -44,6 +44,7 @@ class Errand:
         memory: holds the lease and its task.
         telling: who is told.
         lease: the lease.
+        private: the data stay here, whatever the lease says.
     """
 
     client: FleetClient
@@ -52,6 +53,7 @@ class Errand:
     memory: Memory
     telling: Telling
     lease: Lease
+    private: bool = False
 
     async def result(self, folder: Path) -> Result:
         """The result of the lease; a failure is one too.
@@ -83,7 +85,13 @@ class Errand:
             await asyncio.sleep(disk.LOOK_AGAIN_S)
 
     async def _upload(self, folder: Path) -> Result:
-        """Send the task's text, and fetch the adapter that the server trains on it."""
+        """Send the task's text, and fetch the adapter that the server trains on it.
+
+        Raises:
+            FleetError: the device is private; nothing was sent.
+        """
+        if self.private:
+            raise FleetError("the lease asks for data that are private: they stay on the device")
         task = self._task()
         path = await asyncio.to_thread(unchanged, self.data, task)
         if self._work.transferred is None:

@@ -19,6 +19,8 @@ class Candidate:
         data_bytes: of the task's text, in bytes of the scenario.
         cached_layers: k of the emulator on the device; 0 for none.
         transmit_power_w: of its uplink.
+        most_layers: of the largest emulator that the device can hold and train with; 0 if none fits.
+        private: the data may not leave the device.
     """
 
     gain: float
@@ -26,6 +28,8 @@ class Candidate:
     data_bytes: float
     cached_layers: int
     transmit_power_w: float
+    most_layers: int = 1_000_000
+    private: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from emutune.step import (
     downlink_bps,
     empty_cache,
     on_ue,
+    possible_case,
     possible_plan,
     share,
     situation_of,
@@ -52,7 +53,7 @@ class Decider:
                 f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
                 "for a scenario without the section families"
             )
-        for section in ("computation", "energy", "memory", "privacy", "activity"):
+        for section in ("computation", "energy"):
             if getattr(scenario, section) is not None:
                 raise FleetError(
                     f"scenario {scenario.name!r}: has the section {section}, which devices of a fleet do not "
@@ -65,7 +66,9 @@ class Decider:
             )
         plain_law(scenario)
         self.scenario = scenario
-        self._world = build_world(scenario)
+        world = build_world(scenario)
+        # Whatever the scenario says, devices have limits.
+        self._world = replace(world, rules=replace(world.rules, limits_memory=True))
         self._policy = policy
         self._key = jax.random.key(seed)
 
@@ -142,7 +145,8 @@ def _decide(world: World, policy: Policy, situation: Situation, key: jax.Array) 
     plan = policy.decide(world, situation, key)
     # What a device that uploads would train with is of use where the server may not take its data.
     local = Plan(jnp.zeros_like(plan.at_server), plan.layers)
-    return Plan(plan.at_server, possible_plan(world.rules, situation, local).layers)
+    there = possible_case(world.rules, situation, plan.at_server)
+    return Plan(there, possible_plan(world.rules, situation, local).layers)
 
 
 @jax.jit
@@ -173,9 +177,17 @@ def _situation(world: World, progress: float, candidates: Sequence[Candidate]) -
         data_bits=8 * _column(candidates, "data_bytes"),
         transmit_power_w=_column(candidates, "transmit_power_w"),
         gain=_column(candidates, "gain"),
+        memory_bits=_largest_bits(world, candidates),
+        private=jnp.asarray([candidate.private for candidate in candidates]),
         held=held,
         age=age,
     )
+
+
+def _largest_bits(world: World, candidates: Sequence[Candidate]) -> jax.Array:
+    """What the largest emulator that each device can train with takes by the scenario."""
+    bits = world.rules.models.memory_bits[0]
+    return bits[jnp.asarray([min(candidate.most_layers, len(bits) - 1) for candidate in candidates])]
 
 
 def _column(candidates: Sequence[Candidate], name: str) -> jax.Array:

@@ -21,6 +21,10 @@ from emutune.tuning.manifest import Emulator, missing
 MegaBytes = 1e6
 
 
+class UntrainableError(FleetError):
+    """A task can be trained neither on its device nor at the server."""
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What one device is to do, and what is known of it.
@@ -98,10 +102,9 @@ class Leasing:
         return [self._decision(step, *row) for row in zip(plans, predicted, rates, strict=True)]
 
     def _plan(self, device: str, report: Report, candidate: Candidate, choice: Choice) -> _Plan:
-        allowed = self._allowed(choice, report)
-        emulator = self._emulator(allowed.layers)
-        moved = report.data_bytes if allowed.at_server else self._missing(report, emulator)
-        return _Plan(device, report, candidate, allowed, emulator, moved)
+        emulator = self._emulator(choice.layers)
+        moved = report.data_bytes if choice.at_server else self._missing(report, emulator)
+        return _Plan(device, report, candidate, choice, emulator, moved)
 
     async def _forecast(self, plans: Sequence[_Plan], candidates: Sequence[Candidate]) -> list[Forecast]:
         """What plans come to for candidates that may differ from those that were decided about."""
@@ -119,6 +122,7 @@ class Leasing:
             data_bytes=report.data_bytes * shaping.byte_scale,
             cached_layers=0 if held is None else round(held.retention * scenario.model.layers),
             transmit_power_w=link.transmit_power_w,
+            **self._limits(report),
         )
 
     def complexity_of(self, device: str, report: Report) -> float:
@@ -135,13 +139,31 @@ class Leasing:
         known = self._complexity(plan.device)
         return plan.candidate.complexity if known is None else known
 
-    def _allowed(self, choice: Choice, report: Report) -> Choice:
-        """What the device's cache and the server's limits leave of a choice."""
-        fitting = [e for e in self.emulators if e.bytes <= report.cache_bytes] or self.emulators[:1]
-        layers = self._scenario.model.layers
-        most = round(max(emulator.retention for emulator in fitting) * layers)
-        within_limit = report.data_bytes <= self._config.limits.data_mb * MegaBytes
-        return Choice(choice.at_server and within_limit, min(choice.layers, most))
+    def _limits(self, report: Report) -> dict[str, Any]:
+        """What the device can hold, and whether its data may reach the server."""
+        fitting = [emulator for emulator in self.emulators if emulator.bytes <= room_of(report)]
+        too_large = report.data_bytes > self._config.limits.data_mb * MegaBytes
+        if too_large and not report.private:
+            # Somebody has to train them.
+            fitting = fitting or self.emulators[:1]
+        most = max((emulator.retention for emulator in fitting), default=0.0)
+        return {
+            "most_layers": round(most * self._scenario.model.layers),
+            "private": report.private or too_large,
+        }
+
+    def check(self, report: Report) -> None:
+        """See that a report's task can be trained somewhere.
+
+        Raises:
+            UntrainableError: its data may not leave a device that can hold no emulator.
+        """
+        smallest = self.emulators[0].bytes
+        if report.private and room_of(report) < smallest:
+            raise UntrainableError(
+                f"memory_bytes: is below the {smallest} bytes of the smallest emulator, and the data are private; give "
+                "the device more memory or cache, or let the server have the data"
+            )
 
     def _emulator(self, layers: int) -> Emulator:
         retention = layers / self._scenario.model.layers
@@ -199,6 +221,11 @@ class Leasing:
             complexity=plan.candidate.complexity,
             rate_bps=rate_bps,
         )
+
+
+def room_of(report: Report) -> int:
+    """Bytes of the largest emulator that a device can hold and train with."""
+    return min(report.cache_bytes, report.cache_bytes if report.memory_bytes is None else report.memory_bytes)
 
 
 def _usable_emulators(catalogue: Inventory, scenario: Scenario) -> list[Emulator]:

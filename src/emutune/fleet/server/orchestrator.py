@@ -205,6 +205,7 @@ class Orchestrator:
 
     async def reported(self, device: str, report: Report) -> None:
         """See ``Hub.reported``."""
+        self._leasing.check(report)
         self._ledger.report(device, report)
         self._news.set()
 

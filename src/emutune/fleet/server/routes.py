@@ -33,6 +33,7 @@ from emutune.fleet.server.blobs import SentFile
 from emutune.fleet.server.connections import Connection, Keys
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
+from emutune.fleet.server.leasing import UntrainableError
 from emutune.fleet.server.places import Places
 from emutune.fleet.server.refusals import Refused
 from emutune.fleet.shaping import TokenBucket
@@ -226,7 +227,10 @@ async def reports(request: Request, fleet: Fleet, device: Device) -> None:
             f"nothing was decided yet about the last {fleet.open_tasks} tasks of this device; wait until that is done",
             {"Retry-After": "10"},
         )
-    await fleet.hub.reported(device, report)
+    try:
+        await fleet.hub.reported(device, report)
+    except UntrainableError as error:
+        raise Refused(422, str(error)) from error
 
 
 async def lease(fleet: Fleet, device: Device, wait: Wait = 0.0) -> Any:
