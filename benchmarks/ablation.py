@@ -48,7 +48,7 @@ def main() -> None:
     from emutune.learning.teachers import teacher_of
     from emutune.learning.training import train_seeds
     from emutune.scenario import load_scenario
-    from emutune.study.compare import training_config
+    from emutune.study.comparison import training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
 
     scenario = load_scenario(arguments.scenario, [f"fleet.ues={arguments.ues}"])

@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
     from emutune.scenario import load_scenario
-    from emutune.study.compare import Effort, compare
+    from emutune.study.comparison import Effort, compare
 
     results = []
     print("N policy return over_bound_% worst_seed_% delay/random changes/UE")

@@ -153,7 +153,7 @@ def large_decisions(ues=256):
     from emutune.learning.guided import begin_guided
     from emutune.policies import LaterPrices, plan_lookahead
     from emutune.scenario import load_scenario
-    from emutune.study.compare import SIZED
+    from emutune.study.comparison import SIZED
     from emutune.study.evaluate import decision_time_ms
     from emutune.world import build_world
 

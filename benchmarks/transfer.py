@@ -47,7 +47,7 @@ def main() -> None:
     from emutune.learning.training import train_seeds
     from emutune.policies.registry import baseline_policy
     from emutune.scenario import load_scenario
-    from emutune.study.compare import run_directory, training_config
+    from emutune.study.comparison import run_directory, training_config
     from emutune.study.evaluate import evaluate_policy, held_out_episodes
     from emutune.study.statistics import bootstrap_interval
     from emutune.study.transfer import transferred

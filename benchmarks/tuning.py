@@ -92,7 +92,7 @@ def recover(work, task, seed):
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.documentation import task_text
     from emutune.tuning.trainer import TrainerConfig
-    from emutune.tuning.tune import TuneConfig, tune
+    from emutune.tuning.tuner import TuneConfig, tune
 
     training = TrainerConfig(steps=120, score_every=20, seed=int(seed))
     found = {

@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_jax(arguments.seeds)
     from emutune.scenario import load_scenario
-    from emutune.study.compare import Effort, compare
+    from emutune.study.comparison import Effort, compare
     from emutune.study.comparison_figure import draw_comparison, save_figure
 
     results = []

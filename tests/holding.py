@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from numpy.typing import ArrayLike
 
 from emutune.step import Situation, empty_cache, put_in_cache
-from emutune.world import Carried, State, World, during, observe
+from emutune.world import Carried, State, World, observe
+from emutune.world.dynamics import during
 
 
 def holding(world: World, family: ArrayLike, layers: ArrayLike, spent_j: ArrayLike = 0.0) -> Carried:

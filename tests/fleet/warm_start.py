@@ -128,7 +128,7 @@ def _import() -> None:
     import emutune.cli.main
     import emutune.fleet.device.work
     import emutune.fleet.server.decide
-    import emutune.tuning.tune
+    import emutune.tuning.tuner
 
     del fastapi, httpx2, jax, peft, torch, transformers, uvicorn, emutune
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import plain
 from emutune.scenario import Scenario, load_scenario
-from emutune.step import build_rules, cache_share, empty_cache, put_in_cache
+from emutune.step import build_rules, empty_cache, put_in_cache
+from emutune.step.cache import cache_share
 
 UNEQUAL = "families.others=[{size_gb=4.0,layers=12},{size_gb=20.0,layers=40},{size_gb=1.0,layers=8}]"
 USES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 39)), min_size=1, max_size=30)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import plain
 from emutune.scenario import Scenario, load_scenario
-from emutune.step import build_models, build_rules, complexity_factor, missing_bits, retention_of
+from emutune.step import build_models, build_rules, missing_bits, retention_of
+from emutune.step.rules import complexity_factor
 from worlds import curves, edited, world_with
 
 PAPER = load_scenario("paper")

@@ -15,16 +15,13 @@ from emutune.step import (
     at_server,
     build_rules,
     charge,
-    chooses_case,
-    every_count,
-    every_level,
     plan_of_wish,
     possible_case,
     possible_levels,
     possible_plan,
     usable_layers,
-    whole_training_s,
 )
+from emutune.step.options import chooses_case, every_count, every_level, whole_training_s
 from worlds import EVERYTHING, edited, fleet_alike, plan_from, serve_alike, situation_from, world_with
 
 # Family, GB of memory, whether it is private and active, and what is wished for.

@@ -8,11 +8,11 @@ import pytest
 
 from emutune.policies import AllServer, Random
 from emutune.scenario import load_scenario
-from emutune.study.compare import Effort, compare, expand_policy_names
+from emutune.study.comparison import Effort, compare, expand_policy_names
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
 from emutune.study.figures import draw_fig2, read_curves
 from emutune.study.paper_table import paper_ratio
-from emutune.study.reproduce import render_report
+from emutune.study.reproduction import render_report
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
 
 

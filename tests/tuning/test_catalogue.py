@@ -21,7 +21,7 @@ from emutune.tuning.adapters import attach
 from emutune.tuning.build import build_catalogue
 from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.manifest import missing
-from emutune.tuning.tune import adapter_layers
+from emutune.tuning.tuner import adapter_layers
 
 
 @pytest.fixture

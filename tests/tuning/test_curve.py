@@ -15,7 +15,7 @@ from emutune.errors import CatalogueError
 from emutune.scenario import load_scenario
 from emutune.tuning.curve import Point, calibrate, complexity, curve_file, fit_curve, interpolant
 from emutune.tuning.trainer import Progress, TrainerConfig
-from emutune.tuning.tune import AdapterTraining
+from emutune.tuning.tuner import AdapterTraining
 
 HOW = AdapterTraining(training=TrainerConfig(steps=3, batch=2, score_every=2))
 

@@ -31,10 +31,10 @@ from emutune.tuning.adapters import AdapterManifest, save_adapter
 from emutune.tuning.build import build_catalogue
 from emutune.tuning.curve import calibrate
 from emutune.tuning.foundation import positions
-from emutune.tuning.plug import plug
+from emutune.tuning.plugging import plug
 from emutune.tuning.reference import build_tokenizer
 from emutune.tuning.text import block_length, fitting_block
-from emutune.tuning.tune import AdapterTraining, TuneConfig, tune
+from emutune.tuning.tuner import AdapterTraining, TuneConfig, tune
 
 SIZE = {
     "vocab_size": VOCABULARY,

@@ -14,7 +14,7 @@ from emutune.tuning.adapters import AdapterManifest, attach, plug_in, save_adapt
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.foundation import load_model, open_foundation
 from emutune.tuning.layers import layer_stack
-from emutune.tuning.plug import plug
+from emutune.tuning.plugging import plug
 
 TOKENS = torch.arange(24).reshape(2, 12) + 5
 KINDS = ("layers", "lora", "bottleneck")
@@ -23,7 +23,7 @@ KINDS = ("layers", "lora", "bottleneck")
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's whole documentation is much for a tokenizer of 300 tokens."""
-    monkeypatch.setattr("emutune.tuning.plug.reference_text", lambda: TEXT)
+    monkeypatch.setattr("emutune.tuning.plugging.reference_text", lambda: TEXT)
 
 
 def saved(catalogue: Catalogue, model: Path, path: Path, kind: str, spread: float) -> torch.Tensor:

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning_models import logits, tokens
 
 from emutune.errors import AdapterError, UsageError
-from emutune.tuning import plug as module
+from emutune.tuning import plugging as module
 from emutune.tuning.adapters import load_adapter, plug_in, save_adapter
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.layers import layer_stack
-from emutune.tuning.plug import plug
+from emutune.tuning.plugging import plug
 from emutune.tuning.trainer import TrainerConfig
-from emutune.tuning.tune import TuneConfig, tune
+from emutune.tuning.tuner import TuneConfig, tune
 
 KINDS = ("layers", "lora", "bottleneck")
 TASK = generated_text(seed=7)

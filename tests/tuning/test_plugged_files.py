@@ -18,7 +18,7 @@ from tuning_models import LAYERS, logits
 from emutune.tuning.adapters import AdapterManifest, attach, load_adapter, plug_in, save_adapter
 from emutune.tuning.foundation import base_hash, load_model, open_foundation
 from emutune.tuning.layers import layer_stack
-from emutune.tuning.plug import plug
+from emutune.tuning.plugging import plug
 
 GENERATION = {"eos_token_id": [2, 7], "pad_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,7 +26,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emutune.tuning.plug.reference_text", lambda: TEXT)
+    monkeypatch.setattr("emutune.tuning.plugging.reference_text", lambda: TEXT)
 
 
 def adapter_for(source: Path, kind: Any, path: Path) -> None:

@@ -10,14 +10,14 @@ from directories import TEXT, catalogue_of, generated_text, model_directory, rec
 from tuning_models import LAYERS
 
 from emutune.errors import AdapterError, CatalogueError, CheckpointError, DataError, TrainingInterruptedError
-from emutune.tuning import tune as module
+from emutune.tuning import tuner as module
 from emutune.tuning.adapters import load_adapter, plug_in, save_adapter
 from emutune.tuning.catalogue import Catalogue, open_catalogue
 from emutune.tuning.layers import layer_stack
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import block_length, pack, split_blocks
 from emutune.tuning.trainer import Progress, TrainerConfig
-from emutune.tuning.tune import TuneConfig, chosen_emulator, tune
+from emutune.tuning.tuner import TuneConfig, chosen_emulator, tune
 
 TASK = generated_text(seed=7)
 TRAINING = TrainerConfig(steps=6, batch=4, learning_rate=3e-3, score_every=3, save_every_s=0.0)

@@ -22,15 +22,15 @@ from emutune.world import (
     World,
     build_world,
     cached_retention,
-    during,
     nothing_carried,
     observe,
-    progress_feature,
     reset,
     serve,
     situation_at,
     ue_features,
 )
+from emutune.world.dynamics import during
+from emutune.world.features import progress_feature
 from worlds import alike, edited, reset_compiled, step_wish
 
 PAPER = load_scenario("paper")

@@ -20,13 +20,13 @@ from emutune.world import (
     draw_episode,
     features_of,
     observe,
-    other_retention,
     reset,
     serve,
     ue_features,
 )
 from emutune.world.environments import OrchestrationEnv, parallel_env
 from emutune.world.fading import FreshFading
+from emutune.world.features import other_retention
 from emutune.world.mobility import Standing
 from emutune.world.path_loss import PowerLaw
 from worlds import alike, assert_same, play_both, step_wish

@@ -11,17 +11,9 @@ from emutune.policies import CountTable, Fixed, Hold, Policy, Random
 from emutune.scenario import Scenario, load_scenario
 from emutune.step import usable_layers
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
-from emutune.world import (
-    State,
-    build_world,
-    cached_retention,
-    features_of,
-    observe,
-    other_retention,
-    reset,
-    ue_features,
-)
+from emutune.world import State, build_world, cached_retention, features_of, observe, reset, ue_features
 from emutune.world.environments import OrchestrationEnv
+from emutune.world.features import other_retention
 from worlds import alike, step_wish
 
 # 16 layers of 10.8 GB are 0.675 GB each.

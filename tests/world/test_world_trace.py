@@ -11,8 +11,8 @@ from emutune.policies import AllServer, Fixed, LaterPrices, Random, plan_lookahe
 from emutune.scenario import Scenario, load_scenario
 from emutune.step import Plan, at_server, downlink_bps, on_ue, uplink_bps
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
-from emutune.world import build_world, draw_episode, during, features_of, observe, reset, serve, ue_features
-from emutune.world.dynamics import draw_links
+from emutune.world import build_world, draw_episode, features_of, observe, reset, serve, ue_features
+from emutune.world.dynamics import draw_links, during
 from emutune.world.environments import OrchestrationEnv
 from worlds import alike, step_wish
 

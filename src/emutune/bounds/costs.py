@@ -18,15 +18,15 @@ from emutune.step import (
     Taken,
     at_server,
     build_rules,
-    delay_cost,
     on_ue,
-    own_cost,
     possible_case,
     possible_levels,
     take_at_server,
     take_on_ue,
 )
-from emutune.world import Episode, World, build_world, during, nothing_carried, situation_at
+from emutune.step.charges import delay_cost, own_cost
+from emutune.world import Episode, World, build_world, nothing_carried, situation_at
+from emutune.world.dynamics import during
 
 # The simulator adds up what is cached in single precision, and lets a little more than the whole cache pass.
 _ROOM_GUARD = 1e-5

@@ -18,7 +18,7 @@ from emutune.files import replacing, saving
 if TYPE_CHECKING:
     from emutune.tuning.catalogue import Catalogue
     from emutune.tuning.curve import Fit, Point
-    from emutune.tuning.tune import AdapterTraining
+    from emutune.tuning.tuner import AdapterTraining
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _as_fleet(source: str, opened: Catalogue) -> AdapterTraining:
     from emutune.fleet.config import load_fleet
     from emutune.fleet.training import trainer_config
     from emutune.tuning.text import fitting_block
-    from emutune.tuning.tune import AdapterTraining
+    from emutune.tuning.tuner import AdapterTraining
 
     training = load_fleet(source).training
     return AdapterTraining(

@@ -120,8 +120,8 @@ def compare(
     from rich.console import Console
 
     from emutune.scenario import load_scenario
-    from emutune.study.compare import Effort, expand_policy_names
-    from emutune.study.compare import compare as run_comparison
+    from emutune.study.comparison import Effort, expand_policy_names
+    from emutune.study.comparison import compare as run_comparison
     from emutune.study.comparison_figure import check_figure_path, draw_comparison, save_figure
 
     check_figure_path(figure)
@@ -151,7 +151,7 @@ def reproduce(
     prepare_jax(sys.maxsize)
     from rich.console import Console
 
-    from emutune.study.reproduce import reproduce as run_reproduction
+    from emutune.study.reproduction import reproduce as run_reproduction
 
     with resumable(out), Console(stderr=True).status("starting") as status:
         report = run_reproduction(out, quick=quick, progress=status.update)

@@ -36,7 +36,7 @@ class Learner:
 
     def config(self, steps: int | None) -> Settings:
         """The settings that they say, with so many steps where that is given."""
-        from emutune.study.compare import training_config
+        from emutune.study.comparison import training_config
 
         given = asdict(self) | {"steps": steps}
         base = training_config(given.pop("settings"))

@@ -25,7 +25,7 @@ from emutune.cli.terminal import advance, going_on, interruptible, print_table, 
 from emutune.errors import UsageError
 
 if TYPE_CHECKING:
-    from emutune.tuning.tune import TuneConfig
+    from emutune.tuning.tuner import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tuning:
     def config(self) -> TuneConfig:
         """The configuration that they say."""
         from emutune.tuning.trainer import TrainerConfig
-        from emutune.tuning.tune import TuneConfig
+        from emutune.tuning.tuner import TuneConfig
 
         given = asdict(self)
         trained = {name: given.pop(name) for name in TrainerConfig.model_fields.keys() & given.keys()}
@@ -75,7 +75,7 @@ def tune(
     quiet_libraries("tuning", "tune")
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.text import read_text
-    from emutune.tuning.tune import tune as run_tuning
+    from emutune.tuning.tuner import tune as run_tuning
 
     config = tuning.config()
     usable(device)
@@ -120,7 +120,7 @@ def plug(
 ) -> None:
     """Write the foundation model with an adapter plugged in, once it was evaluated."""
     quiet_libraries("tuning", "plug")
-    from emutune.tuning.plug import plug as run_plug
+    from emutune.tuning.plugging import plug as run_plug
     from emutune.tuning.text import read_text
 
     with interruptible(f"{out} was not written"), stage_bar() as stage:

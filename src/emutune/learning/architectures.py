@@ -26,9 +26,11 @@ from emutune.learning.networks import (
     set_outputs,
     set_value,
 )
-from emutune.step import Situation, chooses_case, downlink_bps, look_up, uplink_bps, whole_training_s
-from emutune.world import World, cached_retention, feature_index, features_of, progress_feature, ue_features
-from emutune.world.features import S1
+from emutune.step import Situation, downlink_bps, uplink_bps
+from emutune.step.models import look_up
+from emutune.step.options import chooses_case, whole_training_s
+from emutune.world import World, cached_retention, features_of, ue_features
+from emutune.world.features import S1, feature_index, progress_feature
 
 _COMPLEXITY, _CACHED = feature_index("complexity"), feature_index("cached_retention")
 # Features of s1, the paper's state; what more a world has follows them.

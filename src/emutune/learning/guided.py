@@ -26,18 +26,11 @@ from emutune.learning.rollout import one_axis
 from emutune.policies import LaterPrices, Lookahead, Policy, Step, plan_lookahead, play, register_policy
 from emutune.policies.worth import Later
 from emutune.scenario import Scenario
-from emutune.step import Plan, Situation, look_up, marginal_charges
-from emutune.world import (
-    World,
-    build_world,
-    cached_retention,
-    draw_episode,
-    features_of,
-    other_retention,
-    progress_feature,
-    ue_features,
-)
+from emutune.step import Plan, Situation, marginal_charges
+from emutune.step.models import look_up
+from emutune.world import World, build_world, cached_retention, draw_episode, features_of, ue_features
 from emutune.world.draws import Draw, key_of
+from emutune.world.features import other_retention, progress_feature
 
 # Worth of the task's family: constant, linear, quadratic in the retention; of another: the same; of nothing.
 _COEFFICIENTS = 7

@@ -12,18 +12,9 @@ from emutune.learning.agents import Actors, case_logits, retention_means, wish_o
 from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import NetworkKind
 from emutune.step import Plan, Situation, possible_case, possible_plan, put_in_cache
-from emutune.world import (
-    Carried,
-    Episode,
-    Outcome,
-    World,
-    during,
-    nothing_carried,
-    serve,
-    situation_at,
-    task_features,
-    with_carried,
-)
+from emutune.world import Carried, Episode, Outcome, World, nothing_carried, serve, situation_at
+from emutune.world.dynamics import during
+from emutune.world.features import task_features, with_carried
 
 Steps = TypeVar("Steps")
 

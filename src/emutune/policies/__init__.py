@@ -6,7 +6,7 @@ from emutune.policies.fixed import AllServer, Fixed
 from emutune.policies.hold import Hold
 from emutune.policies.horizon import Horizon, plan_horizon
 from emutune.policies.lookahead import Lookahead, plan_lookahead
-from emutune.policies.play import Step, play
+from emutune.policies.playing import Step, play
 from emutune.policies.random import Random
 from emutune.policies.worth import LaterPrices
 

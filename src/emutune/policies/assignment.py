@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from emutune.policies.choices import NEVER, Options, at_layers, priced
-from emutune.step import Away, Plan, delay_cost, take_at_server, take_on_ue, usable_layers
+from emutune.step import Away, Plan, take_at_server, take_on_ue, usable_layers
+from emutune.step.charges import delay_cost
 
 # Limits, counts of uploaders, and prices of a lone download's second in costs of a second of the step's delay.
 # Large fleets try fewer: one UE more or less matters little there, and a decision must not take long.

@@ -15,15 +15,13 @@ from emutune.step import (
     Rules,
     Situation,
     Taken,
-    delay_cost,
-    every_count,
-    every_level,
-    own_cost,
     possible_case,
     possible_levels,
-    share,
     usable_layers,
 )
+from emutune.step.charges import delay_cost, own_cost
+from emutune.step.options import every_count, every_level
+from emutune.step.taken import share
 
 # A choice that does not exist costs more than any that does, and still adds up.
 NEVER = 1e6

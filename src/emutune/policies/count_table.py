@@ -15,17 +15,9 @@ from jaxtyping import Array, Float, Int, Key
 from emutune.policies.base import register_policy
 from emutune.policies.search import Point, ascend, levels_of, mean_return, patiences_s, scorer
 from emutune.scenario import Scenario
-from emutune.step import (
-    Plan,
-    Situation,
-    at_server,
-    every_level,
-    look_up,
-    plan_of_wish,
-    possible_case,
-    possible_levels,
-    whole_training_s,
-)
+from emutune.step import Plan, Situation, at_server, plan_of_wish, possible_case, possible_levels
+from emutune.step.models import look_up
+from emutune.step.options import every_level, whole_training_s
 from emutune.world import World, cached_retention
 
 # In larger fleets the count of uploaders is searched as a share of those who wait.

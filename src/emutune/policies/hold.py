@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Key
 from emutune.policies.base import register_policy
 from emutune.policies.search import Point, ascend, levels_of, mean_return, patiences_s, scorer
 from emutune.scenario import Scenario
-from emutune.step import Plan, Situation, plan_of_wish, whole_training_s
+from emutune.step import Plan, Situation, plan_of_wish
+from emutune.step.options import whole_training_s
 from emutune.world import World, cached_retention
 
 

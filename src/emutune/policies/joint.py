@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.choices import NEVER, Options, at_count, at_layers, cost_of, joint_cost, priced
-from emutune.step import Plan, Taken, delay_cost, take, take_at_server, take_on_ue, usable_layers
+from emutune.step import Plan, Taken, take_at_server, take_on_ue, usable_layers
+from emutune.step.charges import delay_cost
+from emutune.step.taken import take
 
 # Deadlines, counts of uploaders, prices of a lone download's second in costs of a second of the step's delay,
 # how many choices are improved, of counts far apart and of the cheapest, and how long. Large fleets try fewer,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from emutune.policies.base import Policy
-from emutune.policies.play import Step, play
+from emutune.policies.playing import Step, play
 from emutune.world import Episode, Summary, World, draw_episode, summarise
 
 Watched = TypeVar("Watched")

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emutune.policies.kinds import Kind, mean_tflop
-from emutune.step import Situation, complexity_factor, put_in_cache
+from emutune.step import Situation, put_in_cache
 from emutune.step.link import downlink_bps, uplink_bps
+from emutune.step.rules import complexity_factor
 from emutune.world import World
 
 

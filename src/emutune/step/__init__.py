@@ -1,7 +1,7 @@
 """One step: what a UE's situation is, what a plan is, and what it costs."""
 
 from emutune.step.cache import cache_share, empty_cache, other_layers, put_in_cache, usable_layers
-from emutune.step.charge import Charge, charge, delay_cost, marginal_charges, own_cost, own_terms
+from emutune.step.charges import Charge, charge, delay_cost, marginal_charges, own_cost, own_terms
 from emutune.step.link import Links, downlink_bps, uplink_bps
 from emutune.step.models import Models, build_models, look_up, missing_bits, retention_of
 from emutune.step.options import (

@@ -48,7 +48,7 @@ def draw_comparison(figures: Mapping[str, Any]) -> Figure:
     Between the certified bound and the cheapest policy lies a shaded band: the optimum is somewhere in it.
 
     Args:
-        figures: of ``emutune.study.compare.compare``.
+        figures: of ``emutune.study.compare``.
     """
     bound = -figures["bound"]["return_mean"]
     rows = sorted(figures["policies"].items(), key=lambda item: item[1]["return_mean"])

@@ -23,7 +23,7 @@ from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import block_length, pack, split_blocks
 from emutune.tuning.trainer import Progress, TrainerConfig
-from emutune.tuning.tune import AdapterTraining, Bench, TuneResult, adapter_layers
+from emutune.tuning.tuner import AdapterTraining, Bench, TuneResult, adapter_layers
 
 Column = Literal["zero_shot", "tuned", "plugged"]
 COLUMNS: tuple[Column, ...] = ("zero_shot", "tuned", "plugged")

@@ -9,15 +9,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from emutune.step import (
-    Situation,
-    cache_share,
-    look_up,
-    other_layers,
-    possible_levels,
-    retention_of,
-    usable_layers,
-)
+from emutune.step import Situation, possible_levels, retention_of, usable_layers
+from emutune.step.cache import cache_share, other_layers
+from emutune.step.models import look_up
 from emutune.world.mobility import TIMING_ADVANCE_M
 from emutune.world.parameters import World
 

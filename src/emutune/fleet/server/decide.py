@@ -27,10 +27,10 @@ from emutune.step import (
     on_ue,
     possible_case,
     possible_plan,
-    share,
     situation_of,
     uplink_bps,
 )
+from emutune.step.taken import share
 from emutune.world import World, build_world
 
 

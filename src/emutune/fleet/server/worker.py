@@ -77,7 +77,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
     from emutune.tuning.adapters import attach, save_adapter, start_from
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.text import fitting_block, task_blocks
-    from emutune.tuning.tune import Bench, adapter_layers
+    from emutune.tuning.tuner import Bench, adapter_layers
 
     catalogue = open_catalogue(job.catalogue)
     emulator, tokenizer = catalogue.emulator(job.emulator), catalogue.tokenizer()

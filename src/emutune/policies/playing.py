@@ -11,7 +11,8 @@ from jaxtyping import Array, Int, Key
 
 from emutune.policies.base import Policy
 from emutune.step import Situation
-from emutune.world import Carried, Episode, Outcome, World, during, nothing_carried, serve, situation_at
+from emutune.world import Carried, Episode, Outcome, World, nothing_carried, serve, situation_at
+from emutune.world.dynamics import during
 
 Watched = TypeVar("Watched")
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from emutune.files import make_writable, replacing, saving
 from emutune.scenario import load_scenario
-from emutune.study.compare import LEARNED, Effort, Progress, compare
+from emutune.study.comparison import LEARNED, Effort, Progress, compare
 from emutune.study.figures import COMPARED, draw_fig2, read_curves
 from emutune.study.paper_table import TABLE_I, PaperRow, paper_ratio
 
