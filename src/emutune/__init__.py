@@ -1,10 +1,14 @@
 """Learn to orchestrate emulator-assisted tuning of foundation models on fleets of edge devices."""
 
 import gymnasium
+import lazy_loader
 
-from emutune.forking import watch_forks
+from emutune import forking
 
 __version__ = "0.1.0"
+
+# Types are those of the stub, and so is what is imported once it is used: neither JAX nor torch before.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 # Entry points are strings, so registering imports neither JAX nor the simulator.
 gymnasium.register(
@@ -14,4 +18,4 @@ gymnasium.register(
 )
 
 # JAX may be in use before the first of these is made.
-watch_forks()
+forking.watch_forks()

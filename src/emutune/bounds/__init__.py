@@ -3,12 +3,11 @@
 from emutune.bounds.certified import certified_bounds
 from emutune.bounds.costs import Costs, Joules, Room, episode_costs
 from emutune.bounds.prices import Prices, bound_at_prices, find_prices, price_bound
-from emutune.bounds.programme import Method, cost_bound
+from emutune.bounds.programme import cost_bound
 
 __all__ = [
     "Costs",
     "Joules",
-    "Method",
     "Prices",
     "Room",
     "bound_at_prices",

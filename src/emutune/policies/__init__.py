@@ -2,12 +2,13 @@
 
 from emutune.policies.base import Policy, register_policy
 from emutune.policies.count_table import CountTable
-from emutune.policies.fixed import AllServer, Fixed
+from emutune.policies.fixed import AllServer, Fixed, search_best_fixed
 from emutune.policies.hold import Hold
 from emutune.policies.horizon import Horizon, plan_horizon
 from emutune.policies.lookahead import Lookahead, plan_lookahead
 from emutune.policies.playing import Step, play
 from emutune.policies.random import Random
+from emutune.policies.registry import baseline_policy
 from emutune.policies.worth import LaterPrices
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "Policy",
     "Random",
     "Step",
+    "baseline_policy",
     "plan_horizon",
     "plan_lookahead",
     "play",
     "register_policy",
+    "search_best_fixed",
 ]

@@ -23,12 +23,17 @@ from emutune.scenario.sections import (
     Retention,
     Reward,
     Span,
+    Speeds,
     Spread,
     Tasks,
     Trace,
 )
+from emutune.scenario.synthetic_trace import synthesize_trace
+from emutune.scenario.trace import Rates, read_trace, write_trace
+from emutune.scenario.trace_formats import Account, import_trace
 
 __all__ = [
+    "Account",
     "Activity",
     "Computation",
     "Curve",
@@ -47,15 +52,21 @@ __all__ = [
     "Quality",
     "Radio",
     "Range",
+    "Rates",
     "Retention",
     "Reward",
     "Scenario",
     "Span",
+    "Speeds",
     "Spread",
     "Tasks",
     "Trace",
     "dump_scenario",
+    "import_trace",
     "load_scenario",
     "parse_scenario",
+    "read_trace",
     "shipped_scenarios",
+    "synthesize_trace",
+    "write_trace",
 ]

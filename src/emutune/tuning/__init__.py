@@ -1,1 +1,5 @@
 """Real foundation models: cut into emulators, tuned through adapters, plugged back in."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,7 +7,6 @@ from emutune.world.dynamics import (
     State,
     draw_batch,
     draw_episode,
-    during,
     nothing_carried,
     observe,
     reset,
@@ -15,18 +14,11 @@ from emutune.world.dynamics import (
     situation_at,
     step,
 )
-from emutune.world.features import (
-    Feature,
-    cached_retention,
-    feature_index,
-    features_of,
-    other_retention,
-    progress_feature,
-    task_features,
-    ue_features,
-    with_carried,
-)
+from emutune.world.fading import draw_drifting
+from emutune.world.features import Feature, cached_retention, features_of, ue_features
+from emutune.world.mobility import Waypoints
 from emutune.world.parameters import World, build_world
+from emutune.world.path_loss import path_loss_db
 from emutune.world.summary import Summary, summarise
 
 __all__ = [
@@ -36,24 +28,21 @@ __all__ = [
     "Outcome",
     "State",
     "Summary",
+    "Waypoints",
     "World",
     "build_world",
     "cached_retention",
     "draw_batch",
+    "draw_drifting",
     "draw_episode",
-    "during",
-    "feature_index",
     "features_of",
     "nothing_carried",
     "observe",
-    "other_retention",
-    "progress_feature",
+    "path_loss_db",
     "reset",
     "serve",
     "situation_at",
     "step",
     "summarise",
-    "task_features",
     "ue_features",
-    "with_carried",
 ]

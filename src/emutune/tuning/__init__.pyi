@@ -1,0 +1,29 @@
+"""What needs torch imports it when it is used; an inventory and manifests are read without."""
+
+from .adapter_manifest import AdapterManifest as AdapterManifest
+from .adapters import attach as attach
+from .adapters import load_adapter as load_adapter
+from .adapters import save_adapter as save_adapter
+from .build import Recipe as Recipe
+from .build import build_catalogue as build_catalogue
+from .catalogue import Catalogue as Catalogue
+from .catalogue import open_catalogue as open_catalogue
+from .curve import Fit as Fit
+from .curve import Point as Point
+from .curve import calibrate as calibrate
+from .curve import complexity as complexity
+from .curve import fit_curve as fit_curve
+from .inventory import Inventory as Inventory
+from .inventory import open_inventory as open_inventory
+from .layers import keep_layers as keep_layers
+from .manifest import Emulator as Emulator
+from .manifest import missing as missing
+from .plugging import Plugged as Plugged
+from .plugging import plug as plug
+from .text import read_text as read_text
+from .trainer import Progress as Progress
+from .trainer import TrainerConfig as TrainerConfig
+from .tuner import AdapterTraining as AdapterTraining
+from .tuner import TuneConfig as TuneConfig
+from .tuner import TuneResult as TuneResult
+from .tuner import tune as tune
