@@ -12,7 +12,8 @@ from jaxtyping import Array, Key
 
 from emutune.policies.base import Policy
 from emutune.policies.playing import Step, play
-from emutune.world import Episode, Summary, World, draw_episode, summarise
+from emutune.world import Episode, Summary, World, draw_episode
+from emutune.world.summary import add_up, sum_step
 
 Watched = TypeVar("Watched")
 
@@ -45,5 +46,5 @@ def watch_episodes(
 @jax.jit
 def run_episodes(world: World, policy: Policy, episodes: Episode) -> Summary:
     """The summary of each episode."""
-    outcome, active = watch_episodes(world, policy, episodes, lambda step: (step.outcome, step.known.active))
-    return jax.vmap(summarise)(outcome, active)
+    steps = watch_episodes(world, policy, episodes, lambda step: sum_step(step.outcome, step.known.active))
+    return jax.vmap(add_up)(steps)
