@@ -27,6 +27,7 @@ from emutune.learning.networks import (
     set_value,
 )
 from emutune.step import Situation, downlink_bps, uplink_bps
+from emutune.step.charges import delay_cost
 from emutune.step.models import look_up
 from emutune.step.options import chooses_case, whole_training_s
 from emutune.world import World, cached_retention, features_of, ue_features
@@ -298,8 +299,7 @@ ARCHITECTURES: dict[NetworkKind, SetNetworks] = {
 
 def links_price(world: World) -> Float[Array, ""]:
     """Cost of everybody's downloading the largest emulator, over that of ten units of perplexity."""
-    delay = world.rules.delay_weight_per_s * world.ues * _unit_s(world)
-    return delay / (10 * world.rules.perplexity_weight)
+    return delay_cost(world.rules, world.ues * _unit_s(world)) / (-10 * world.rules.perplexity_weight)
 
 
 def signed(at_server: Which) -> PerUe:

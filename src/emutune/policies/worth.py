@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emutune.policies.kinds import Kind, mean_tflop
 from emutune.step import Situation, put_in_cache
+from emutune.step.charges import delay_cost
 from emutune.step.link import downlink_bps, uplink_bps
 from emutune.step.rules import complexity_factor
 from emutune.world import World
@@ -99,11 +100,11 @@ def task_costs(world: World, kind: Kind, prices: LaterPrices) -> TaskCosts:
     share = larger * (layers / models.layers[:, None])
     here_s = jnp.maximum(kind.seconds * share - prices.background_s, 0.0)
     there_s = mean_tflop(world) * larger[:, 0] / rules.server_tflops
-    per_s, per_j = -rules.delay_weight_per_s, -rules.weight_per_j / ues
-    local = scale * models.perplexity + per_s * here_s + kind.joules * share
-    upload = scale * models.whole_perplexity + per_s * prices.upload * (upload_s + there_s)
+    per_j = -rules.weight_per_j / ues
+    local = scale * models.perplexity + delay_cost(rules, here_s) + kind.joules * share
+    upload = scale * models.whole_perplexity + delay_cost(rules, prices.upload * (upload_s + there_s))
     upload = upload + per_j * world.transmit_power_w.mean() * upload_s
-    per_bit = (per_s * prices.download + per_j * rules.receive_w) * download_s
+    per_bit = (delay_cost(rules, prices.download) + per_j * rules.receive_w) * download_s
     upload = jnp.where(kind.private > 0, jnp.inf, upload)
     return TaskCosts(local, upload, per_bit, allowed, prices.rent * per_bit)
 
