@@ -149,7 +149,7 @@ def serve(
             tokens = task["data_bits"] / 8 / scenario.computation.bytes_per_token
             tflop = 4 * model.parameters_billion * 1e9 * tokens * scenario.computation.epochs / 1e12
         if kind == "server":
-            share = radio.uplink_bandwidth_hz / there
+            share = radio.uplink_bandwidth_hz / (there if radio.sharing == "equal" else 1)
             snr = task["transmit_power_w"] * task["gain"] / (noise * share)
             up = task["data_bits"] / (share * bits_per_hz(scenario, snr))
             if scenario.computation:
@@ -157,7 +157,8 @@ def serve(
         if missing:
             weakest = min(shared[transmission(scenario, task, mine, layers)])
             snr = radio.downlink_power_w * weakest / (noise * radio.downlink_bandwidth_hz)
-            rate = radio.downlink_bandwidth_hz / len(shared) * bits_per_hz(scenario, snr)
+            transmissions = len(shared) if radio.sharing == "equal" else 1
+            rate = radio.downlink_bandwidth_hz / transmissions * bits_per_hz(scenario, snr)
             down = 8e9 * model.size_gb * missing / model.layers / rate
         if kind == "local" and scenario.computation:
             train = tflop * layers / model.layers / task["tflops"]
@@ -237,6 +238,7 @@ FEATURES = {
     "mobility": ["mobility={speed_mps={min=1.0,max=20.0},interval_s=60.0}"],
     "fading": ["radio.fading={speed_mps=1.0,interval_s=0.01}", "radio.carrier_ghz=3.5"],
     "ergodic": ["radio.rate='ergodic'"],
+    "unshared": ["radio.sharing='none'"],
     "trace": [f"trace={{interval_s=60.0,downlink_mbps={list(range(45, 16, -1)) * 2 + [9]},"
               f"uplink_mbps={[0.1 * (1 + t * t % 17) for t in range(59)]}}}"],
 }  # fmt: skip
@@ -256,4 +258,6 @@ def feature_sets(draw: st.DrawFn) -> set[str]:
     features = draw(st.sets(st.sampled_from(sorted(FEATURES))))
     if "trace" in features:
         features -= {"mobility", "fading", "ergodic"}
+    if "unshared" in features:
+        features -= {"multicast"}
     return features - {"energy" if "budget" in features else "", "fading" if "ergodic" in features else ""}

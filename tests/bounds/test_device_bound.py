@@ -42,6 +42,7 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
         EVERYTHING | {"trace"},
         {"cache"},
         {"multicast"},
+        {"unshared", "computation"},
         *(
             pytest.param(few, marks=pytest.mark.slow)
             for few in (
@@ -49,6 +50,8 @@ def assert_below_the_optimum(features: set[str], seed: int, *changes: str) -> tu
                 {"memory", "privacy"},
                 {"activity"},
                 {"cache", "delta"},
+                {"unshared"},
+                {"unshared", "delta", "memory", "activity"},
                 {"multicast", "delta"},
                 {"multicast", "computation", "energy"},
             )

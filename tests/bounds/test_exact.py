@@ -41,6 +41,9 @@ TOGETHER = [
     ({"ergodic", "cache"}, ["families.cache_gb=7.0"]),
     ({"multicast"}, []),
     ({"multicast", "delta", "trace"}, []),
+    ({"unshared"}, []),
+    ({"unshared", "delta", "trace"}, []),
+    ({"unshared", "computation"}, []),
 ]
 
 
@@ -114,7 +117,11 @@ def test_ues_alike_without_a_choice_share_as_the_bound_says(
 
 
 @pytest.mark.parametrize("where", FORCED)
-@pytest.mark.parametrize("features", [{"computation"}, {"computation", "activity", "trace"}], ids=named)
+@pytest.mark.parametrize(
+    "features",
+    [{"computation"}, {"computation", "activity", "trace"}, {"computation", "unshared"}],
+    ids=named,
+)
 def test_ues_unlike_without_a_choice_wait_for_the_slowest_pair_by_pair(
     where: str, features: set[str]
 ) -> None:

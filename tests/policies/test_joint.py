@@ -57,7 +57,7 @@ def options_of(world: World, state: State) -> Options:
 
 @pytest.mark.parametrize(
     "features",
-    [EVERYTHING, {"multicast"}, pytest.param({"computation"}, marks=pytest.mark.slow),
+    [EVERYTHING, {"multicast"}, {"unshared"}, pytest.param({"computation"}, marks=pytest.mark.slow),
      pytest.param({"computation", "budget", "delta"}, marks=pytest.mark.slow),
      pytest.param({"computation", "budget", "delta", "multicast"}, marks=pytest.mark.slow)],
 )  # fmt: skip
@@ -105,7 +105,9 @@ def test_a_joint_choice_costs_what_the_step_costs(features: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "features", [EVERYTHING - {"memory"}, set(), {"multicast"}], ids=["everything", "plain", "multicast"]
+    "features",
+    [EVERYTHING - {"memory"}, set(), {"multicast"}, {"unshared", "computation"}],
+    ids=["everything", "plain", "multicast", "unshared"],
 )
 def test_single_changes_cost_what_the_changed_choice_does_and_improvement_ends_where_none_helps(
     features: set[str],

@@ -52,6 +52,7 @@ def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
             "path_loss_exponent": 2.0,
             "fading_blocks": 100,
             "rate": "shannon",
+            "sharing": "equal",
         },
         "quality": {
             "curve": {"quadratic": 25.2, "linear": -43.1, "constant": 31.9, "knots": ()},
@@ -320,6 +321,11 @@ UMI = PAPER_TEXT.replace("path_loss_exponent = 2.0", 'carrier_ghz = 3.5\npath_lo
             PAPER_TEXT.replace("[fleet.distance_m]\nmin = 50.0\nmax = 500.0", ""),
             [],
             "fleet.distance_m: missing",
+        ),
+        (
+            PAPER_TEXT,
+            ["radio.sharing=none", "download.multicast=true"],
+            "download.multicast: links of their own share no transmission",
         ),
         (
             PAPER_TEXT,

@@ -36,7 +36,8 @@ def assert_close(actual: jax.Array, expected: object) -> None:
 
 # What a step is charged with; the other features only say what is drawn.
 CHARGED = {
-    "computation", "energy", "budget", "memory", "privacy", "activity", "delta", "multicast", "cache", "ergodic"
+    "computation", "energy", "budget", "memory", "privacy", "activity", "delta", "multicast", "cache", "ergodic",
+    "unshared",
 }  # fmt: skip
 
 

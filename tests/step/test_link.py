@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from scipy import special
 
@@ -16,7 +18,14 @@ from worlds import edited
 def links(bandwidth_hz: float, noise_w_per_hz: float, ergodic: bool = False) -> Links:
     """A cell whose links have one bandwidth, and a downlink of 60 W."""
     values = (bandwidth_hz, bandwidth_hz, 60.0, noise_w_per_hz)
-    return Links(ergodic, *(jnp.asarray(value) for value in values))
+    return Links(ergodic, True, *(jnp.asarray(value) for value in values))
+
+
+def test_a_link_of_its_own_has_its_rate_whoever_else_sends() -> None:
+    own = replace(links(1e5, 1e-6), shared=False)
+    rates = uplink_bps(own, jnp.asarray([102.3, 409.5]), jnp.asarray(1.0), jnp.asarray([[1.0], [3.0]]))
+    assert rates.shape == (2, 2)
+    np.testing.assert_allclose(rates, np.broadcast_to([1e6, 1e5 * np.log2(4096)], (2, 2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("sharers", "expected"), [(0, 1e6), (1, 1e6), (3, 12e5 / 3)])

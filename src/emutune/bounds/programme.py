@@ -16,6 +16,10 @@ what any policy, clairvoyant ones included, costs on that episode:
   no upload is faster than alone at full bandwidth. Both hold for the ergodic rate too, which rises with the
   SNR and, at a given power, with the bandwidth (``emutune.step.ergodic``).
 
+Where each UE has a link of its own (D18), a step takes at least as long as each UE alone, the mean delay of M downloads
+is at least the sum of their delays over the most that there can be, and likewise that of uploads: in what follows a_i
+and s_i are then what task i takes alone, over the most that can be there.
+
 Where training takes time:
 
 - *Server.* Of n tasks there each trains for n c_i seconds, where c_i is what task i takes alone, and has

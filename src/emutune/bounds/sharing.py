@@ -24,8 +24,9 @@ def sharing_shapes(costs: Costs) -> dict[str, tuple[int, ...]]:
     pairs = ues * (ues - 1) // 2 if costs.devices and ues <= _PAIRED_UES else 0
     return {
         "both": (tasks, pairs),
-        # Where only missing layers are sent, one download is of several pieces; a shared one waits for nobody.
-        "waits": (tasks, 0 if costs.delta or multicast else 2 * pairs),
+        # Where only missing layers are sent, one download is of several pieces; a shared one waits for nobody, nor
+        # does one over a link of its own.
+        "waits": (tasks, 2 * pairs if costs.rules.links.shared and not (costs.delta or multicast) else 0),
         "sending": (tasks, slots if multicast else 0),
     }
 
@@ -35,17 +36,18 @@ def shared_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
     if costs.rules.multicast:
         # What many fetch together is counted once (``_multicast_rows``).
         return np.zeros_like(costs.sent_s)
-    if costs.delta:
-        return costs.sent_s
     # What is fetched is trained with, by as many as have a task at most.
-    loaders = np.maximum(costs.active.sum(1), 1)
-    return costs.sent_s + costs.training_s / loaders[:, None, None]
+    loaders = np.maximum(costs.active.sum(1), 1)[:, None, None]
+    sent_s = costs.sent_s / (1 if costs.rules.links.shared else loaders)
+    return sent_s if costs.delta else sent_s + costs.training_s / loaders
 
 
 def lone_download_s(costs: Costs) -> Float[np.ndarray, "tasks ues slots"]:
     """Seconds of a download that has the link to itself, in the row of each UE alone."""
     # Worlds in which training takes no time keep the bound that was published.
-    return costs.sent_s * (costs.rules.trains_in_time or costs.rules.multicast)
+    return costs.sent_s * (
+        costs.rules.trains_in_time or costs.rules.multicast or not costs.rules.links.shared
+    )
 
 
 def delay_rows(costs: Costs, at: Blocks) -> list[optimize.LinearConstraint]:

@@ -28,6 +28,7 @@ from emutune.learning.networks import (
 )
 from emutune.step import Situation, downlink_bps, uplink_bps
 from emutune.step.charges import delay_cost
+from emutune.step.link import parts
 from emutune.step.models import look_up
 from emutune.step.options import chooses_case, whole_training_s
 from emutune.world import World, cached_retention, features_of, ue_features
@@ -204,7 +205,7 @@ class RankedNetworks(SetNetworks):
         unit_s = sharers * _unit_s(world)
         return Times(
             up=(up_s + sharers * tflop / rules.server_tflops) / unit_s,
-            down=sharers * down_s / unit_s,
+            down=parts(links, sharers) * down_s / unit_s,
             here=largest * whole_training_s(rules, situation) / unit_s,
         )
 
@@ -299,7 +300,8 @@ ARCHITECTURES: dict[NetworkKind, SetNetworks] = {
 
 def links_price(world: World) -> Float[Array, ""]:
     """Cost of everybody's downloading the largest emulator, over that of ten units of perplexity."""
-    return delay_cost(world.rules, world.ues * _unit_s(world)) / (-10 * world.rules.perplexity_weight)
+    everybody_s = parts(world.rules.links, world.ues) * _unit_s(world)
+    return delay_cost(world.rules, everybody_s) / (-10 * world.rules.perplexity_weight)
 
 
 def signed(at_server: Which) -> PerUe:

@@ -22,19 +22,20 @@ SLICES, _TAUGHT = 8, 6
 
 
 def slice_of(world: World, share: Float[Array, ""]) -> World:
-    """A world with a share of the links and the server, at the same signal-to-noise ratios.
+    """A world with a share of the server and of links that are shared, at the same signal-to-noise ratios.
 
     Args:
         world: the whole.
         share: above 0; more than 1 is that much more of everything.
     """
     rules, links = world.rules, world.rules.links
-    links = replace(
-        links,
-        uplink_bandwidth_hz=links.uplink_bandwidth_hz * share,
-        downlink_bandwidth_hz=links.downlink_bandwidth_hz * share,
-        downlink_power_w=links.downlink_power_w * share,
-    )
+    if links.shared:
+        links = replace(
+            links,
+            uplink_bandwidth_hz=links.uplink_bandwidth_hz * share,
+            downlink_bandwidth_hz=links.downlink_bandwidth_hz * share,
+            downlink_power_w=links.downlink_power_w * share,
+        )
     return replace(world, rules=replace(rules, links=links, server_tflops=rules.server_tflops * share))
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from emutune.policies.choices import NEVER, Options, at_layers, priced
 from emutune.step import Away, Plan, take_at_server, take_on_ue, usable_layers
 from emutune.step.charges import delay_cost
+from emutune.step.link import parts
 
 # Limits, counts of uploaders, and prices of a lone download's second in costs of a second of the step's delay.
 # Large fleets try fewer: one UE more or less matters little there, and a decision must not take long.
@@ -87,7 +88,7 @@ def assign_exactly(options: Options, choices: Choices) -> Plan:
     upload_s = options.away.upload_s
     up_s = jnp.max(jnp.where(every == 1, upload_s[(every == 1).sum(1)], 0.0), axis=1)
     down_s = jnp.max(jnp.where((every == 2)[:, None], choices.download_s, 0.0), axis=2)
-    down_s = down_s * (every == 2).sum(1)[:, None]
+    down_s = down_s * parts(options.rules.links, jnp.asarray((every == 2).sum(1)[:, None]))
     total = apart + delay_cost(options.rules, jnp.maximum(up_s[:, None], down_s))
     best, limit = jnp.unravel_index(jnp.argmin(total), total.shape)
     chosen = jnp.asarray(every)[best]
@@ -119,7 +120,7 @@ def assign_by_rank(options: Options, choices: Choices) -> Plan:
     apart = (local.sum(-1, keepdims=True) + spared)[..., counts]
     loading = loads.sum(-1, keepdims=True) - _before(loads.astype(jnp.float32))
     slowest = _from(jnp.where(loads, in_order(choices.download_s), 0.0))
-    down_s = (loading * slowest)[..., counts]
+    down_s = (parts(options.rules.links, loading) * slowest)[..., counts]
     first = np.arange(ues) < counts[:, None]
     up_s = jnp.max(jnp.where(first, upload_s[counts[:, None], order[..., None, :]], 0.0), axis=-1)
     total = apart + delay_cost(options.rules, jnp.maximum(up_s, down_s))

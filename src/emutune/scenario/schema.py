@@ -190,6 +190,14 @@ class Scenario(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_multicast_is_shared(self) -> Scenario:
+        if self.radio.sharing == "none" and self.download is not None and self.download.multicast:
+            raise ValueError(
+                'download.multicast: links of their own share no transmission; drop it or radio.sharing = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _perplexity_is_positive(self) -> Scenario:
         for index, model in enumerate(self.models):
             retention, lowest = model.curve.lowest_between(self.retention.min, 1.0)

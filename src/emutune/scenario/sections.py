@@ -151,6 +151,7 @@ class Radio(Section):
         path_loss_exponent: the gain is the distance to the power of minus this; or give ``path_loss``.
         fading_blocks: a task's gain is the mean over so many Rayleigh blocks.
         rate: that of a task's gain, or its mean over Rayleigh fading, which then is no part of the gain (D20).
+        sharing: those who send split a band equally, or each has a link of its own, whoever else sends (D18).
         carrier_ghz: for ``path_loss`` and ``fading``.
     """
 
@@ -162,6 +163,7 @@ class Radio(Section):
     # One block would be a single Rayleigh draw: the mean delay of such a link diverges (D8).
     fading_blocks: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     rate: Literal["shannon", "ergodic"] = "shannon"
+    sharing: Literal["equal", "none"] = "equal"
     carrier_ghz: Annotated[float, Field(ge=0.5, le=100, allow_inf_nan=False)] | None = None
     path_loss: PathLoss | None = None
     fading: Fading | None = None

@@ -1,4 +1,4 @@
-"""Rates of the shared uplink and downlink (Eq. 2, 3, 6, 7)."""
+"""Rates of uplink and downlink, shared (Eq. 2, 3, 6, 7) or each UE's own (D18)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from emutune.scenario import Scenario
 from emutune.step.ergodic import spectral_nats
@@ -21,9 +21,11 @@ class Links:
 
     Attributes:
         ergodic: whether a rate is the mean over Rayleigh fading about the gain, instead of that at the gain.
+        shared: whether those who send split a band, instead of having a link of their own each (D18).
     """
 
     ergodic: bool = field(metadata={"static": True})
+    shared: bool = field(metadata={"static": True})
     uplink_bandwidth_hz: Float[Array, ""]
     downlink_bandwidth_hz: Float[Array, ""]
     downlink_power_w: Float[Array, ""]
@@ -39,11 +41,17 @@ def build_links(scenario: Scenario, dtype: DTypeLike = jnp.float32) -> Links:
 
     return Links(
         ergodic=radio.rate == "ergodic",
+        shared=radio.sharing == "equal",
         uplink_bandwidth_hz=real(radio.uplink_bandwidth_hz),
         downlink_bandwidth_hz=real(radio.downlink_bandwidth_hz),
         downlink_power_w=real(radio.downlink_power_w),
         noise_w_per_hz=real(10 ** ((radio.noise_dbm_per_hz - 30) / 10)),
     )
+
+
+def parts(links: Links, users: Num[Array, "*batch"] | float) -> Num[Array, "*batch"] | float:
+    """Into how many parts so many users of a link split it; one where each has its own."""
+    return users if links.shared else jnp.ones_like(users)
 
 
 def uplink_bps(
@@ -52,7 +60,7 @@ def uplink_bps(
     gain: Float[Array, "*#batch"],
     sharers: Float[Array, "*#batch"] | float = 1.0,
 ) -> Float[Array, "*batch"]:
-    """Rate of one of ``sharers`` uploads that split the band equally, each at its UE's power (Eq. 2).
+    """Rate of one of ``sharers`` uploads, each at its UE's power, that split the band equally if they share it (Eq. 2).
 
     Args:
         links: of the cell.
@@ -60,7 +68,7 @@ def uplink_bps(
         gain: power gain of each UE's link.
         sharers: how many upload; below one counts as one.
     """
-    share_hz = links.uplink_bandwidth_hz / jnp.maximum(sharers, 1.0)
+    share_hz = links.uplink_bandwidth_hz / jnp.maximum(parts(links, sharers), 1.0)
     return _rate_bps(links, share_hz, power_w * gain)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from emutune.step.cache import usable_layers
+from emutune.step.link import parts
 from emutune.step.options import Away, Local
 from emutune.step.rules import Rules
 from emutune.step.situation import Plan, Situation
@@ -40,8 +41,8 @@ class Taken(NamedTuple):
 def take_on_ue(
     rules: Rules, situation: Situation, local: Local, transmissions: Float[Array, "*#batch"] | float
 ) -> Taken:
-    """What training on the UE takes beside so many transmissions, which split power and band equally (Eq. 5 to 7)."""
-    download_s = local.download_s * transmissions
+    """What training on the UE takes beside so many transmissions, which split a shared link equally (Eq. 5 to 7)."""
+    download_s = local.download_s * parts(rules.links, transmissions)
     joules = jnp.zeros_like(download_s)
     if rules.uses_energy:
         joules = rules.receive_w * download_s + situation.compute_w * local.training_s
