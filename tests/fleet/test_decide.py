@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from emutune.errors import FleetError
 from emutune.fleet.server.decide import Candidate, Choice, Decider, open_decider
-from emutune.fleet.server.links import DrawnLink, gain_of_rate, middle_gain
+from emutune.fleet.server.links import DrawnLink, middle_gain
+from emutune.fleet.server.rates import LinkEstimate
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.ppo import initial_state
@@ -153,18 +152,38 @@ def test_links_that_a_fleet_cannot_shape_are_refused(changes: list[str]) -> None
         middle_gain(scenario)
 
 
-@given(st.floats(1e-9, 1e-2), st.floats(0.2, 60), st.integers(1, 64), st.booleans())
-def test_gain_is_recovered_from_the_rate_that_it_gives(
-    gain: float, power: float, sharers: int, uplink: bool
-) -> None:
-    bandwidth = 1e5 if uplink else 1e6
-    measured = rate(bandwidth, power, gain, sharers)
-    assert gain_of_rate(PAPER, measured, power, sharers, uplink=uplink) == pytest.approx(gain, rel=1e-6)
+@pytest.mark.parametrize("sharing", ["equal", "none"])
+def test_what_is_predicted_of_measured_links_is_their_latency_and_bytes_over_their_rate(sharing: str) -> None:
+    """Also at rates that the scenario's bands could not carry; a bottleneck that is shared is split equally."""
+    links = [LinkEstimate(3e6, 0.2, 0.1), LinkEstimate(4e8, 0.05, 0.1), LinkEstimate(2e4, 0.0, 0.1), None]
+    candidates = [
+        replace(candidate, uplink=link, downlink=link and replace(link, rate_bps=7 * link.rate_bps))
+        for candidate, link in zip(CANDIDATES, links, strict=True)
+    ]
+    decider = open_decider("best_fixed", PAPER, sharing=sharing)
+    assert decider.scenario.radio.sharing == sharing
+    parts = 2 if sharing == "equal" else 1
+    for there, factor in ((True, 1), (False, 7)):
+        # The third device moves nothing, the fourth's link was never measured.
+        choices = [Choice(there, 16), Choice(there, 25), Choice(there, 16), Choice(not there, 16)]
+        forecasts = decider.forecast(candidates, choices, [1e6, 8e7, 0.0, 1e9])
+        for moved, link, forecast in zip((1e6, 8e7, 0.0), links, forecasts, strict=False):
+            expected = link.latency_s + parts * 8 * moved / (factor * link.rate_bps) if moved else 0.0
+            assert forecast.delay_s == pytest.approx(expected, rel=1e-4)
+            if moved:
+                assert forecast.rate_bps == pytest.approx(factor * link.rate_bps / parts, rel=1e-4)
+        power, gain = CANDIDATES[3].transmit_power_w, CANDIDATES[3].gain
+        band = 4e8 / 50 if not there else 28e8 / 50
+        alone = rate(band, power if not there else 60.0, gain, 1)
+        assert forecasts[3].delay_s == pytest.approx(8e9 / alone, rel=1e-3)
 
 
-@given(st.floats(1, 1e12))
-def test_rate_that_no_link_of_the_scenario_has_gives_a_gain_still(rate_bps: float) -> None:
-    assert 0 < gain_of_rate(PAPER, rate_bps, 1.0, 3, uplink=True) <= 1e6
+def test_a_policy_sees_the_gain_at_which_the_step_has_the_measured_rate() -> None:
+    link, limit = LinkEstimate(2e6, 0.3, 0.1), (2 ** (2e6 / 1e5) - 1) * NOISE * 1e5 / 0.5
+    measured = replace(CANDIDATES[0], uplink=link)
+    for factor, above in ((1 - 1e-3, True), (1 + 1e-3, False)):
+        (choice,) = Decider(PAPER, Above("gain", jnp.float32(factor * limit))).decide(0, [measured])
+        assert choice.at_server == above
 
 
 def drawn(seed: int, device: str, scenario: Scenario = PAPER) -> list[float]:

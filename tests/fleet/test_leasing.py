@@ -16,7 +16,6 @@ from whole_fleet import DecidingHere, WholeFleet, catalogue_at
 from emutune.fleet.ledger import LeaseRow, Ledger
 from emutune.fleet.protocol import Result
 from emutune.fleet.server.choices import Candidate, Choice
-from emutune.fleet.server.links import DrawnLink
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.run import opened_ledger
 from emutune.tuning.catalogue import Catalogue
@@ -47,14 +46,14 @@ class Measuring:
 
 
 @contextmanager
-def steps_of(fleet: WholeFleet, policy: str, **config: Any) -> Any:
+def steps_of(fleet: WholeFleet, policy: str, sharing: str | None = None, **config: Any) -> Any:
     """The fleet's ledger, and what begins its next step with a task of every device."""
     for name in NAMES:
         fleet.add_device(name)
     for section, changes in config.items():
         part = getattr(fleet.config, section).model_copy(update=changes)
         fleet.config = fleet.config.model_copy(update={section: part})
-    decider = Noting(policy, fleet.decider.scenario)
+    decider = Noting(policy, fleet.decider.scenario, sharing)
     with opened_ledger(fleet.config) as ledger:
 
         async def begin(step: int, reported: dict[str, Any]) -> tuple[Candidate, ...]:
@@ -145,13 +144,16 @@ def test_texts_beyond_the_limit_are_not_uploaded(tmp_path: Path, catalogue: Cata
         assert {row.kind for row in finish(ledger, 1)} == {"train"}
 
 
-def test_a_real_link_is_seen_by_its_last_transfer_among_those_of_its_own_band(
-    tmp_path: Path, catalogue: Catalogue
+@pytest.mark.parametrize("sharing", ["equal", "none"])
+def test_a_real_link_is_seen_by_its_transfers_in_each_direction(
+    tmp_path: Path, catalogue: Catalogue, sharing: str
 ) -> None:
     fleet = WholeFleet(tmp_path, catalogue)
     # Two upload, two are sent an emulator, and one that holds what it needs moves nothing.
     kinds = {"ue1": 4000, "ue2": 5000, "ue3": -6000, "ue4": -7000, "ue5": 0}
-    with steps_of(fleet, "fixed", shaping={"enabled": False}) as (ledger, begin):
+    with steps_of(fleet, "fixed", shaping={"enabled": False, "byte_scale": 3.0}, sharing=sharing) as (
+        ledger, begin
+    ):  # fmt: skip
         decided = [
             decision(0, name, kind="upload", at_server=True, retention=None, emulator_name=None,
                      predicted_bytes=moved)
@@ -163,10 +165,26 @@ def test_a_real_link_is_seen_by_its_last_transfer_among_those_of_its_own_band(
         ledger.begin_step(0, decided)
         finish(ledger, 0)
         seen = dict(zip(NAMES, begin(1), strict=True))
+        alone = 3 * 8 / 2.0 * (2 if sharing == "equal" else 1)
         for name, moved in kinds.items():
-            if moved:
-                link = DrawnLink(fleet.decider.scenario, fleet.config.shaping.seed, name)
-                power, band = (link.transmit_power_w, 1e5) if moved > 0 else (60.0 / 2, 1e6)
-                assert rate(band, power, seen[name].gain, 2) == pytest.approx(8 * abs(moved) / 2.0, rel=1e-6)
-        # Of this link nothing is known but where devices are.
-        assert seen["ue5"].gain == pytest.approx(275.0**-2)
+            links = seen[name].uplink, seen[name].downlink
+            # A direction in which nothing was moved has the middle of the others'.
+            expected = [moved or 4500, 6500] if moved >= 0 else [4500, -moved]
+            assert [link.rate_bps for link in links] == pytest.approx([alone * one for one in expected])
+        for row in ledger.step_leases(1):
+            link = seen[row.device].downlink
+            parts = len(NAMES) if sharing == "equal" else 1
+            assert row.gain is None
+            assert row.predicted_delay_s == pytest.approx(
+                parts * link.seconds(3 * row.predicted_bytes), rel=1e-4
+            )
+
+
+def test_a_real_link_of_which_nothing_is_known_is_that_of_the_middle(
+    tmp_path: Path, catalogue: Catalogue
+) -> None:
+    with steps_of(WholeFleet(tmp_path, catalogue), "fixed", shaping={"enabled": False}) as (ledger, begin):
+        for candidate in begin(0):
+            assert (candidate.uplink, candidate.downlink) == (None, None)
+            assert candidate.gain == pytest.approx(275.0**-2)
+        assert [row.gain for row in ledger.step_leases(0)] == pytest.approx([275.0**-2] * len(NAMES))

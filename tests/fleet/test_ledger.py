@@ -314,14 +314,20 @@ def test_what_was_reported_and_moved_last_is_found(ledger: Ledger) -> None:
     assert ledger.report_of("ue1", "a") == report("a")
     with pytest.raises(LedgerError, match="device ue2: reported no task a"):
         ledger.report_of("ue2", "a")
-    assert ledger.last_transfer("ue1") is None
-    for step, size in enumerate((10, 20, 0)):
-        ledger.begin_step(step, [decision(step, "ue1"), decision(step, "ue2")])
-        ledger.transferred(f"{step}-ue1", 1.0, size)
-    row = ledger.last_transfer("ue1")
-    assert row is not None
-    assert (row.step, row.transferred_bytes) == (1, 20)
-    assert ledger.last_transfer("ue2") is None
+    assert ledger.transfers("ue1", "train") == []
+    for step, size in enumerate((10, 20, 0, *[30] * 40)):
+        # Of the first step's devices two are to move something.
+        moves = [
+            decision(step, "ue1", predicted_bytes=5),
+            decision(step, "ue2", predicted_bytes=0 if step else 5),
+        ]
+        ledger.begin_step(step, moves)
+        ledger.transferred(f"{step}-ue1", 1.0 + step, size)
+        if step == 3:
+            assert ledger.transfers("ue1", "train") == [(10, 1.0), (20, 2.0), (30, 4.0)]
+            assert ledger.transfers("ue1", "train", shared=True) == [(20, 1.0), (20, 2.0), (30, 4.0)]
+    assert ledger.transfers("ue1", "train") == [(30, 1.0 + step) for step in range(19, 43)]
+    assert ledger.transfers("ue1", "upload") == ledger.transfers("ue2", "train") == []
 
 
 def test_devices_that_left_or_were_revoked_are_left_out(ledger: Ledger) -> None:

@@ -68,7 +68,6 @@ def other_step(ledger: Ledger, step: int, state: Closed, *decided: Decision) -> 
 def goes_on_with(path: Path) -> dict[str, object]:
     """All that a server asks a ledger for, beside what is written from now on."""
     with Ledger(path) as ledger:
-        transfers = {device: ledger.last_transfer(device) for device in DEVICES}
         return {
             "last": (ledger.last_step(), ledger.step_ended(ledger.last_step())),
             "lost": ledger.devices_of(ledger.last_step(), "expired"),
@@ -79,8 +78,12 @@ def goes_on_with(path: Path) -> dict[str, object]:
             "keys": [ledger.device_of_key(digest(f"key {device}")) for device in DEVICES],
             "service": [ledger.in_service(device) for device in DEVICES],
             "training": [ledger.last_training(device) for device in DEVICES],
-            "transfers": transfers,
-            "sharers": [ledger.step_leases(row.step) for row in transfers.values() if row is not None],
+            "transfers": [
+                ledger.transfers(device, kind, shared)[-1:]
+                for device in DEVICES
+                for kind in ("train", "upload")
+                for shared in (True, False)
+            ],
             "late": ledger.report_of("late", "late-2"),
             "totals": (ledger.totals(), ledger.trained()),
         }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 from directories import catalogue_of, generated_text
@@ -79,8 +79,10 @@ class ThreadPool:
 class DecidingHere:
     """Decides in this process."""
 
-    def __init__(self, policy: str, scenario: Scenario) -> None:
-        self._decider = open_decider(policy, scenario)
+    def __init__(
+        self, policy: str, scenario: Scenario, sharing: Literal["equal", "none"] | None = None
+    ) -> None:
+        self._decider = open_decider(policy, scenario, sharing=sharing)
         self.scenario = self._decider.scenario
 
     async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:

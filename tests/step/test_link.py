@@ -12,6 +12,7 @@ from scipy import special
 
 from emutune.scenario import Scenario
 from emutune.step import Links, build_rules, downlink_bps, uplink_bps
+from emutune.step.link import downlink_gain, uplink_gain
 from worlds import edited
 
 
@@ -26,6 +27,14 @@ def test_a_link_of_its_own_has_its_rate_whoever_else_sends() -> None:
     rates = uplink_bps(own, jnp.asarray([102.3, 409.5]), jnp.asarray(1.0), jnp.asarray([[1.0], [3.0]]))
     assert rates.shape == (2, 2)
     np.testing.assert_allclose(rates, np.broadcast_to([1e6, 1e5 * np.log2(4096)], (2, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("ergodic", [False, True])
+def test_the_gain_of_a_rate_has_that_rate(ergodic: bool) -> None:
+    cell, rates, power = links(1e5, 1e-6, ergodic), np.array([1e3, 2e5, 3e6]), np.array([0.2, 1.0, 0.5])
+    found = uplink_bps(cell, jnp.asarray(power), jnp.asarray(uplink_gain(cell, power, rates)))
+    np.testing.assert_allclose(found, rates, rtol=1e-5)
+    np.testing.assert_allclose(downlink_bps(cell, jnp.asarray(downlink_gain(cell, rates))), rates, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("sharers", "expected"), [(0, 1e6), (1, 1e6), (3, 12e5 / 3)])

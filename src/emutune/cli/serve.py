@@ -48,7 +48,7 @@ def serve(
     ledger = config.server.directory / LEDGER
 
     async def serving() -> None:
-        async with deciding(policy, scenario, retention, config.shaping.seed) as decider:
+        async with deciding(policy, scenario, retention, config.shaping.seed, config.sharing) as decider:
             await run_server(
                 config,
                 opened,

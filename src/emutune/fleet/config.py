@@ -87,7 +87,7 @@ class Shaping(_Section):
     """Links of simulated rates (Eq. 2, 6) over a network that is faster.
 
     Attributes:
-        enabled: off on a real network, where devices report the gain that their rates amount to.
+        enabled: off on a real network, where rates are those of the transfers that were measured.
         time_scale: simulated seconds that pass in one second.
         byte_scale: simulated bytes that one byte stands for.
         seed: of distances, powers and fading.
@@ -97,6 +97,17 @@ class Shaping(_Section):
     time_scale: Positive = 1.0
     byte_scale: Positive = 1.0
     seed: int = Field(default=0, ge=0)
+
+
+class LinkSharing(_Section):
+    """Whether devices' links share a bottleneck, such as the server's own.
+
+    Attributes:
+        sharing: those who send in one direction split it equally, or each has a link of its own; if not given, as the
+            scenario says where links are shaped, and none on real ones.
+    """
+
+    sharing: Literal["equal", "none"] | None = None
 
 
 class Acceptance(_Section):
@@ -183,12 +194,18 @@ class FleetConfig(_Section):
     server: Server = Server()
     steps: Steps = Steps()
     shaping: Shaping = Shaping()
+    links: LinkSharing = LinkSharing()
     training: Training = Training()
     acceptance: Acceptance = Acceptance()
     at_server: ServerTraining = ServerTraining()
     jobs: JobLimits = JobLimits()
     limits: Limits = Limits()
     keep: Keep = Keep()
+
+    @property
+    def sharing(self) -> Literal["equal", "none"] | None:
+        """Who shares links, where that is not as the scenario says."""
+        return self.links.sharing or (None if self.shaping.enabled else "none")
 
 
 def load_fleet(source: str | Path) -> FleetConfig:

@@ -20,7 +20,7 @@ from emutune.fleet.database import first_problem
 from emutune.fleet.figures import Figures, flag
 from emutune.fleet.members import Members
 from emutune.fleet.protocol import Lease, Result
-from emutune.fleet.rows import AuditRow, Closed, Decision, DeviceRow, Kind, LeaseRow, State
+from emutune.fleet.rows import AuditRow, Closed, Decision, DeviceRow, Kind, LeaseRow, State, Transfer
 
 __all__ = ["AuditRow", "Closed", "Comparison", "Decision", "DeviceRow", "Kind", "LeaseRow", "Ledger", "State"]
 
@@ -29,6 +29,8 @@ __all__ = ["AuditRow", "Closed", "Comparison", "Decision", "DeviceRow", "Kind", 
 _STATES = ("open", "expired", "failed", "late", "done")
 _OUTCOMES = ("failed", "received", "trained")
 _NOT_SHOWN = {"outcome", "judged"}
+# How far back a device's transfers are looked for, and how many are enough.
+_LEASES_READ, _TRANSFERS_READ = 256, 24
 
 
 class Ledger(Members, Figures):
@@ -170,12 +172,26 @@ class Ledger(Members, Figures):
         row = self._one("SELECT * FROM leases WHERE lease = ?", lease)
         return None if row is None else self._lease_row(row)
 
-    def last_transfer(self, device: str) -> LeaseRow | None:
-        """The device's last lease whose bytes have moved."""
-        row = self._one(
-            "SELECT * FROM leases WHERE device = ? AND transferred_bytes > 0 ORDER BY id DESC LIMIT 1", device
+    def transfers(self, device: str, kind: Kind, shared: bool = False) -> list[Transfer]:
+        """What the device moved for its last leases of a kind, the oldest first.
+
+        Args:
+            device: whose.
+            kind: of the leases: uploads, or trainings, for which emulators are sent.
+            shared: count bytes for each device of the step that was to move some too, as one link carried them all.
+        """
+        # Of a device that does the other kind alone, not all that it ever did is read.
+        rows = self._all(
+            "SELECT transferred_bytes AS bytes, transferred_s AS seconds, (SELECT count(*) FROM leases AS other"
+            " WHERE other.step = mine.step AND other.kind = mine.kind AND other.predicted_bytes > 0) AS sharers"
+            " FROM (SELECT * FROM leases WHERE device = ? ORDER BY id DESC LIMIT ?) AS mine"
+            " WHERE kind = ? AND transferred_bytes > 0 AND transferred_s > 0 ORDER BY id DESC LIMIT ?",
+            *(device, _LEASES_READ, kind, _TRANSFERS_READ),
         )
-        return None if row is None else self._lease_row(row)
+        return [
+            Transfer(row["bytes"] * (max(row["sharers"], 1) if shared else 1), row["seconds"])
+            for row in reversed(rows)
+        ]
 
     # Progress of a lease
 

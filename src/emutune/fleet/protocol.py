@@ -86,7 +86,8 @@ class Report(Message):
         data_bytes, data_sha256: of the task's text, UTF-8.
         perplexity_ratio: perplexity of the cached emulator on the task's text, over that on the
             catalogue's calibration text; None if the device holds no emulator.
-        gain: measured power gain of the link; None where links are shaped, whose gains the server draws.
+        gain: power gain of the link, until a transfer was measured; None where it is not known, or links are shaped,
+            whose gains the server draws.
         emulator: name of the cached emulator, whole and verified.
         cache_bytes: the most that the device's cache may hold.
         memory_bytes: of the largest emulator that the device can train with; None if only its cache is a limit.

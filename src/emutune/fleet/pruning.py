@@ -18,8 +18,9 @@ from emutune.fleet.database import Database
 from emutune.fleet.figures import Figures
 
 # Of the old steps: all but those that somebody goes on with. Those are the last step, steps
-# with a lease that is not over, and of every device the last lease of all, the last to train, the last whose bytes
-# moved, and the one whose adapter is in service. A report goes with the lease of its task, and not before.
+# with a lease that is not over, and of every device the last lease of all, the last to train, the last of each
+# kind whose bytes moved, and the one whose adapter is in service. A report goes with the lease of its task, and not
+# before.
 _OLD = """
     SELECT number FROM steps WHERE ended_at IS NOT NULL AND {old} AND number NOT IN (
         SELECT max(number) FROM steps
@@ -28,7 +29,7 @@ _OLD = """
         UNION SELECT step FROM leases WHERE id IN (
             SELECT (SELECT max(id) FROM leases WHERE device = name) FROM devices
             UNION SELECT (SELECT max(id) FROM leases WHERE device = name AND kind = 'train') FROM devices
-            UNION SELECT (SELECT max(id) FROM leases WHERE device = name AND transferred_bytes > 0) FROM devices
+            UNION SELECT max(id) FROM leases WHERE transferred_bytes > 0 GROUP BY device, kind
             UNION SELECT (SELECT id FROM leases WHERE device = name AND accepted = 1 ORDER BY judged DESC LIMIT 1)
                 FROM devices
         )

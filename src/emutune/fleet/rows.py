@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ class Decision(Message):
         at_server: z = 1, the server trains; False for a lease that stops the device.
         predicted_delay_s: of the transfer, Eq. 1 or Eq. 5.
         predicted_perplexity: of the plugged-in adapter on the task's text; None where nothing is trained.
-        gain: power gain of the link that the prediction is about.
+        gain: power gain of the link that the prediction is about; None where that is of measured transfers.
     """
 
     device: DeviceName
@@ -40,6 +40,13 @@ class Decision(Message):
     gain: _Positive | None = None
     complexity: Annotated[float, Field(allow_inf_nan=False)] | None = None
     rate_bps: _Positive | None = None
+
+
+class Transfer(NamedTuple):
+    """Bytes that a device moved for a lease, and in how many seconds."""
+
+    bytes: float
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from emutune.scenario import Scenario
-from emutune.step.ergodic import spectral_nats
+from emutune.step.ergodic import snr_of_efficiency, spectral_nats
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +79,24 @@ def downlink_bps(links: Links, gain: Float[Array, "*batch"]) -> Float[Array, "*b
     Power and band are both split equally, so n that share it have an n-th of their own rate each (Eq. 7, D1).
     """
     return _rate_bps(links, links.downlink_bandwidth_hz, links.downlink_power_w * gain)
+
+
+def uplink_gain(
+    links: Links, power_w: Float[np.ndarray, "*batch"], rate_bps: Float[np.ndarray, "*batch"]
+) -> Float[np.ndarray, "*batch"]:
+    """The gain at which a lone upload has a rate: ``uplink_bps`` inverted, in double precision."""
+    return _received_w(links, links.uplink_bandwidth_hz, rate_bps) / power_w
+
+
+def downlink_gain(links: Links, rate_bps: Float[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:
+    """The gain at which a lone download has a rate: ``downlink_bps`` inverted, in double precision."""
+    return _received_w(links, links.downlink_bandwidth_hz, rate_bps) / np.float64(links.downlink_power_w)
+
+
+def _received_w(links: Links, hertz: Array, rate_bps: np.ndarray) -> np.ndarray:
+    """``_rate_bps`` inverted, for the whole band."""
+    noise_w = np.float64(links.noise_w_per_hz) * np.float64(hertz)
+    return noise_w * snr_of_efficiency(rate_bps / np.float64(hertz), links.ergodic)
 
 
 def _rate_bps(links: Links, share_hz: Array, received_w: Array) -> Array:

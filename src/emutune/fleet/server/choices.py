@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from emutune.fleet.server.rates import LinkEstimate
 from emutune.scenario import Scenario
 
 
@@ -14,13 +15,14 @@ class Candidate:
     """What a decision rests on, of one device.
 
     Attributes:
-        gain: power gain of the link, as it was last seen.
+        gain: power gain of the link in the directions in which nothing was measured.
         complexity: c of the task.
         data_bytes: of the task's text, in bytes of the scenario.
         cached_layers: k of the emulator on the device; 0 for none.
         transmit_power_w: of its uplink.
         most_layers: of the largest emulator that the device can hold and train with; 0 if none fits.
         private: the data may not leave the device.
+        uplink, downlink: as measured, in bytes of the scenario; None where links are shaped, or nothing was moved yet.
     """
 
     gain: float
@@ -30,6 +32,8 @@ class Candidate:
     transmit_power_w: float
     most_layers: int = 1_000_000
     private: bool = False
+    uplink: LinkEstimate | None = None
+    downlink: LinkEstimate | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,12 @@ from emutune.step import (
     situation_of,
     uplink_bps,
 )
+from emutune.step.link import downlink_gain, parts, uplink_gain
 from emutune.step.taken import share
 from emutune.world import World, build_world
+
+# More than any radio carries, and little enough for the ratio to be a number in single precision.
+_MOST_BITS_PER_HZ = 50.0
 
 
 class Decider:
@@ -78,7 +83,7 @@ class Decider:
 
     def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         """One choice a device; the same for the same step and candidates."""
-        world = self.world(len(candidates))
+        world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
         progress = (step % world.tasks) / world.tasks
         plan = _decide(world, self._policy, _situation(world, progress, candidates), key)
@@ -94,21 +99,28 @@ class Decider:
             choices: what was decided.
             bytes_to_move: of the scenario, over each device's link: data, or what it lacks of an emulator.
         """
-        world = self.world(len(candidates))
+        world = _with_bands(self.world(len(candidates)), candidates)
         plan = Plan(
             jnp.asarray([choice.at_server for choice in choices]),
             jnp.asarray([choice.layers for choice in choices], jnp.int32),
         )
         bits = 8 * jnp.asarray(bytes_to_move, jnp.float32)
-        rates, delays, perplexities = _forecast(world, _situation(world, 0.0, candidates), plan, bits)
+        situation, measured = _situation(world, 0.0, candidates), _measured(candidates)
+        rates, delays, perplexities = _forecast(world, situation, measured, plan, bits)
         return [
             Forecast(float(rate), float(delay), float(value))
             for rate, delay, value in zip(rates, delays, perplexities, strict=True)
         ]
 
 
-def open_decider(policy: str, scenario: Scenario, retention: float | None = None, seed: int = 0) -> Decider:
-    """A decider for a run's directory, or for a rule's name.
+def open_decider(
+    policy: str,
+    scenario: Scenario,
+    retention: float | None = None,
+    seed: int = 0,
+    sharing: Literal["equal", "none"] | None = None,
+) -> Decider:
+    """A decider for a run's directory, or for a rule's name, in its scenario or with links shared otherwise.
 
     Raises:
         FleetError: the policy is unknown, or its networks take a fixed number of UEs.
@@ -121,8 +133,14 @@ def open_decider(policy: str, scenario: Scenario, retention: float | None = None
                 f"--policy {policy}: its networks are flat, for exactly {header.scenario.fleet.ues} "
                 "UEs, but devices come and go; train with --network set"
             )
-        return Decider(header.scenario, learned, seed)
+        return Decider(_with_sharing(header.scenario, sharing), learned, seed)
+    scenario = _with_sharing(scenario, sharing)
     return Decider(scenario, baseline_policy(policy, scenario, retention), seed)
+
+
+def _with_sharing(scenario: Scenario, sharing: Literal["equal", "none"] | None) -> Scenario:
+    radio = scenario.radio.model_copy(update={"sharing": sharing or scenario.radio.sharing})
+    return scenario.model_copy(update={"radio": radio})
 
 
 def checkpoint_of(policy: str) -> Path | None:
@@ -149,34 +167,78 @@ def _decide(world: World, policy: Policy, situation: Situation, key: jax.Array) 
     return Plan(there, possible_plan(world.rules, situation, local).layers)
 
 
+class _Measured(NamedTuple):
+    """What is known of real links beside their rates: whether the uplink's was measured, and latencies."""
+
+    uplink: jax.Array
+    upward_s: jax.Array
+    downward_s: jax.Array
+
+
 @jax.jit
 def _forecast(
-    world: World, situation: Situation, plan: Plan, bits: jax.Array
+    world: World, situation: Situation, measured: _Measured, plan: Plan, bits: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rate of every link in use, delay and perplexity of every device, when so many bits are moved."""
     rules, links = world.rules, world.rules.links
-    sends = plan.at_server & (bits > 0)
+    sends, loads = plan.at_server & (bits > 0), ~plan.at_server & (bits > 0)
     downward = downlink_bps(links, situation.downlink_gain)
     # A real catalogue's emulators share layers, and what a device lacks of one is known.
     local = on_ue(rules, situation, plan.layers)._replace(download_s=bits / downward)
-    uploaded = situation._replace(data_bits=bits)
     uploaders = jnp.sum(sends, dtype=jnp.float32)
+    # A real bottleneck is split as it is: no part of it has a better ratio than the whole.
+    power_w = situation.transmit_power_w / jnp.where(
+        measured.uplink, jnp.maximum(parts(links, uploaders), 1.0), 1.0
+    )
+    uploaded = situation._replace(data_bits=bits, transmit_power_w=power_w)
     taken = share(rules, situation, plan, local, at_server(rules, uploaded, uploaders))
-    loaders = jnp.maximum(jnp.sum(~plan.at_server & (bits > 0)), 1)
-    upward = uplink_bps(links, situation.transmit_power_w, situation.gain, uploaders)
-    return jnp.where(sends, upward, downward / loaders), taken.delay_s, taken.perplexity
+    loaders = jnp.maximum(parts(links, jnp.sum(loads, dtype=jnp.float32)), 1.0)
+    upward = uplink_bps(links, power_w, situation.gain, uploaders)
+    latency_s = jnp.where(sends, measured.upward_s, 0.0) + jnp.where(loads, measured.downward_s, 0.0)
+    return jnp.where(sends, upward, downward / loaders), taken.delay_s + latency_s, taken.perplexity
+
+
+def _measured(candidates: Sequence[Candidate]) -> _Measured:
+    up, down = [one.uplink for one in candidates], [one.downlink for one in candidates]
+    latencies = [jnp.asarray([link.latency_s if link else 0.0 for link in links]) for links in (up, down)]
+    return _Measured(jnp.asarray([link is not None for link in up]), *latencies)
+
+
+def _with_bands(world: World, candidates: Sequence[Candidate]) -> World:
+    """A world whose bands are wide enough for the rates that were measured."""
+    links, rates = world.rules.links, _rates(candidates)
+    up, down = (
+        jnp.maximum(hertz, rate.max() / _MOST_BITS_PER_HZ)
+        for hertz, rate in zip((links.uplink_bandwidth_hz, links.downlink_bandwidth_hz), rates, strict=True)
+    )
+    links = replace(links, uplink_bandwidth_hz=up, downlink_bandwidth_hz=down)
+    return replace(world, rules=replace(world.rules, links=links))
+
+
+def _rates(candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+    """Of uplinks and downlinks, as measured; 0 where they were not."""
+    pairs = [(candidate.uplink, candidate.downlink) for candidate in candidates]
+    up, down = np.array([[link.rate_bps if link else 0.0 for link in pair] for pair in pairs]).T
+    return up, down
 
 
 def _situation(world: World, progress: float, candidates: Sequence[Candidate]) -> Situation:
     """What devices reported; a fleet knows of one foundation model and of no other differences yet."""
     _, age = empty_cache(world.rules, len(candidates))
+    links, told, power_w = (
+        world.rules.links,
+        _column(candidates, "gain"),
+        _column(candidates, "transmit_power_w"),
+    )
+    up, down = _rates(candidates)
     held = jnp.asarray([[candidate.cached_layers] for candidate in candidates], jnp.int32)
     return situation_of(
         progress=jnp.asarray(progress, jnp.float32),
         complexity=_column(candidates, "complexity"),
         data_bits=8 * _column(candidates, "data_bytes"),
-        transmit_power_w=_column(candidates, "transmit_power_w"),
-        gain=_column(candidates, "gain"),
+        transmit_power_w=power_w,
+        gain=jnp.where(up > 0, _single(uplink_gain(links, np.asarray(power_w), up)), told),
+        downlink_gain=jnp.where(down > 0, _single(downlink_gain(links, down)), told),
         memory_bits=_largest_bits(world, candidates),
         private=jnp.asarray([candidate.private for candidate in candidates]),
         held=held,
@@ -188,6 +250,10 @@ def _largest_bits(world: World, candidates: Sequence[Candidate]) -> jax.Array:
     """What the largest emulator that each device can train with takes by the scenario."""
     bits = world.rules.models.memory_bits[0]
     return bits[jnp.asarray([min(candidate.most_layers, len(bits) - 1) for candidate in candidates])]
+
+
+def _single(values: np.ndarray) -> jax.Array:
+    return jnp.asarray(values, jnp.float32)
 
 
 def _column(candidates: Sequence[Candidate], name: str) -> jax.Array:

@@ -43,6 +43,7 @@ class Opening(_Message):
         scenario: the world of rules; a learned policy brings its own.
         retention: of the rule ``fixed``.
         seed: of policies that draw.
+        sharing: of links, where that is not as the scenario says.
         content: SHA-256 of the policy's file as it was first read, "" for a rule; None before that.
     """
 
@@ -50,6 +51,7 @@ class Opening(_Message):
     scenario: Scenario
     retention: float | None = None
     seed: int = 0
+    sharing: Literal["equal", "none"] | None = None
     content: str | None = None
 
 
@@ -117,7 +119,11 @@ class ChildDecider:
 
 @asynccontextmanager
 async def deciding(
-    policy: str, scenario: Scenario, retention: float | None = None, seed: int = 0
+    policy: str,
+    scenario: Scenario,
+    retention: float | None = None,
+    seed: int = 0,
+    sharing: Literal["equal", "none"] | None = None,
 ) -> AsyncIterator[ChildDecider]:
     """A policy in a process that ends with the block, and is started again if it dies before.
 
@@ -126,12 +132,13 @@ async def deciding(
         scenario: the world of rules; a learned policy brings its own.
         retention: of the rule ``fixed``; the largest allowed if not given.
         seed: of policies that draw.
+        sharing: of links, where that is not as the scenario says.
 
     Raises:
         FleetError: the policy is unknown, damaged, or not one for a fleet.
     """
     child = Child("emutune.fleet.server.deciding", quiet=False)
-    opening = Opening(policy=policy, scenario=scenario, retention=retention, seed=seed)
+    opening = Opening(policy=policy, scenario=scenario, retention=retention, seed=seed, sharing=sharing)
     try:
         answer = await _asked(child, Open(opening=opening))
         known = Scenario.model_validate_json(answer["scenario"])
@@ -160,7 +167,7 @@ def answer_to(line: str) -> dict[str, Any]:
 
 def _answer(question: Open | Decide | Predict) -> dict[str, Any]:
     opening = question.opening
-    opened = _opened(opening.policy, opening.scenario.model_dump_json(), opening.retention, opening.seed)
+    opened = _opened(opening.model_copy(update={"content": None}).model_dump_json())
     if opening.content not in (None, opened.content):
         raise FleetError(
             f"--policy {opening.policy}: was changed while it decided; start emutune serve again"
@@ -194,13 +201,15 @@ class _Opened:
 
 
 @lru_cache(maxsize=1)
-def _opened(policy: str, scenario: str, retention: float | None, seed: int) -> _Opened:
+def _opened(opening: str) -> _Opened:
     # Here, since the server imports this module too, and this process must first see whether there is a server.
     from emutune.fleet.server.decide import checkpoint_of, open_decider
 
-    checkpoint = checkpoint_of(policy)
+    asked = Opening.model_validate_json(opening)
+    checkpoint = checkpoint_of(asked.policy)
     content = "" if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    return _Opened(open_decider(policy, Scenario.model_validate_json(scenario), retention, seed), content)
+    decider = open_decider(asked.policy, asked.scenario, asked.retention, asked.seed, asked.sharing)
+    return _Opened(decider, content)
 
 
 def main() -> None:

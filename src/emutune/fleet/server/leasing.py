@@ -11,14 +11,17 @@ from typing import Any
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.protocol import FleetInfo, Lease, Report
-from emutune.fleet.rows import Decision
+from emutune.fleet.rows import Decision, Kind, Transfer
 from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
 from emutune.fleet.server.links import DrawnLink, middle_gain
+from emutune.fleet.server.rates import LinkEstimate, estimate_links
 from emutune.scenario import Scenario
 from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator, missing
 
 MegaBytes = 1e6
+# Of the leases whose bytes go up, and of those whose come down.
+_KINDS: tuple[Kind, Kind] = ("upload", "train")
 
 
 class UntrainableError(FleetError):
@@ -41,6 +44,11 @@ class _Plan:
     emulator: Emulator
     moved: int
 
+    @property
+    def measured(self) -> LinkEstimate | None:
+        """The link that is used, if it was measured."""
+        return self.candidate.uplink if self.choice.at_server else self.candidate.downlink
+
 
 class Leasing:
     """What decisions need to know beside the reports.
@@ -50,7 +58,7 @@ class Leasing:
         catalogue: the emulators.
         decider: the policy.
         complexity: c of the text that is held back for a device; None if it was never measured.
-        last_gain: what a device's last transfer says of its link; None if there was none.
+        transfers: what a device moved for its last leases of a kind, the oldest first.
         in_service: SHA-256 of the adapter in service of a device.
 
     Raises:
@@ -63,11 +71,11 @@ class Leasing:
         catalogue: Inventory,
         decider: Deciding,
         complexity: Callable[[str], float | None],
-        last_gain: Callable[[str], float | None],
+        transfers: Callable[[str, Kind], Sequence[Transfer]],
         in_service: Callable[[str], str | None],
     ) -> None:
         self._config, self._catalogue, self._decider = config, catalogue, decider
-        self._complexity, self._last_gain, self._in_service = complexity, last_gain, in_service
+        self._complexity, self._transfers, self._in_service = complexity, transfers, in_service
         self._scenario = decider.scenario
         self.emulators = _usable_emulators(catalogue, decider.scenario)
         self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
@@ -89,7 +97,10 @@ class Leasing:
 
     async def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
         """Decide a step; the same for the same step and reports."""
-        candidates = [self._candidate(step, device, report) for device, report in reports]
+        candidates = self._with_links(
+            [device for device, _ in reports],
+            [self._candidate(step, device, report) for device, report in reports],
+        )
         choices = await self._decider.decide(step, candidates)
         plans = [
             self._plan(device, report, candidate, choice)
@@ -114,7 +125,7 @@ class Leasing:
     def _candidate(self, step: int, device: str, report: Report) -> Candidate:
         shaping, scenario = self._config.shaping, self._scenario
         link = DrawnLink(scenario, shaping.seed, device)
-        gain = link.gain(step - 1) if shaping.enabled else report.gain or self._last_gain(device)
+        gain = link.gain(step - 1) if shaping.enabled else report.gain
         held = self._held(report)
         return Candidate(
             gain=middle_gain(scenario) if gain is None else gain,
@@ -124,6 +135,21 @@ class Leasing:
             transmit_power_w=link.transmit_power_w,
             **self._limits(report),
         )
+
+    def _with_links(self, devices: Sequence[str], candidates: list[Candidate]) -> list[Candidate]:
+        """Candidates with the links that were measured, where links are real."""
+        if self._config.shaping.enabled:
+            return candidates
+
+        def transfers_of(device: str, kind: Kind) -> list[Transfer]:
+            scale = self._config.shaping.byte_scale
+            return [Transfer(scale * one.bytes, one.seconds) for one in self._transfers(device, kind)]
+
+        up, down = (estimate_links(transfers_of, devices, kind) for kind in _KINDS)
+        return [
+            replace(candidate, uplink=uplink, downlink=downlink)
+            for candidate, uplink, downlink in zip(candidates, up, down, strict=True)
+        ]
 
     def complexity_of(self, device: str, report: Report) -> float:
         """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
@@ -217,7 +243,7 @@ class Leasing:
             predicted_bytes=plan.moved,
             predicted_delay_s=forecast.delay_s,
             predicted_perplexity=forecast.perplexity,
-            gain=plan.candidate.gain,
+            gain=plan.candidate.gain if plan.measured is None else None,
             complexity=plan.candidate.complexity,
             rate_bps=rate_bps,
         )

@@ -1,9 +1,8 @@
-"""Links: drawn where they are shaped, inverted from measured transfers where they are real."""
+"""Links that are shaped: drawn from the law of a scenario's gains."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,21 +74,3 @@ def middle_gain(scenario: Scenario) -> float:
     """The gain of a link of which nothing is known: that of the middle of the distances, without fading."""
     law = plain_law(scenario)
     return float(((law.distance_m.min + law.distance_m.max) / 2) ** -law.exponent)
-
-
-def gain_of_rate(scenario: Scenario, rate_bps: float, power_w: float, sharers: int, *, uplink: bool) -> float:
-    """The gain at which a link among ``sharers`` would have a measured rate: Eq. 2 or 6, inverted.
-
-    Args:
-        scenario: whose bandwidths and noise hold.
-        rate_bps: measured.
-        power_w: put into this link.
-        sharers: links that shared the band.
-        uplink: which of the two bands.
-    """
-    radio = scenario.radio
-    share_hz = (radio.uplink_bandwidth_hz if uplink else radio.downlink_bandwidth_hz) / sharers
-    noise_w = 10 ** ((radio.noise_dbm_per_hz - 30) / 10) * share_hz
-    # A rate that the scenario's band cannot carry at all would overflow.
-    snr = math.expm1(min(rate_bps / share_hz, 200.0) * math.log(2))
-    return min(max(snr * noise_w / power_w, 1e-30), 1e6)

@@ -16,14 +16,13 @@ from emutune.fleet.config import FleetConfig
 from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result, Transferred
-from emutune.fleet.rows import LeaseRow
+from emutune.fleet.rows import Kind, LeaseRow, Transfer
 from emutune.fleet.server.adapters import Adapters
 from emutune.fleet.server.at_server import AtServer
 from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.jobs import Jobs, Work, noted
 from emutune.fleet.server.judging import Judging
 from emutune.fleet.server.leasing import Leasing
-from emutune.fleet.server.links import DrawnLink, gain_of_rate
 from emutune.fleet.server.pool import Pool
 from emutune.tuning.adapter_manifest import Asked
 from emutune.tuning.inventory import Inventory
@@ -71,7 +70,7 @@ class Orchestrator:
             config, ledger, catalogue.directory, self._scenario, self._judge, self._adapters.path
         )
         self._leasing = Leasing(
-            config, catalogue, decider, self._judging.complexity, self._last_gain, ledger.in_service
+            config, catalogue, decider, self._judging.complexity, self._transfers, ledger.in_service
         )
         largest = self._leasing.emulators[-1].name
         self._at_server = AtServer(
@@ -365,17 +364,8 @@ class Orchestrator:
             )
         await self._jobs.allow(map(_measure_of, devices), self._config.steps.gather_s)
 
-    def _last_gain(self, device: str) -> float | None:
-        row = self._ledger.last_transfer(device)
-        if row is None or not row.transferred_s or not row.transferred_bytes:
-            return None
-        leases = [other for other in self._ledger.step_leases(row.step) if other.predicted_bytes]
-        sharers = sum(other.kind == row.kind for other in leases)
-        uplink = row.kind == "upload"
-        link = DrawnLink(self._scenario, self._config.shaping.seed, device)
-        power = link.transmit_power_w if uplink else self._scenario.radio.downlink_power_w / sharers
-        rate = 8 * row.transferred_bytes / row.transferred_s
-        return gain_of_rate(self._scenario, rate, power, sharers, uplink=uplink)
+    def _transfers(self, device: str, kind: Kind) -> list[Transfer]:
+        return self._ledger.transfers(device, kind, shared=self._scenario.radio.sharing == "equal")
 
 
 def _trained_late(row: LeaseRow) -> bool:
