@@ -51,6 +51,7 @@ def test_one_transfer_tells_a_rate_of_which_little_is_known() -> None:
     found = known([Transfer(1e6, 2.0)])
     assert found == LinkEstimate(4e6, 0.0, math.log(2))
     assert found.within(1e6) == pytest.approx((1.0, 4.0))
+    assert str(found) == "4 Mbit/s (2 to 8), 0 s"
 
 
 def test_sizes_that_are_alike_tell_no_latency() -> None:

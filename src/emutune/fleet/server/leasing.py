@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from emutune.fleet.server.rates import LinkEstimate, estimate_links
 from emutune.scenario import Scenario
 from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator, missing
+
+log = logging.getLogger("emutune.fleet")
 
 MegaBytes = 1e6
 # Of the leases whose bytes go up, and of those whose come down.
@@ -146,6 +149,8 @@ class Leasing:
             return [Transfer(scale * one.bytes, one.seconds) for one in self._transfers(device, kind)]
 
         up, down = (estimate_links(transfers_of, devices, kind) for kind in _KINDS)
+        for device, *links in zip(devices, up, down, strict=True):
+            log.info("%s: up %s, down %s", device, *(link or "not measured yet" for link in links))
         return [
             replace(candidate, uplink=uplink, downlink=downlink)
             for candidate, uplink, downlink in zip(candidates, up, down, strict=True)
