@@ -118,6 +118,14 @@ class Ledger(Members, Figures):
             for row in self._all("SELECT device FROM leases WHERE step = ? AND state = ?", step, state)
         }
 
+    def sharers_of(self, step: int) -> dict[str, int]:
+        """How many leases of each kind had bytes to move in a step."""
+        rows = self._all(
+            "SELECT kind, count(*) AS n FROM leases WHERE step = ? AND predicted_bytes > 0 GROUP BY kind",
+            step,
+        )
+        return {row["kind"]: row["n"] for row in rows}
+
     def open_lease(self, device: str) -> Lease | None:
         """The device's open lease, the last if there are several."""
         row = self._one(

@@ -43,7 +43,7 @@ class Expected:
     lease: str
     size: int
     sha256: str
-    taken: Callable[[], bool]
+    taken: Callable[[], Awaitable[bool]]
     take: Callable[[Path], Awaitable[None]]
 
 
@@ -65,7 +65,7 @@ class Uploads:
         damaged: told of which lease the data were another than expected.
     """
 
-    def __init__(self, directory: Path, damaged: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, damaged: Callable[[str], Awaitable[None]]) -> None:
         self._directory, self._damaged = directory, damaged
         self._open: dict[str, _Upload] = {}
 
@@ -139,7 +139,7 @@ class Uploads:
     async def _settle(self, expected: Expected) -> Received:
         """How far it is; what has become whole is verified and taken over."""
         part, data = self._part(expected.lease), self._data(expected.lease)
-        if expected.taken():
+        if await expected.taken():
             # A kill may have come before whoever copied the file could remove it.
             data.unlink(missing_ok=True)
             self._open.pop(expected.lease, None)
@@ -149,7 +149,7 @@ class Uploads:
             if have < expected.size:
                 return Received(bytes=have, complete=False)
             if have > expected.size or await run_sync(_sha256, part) != expected.sha256:
-                self._damaged(expected.lease)
+                await self._damaged(expected.lease)
                 part.unlink()
                 return Received(bytes=0, complete=False)
             await run_sync(_move, part, data)

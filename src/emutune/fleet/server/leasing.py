@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
@@ -21,6 +21,20 @@ from emutune.tuning.manifest import Emulator, missing
 MegaBytes = 1e6
 
 
+class Known(NamedTuple):
+    """What is known of a device beside its report.
+
+    Attributes:
+        complexity: c of the text that is held back for it; None if that was never measured.
+        gain: what its last transfer says of its link; None if there was none.
+        adapter: SHA-256 of the one in service; None if none is.
+    """
+
+    complexity: float | None
+    gain: float | None
+    adapter: str | None
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What one device is to do, and what is known of it.
@@ -32,6 +46,7 @@ class _Plan:
 
     device: str
     report: Report
+    known: Known
     candidate: Candidate
     choice: Choice
     emulator: Emulator
@@ -45,25 +60,13 @@ class Leasing:
         config: the fleet's file.
         catalogue: the emulators.
         decider: the policy.
-        complexity: c of the text that is held back for a device; None if it was never measured.
-        last_gain: what a device's last transfer says of its link; None if there was none.
-        in_service: SHA-256 of the adapter in service of a device.
 
     Raises:
         FleetError: the catalogue is that of another model than the scenario's, or lacks its emulators.
     """
 
-    def __init__(
-        self,
-        config: FleetConfig,
-        catalogue: Inventory,
-        decider: Deciding,
-        complexity: Callable[[str], float | None],
-        last_gain: Callable[[str], float | None],
-        in_service: Callable[[str], str | None],
-    ) -> None:
+    def __init__(self, config: FleetConfig, catalogue: Inventory, decider: Deciding) -> None:
         self._config, self._catalogue, self._decider = config, catalogue, decider
-        self._complexity, self._last_gain, self._in_service = complexity, last_gain, in_service
         self._scenario = decider.scenario
         self.emulators = _usable_emulators(catalogue, decider.scenario)
         self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
@@ -83,57 +86,59 @@ class Leasing:
             smallest_bytes=min(emulator.bytes for emulator in self.emulators),
         )
 
-    async def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
-        """Decide a step; the same for the same step and reports."""
-        candidates = [self._candidate(step, device, report) for device, report in reports]
+    async def lease_step(
+        self, step: int, reports: Sequence[tuple[str, Report]], known: Mapping[str, Known]
+    ) -> list[Decision]:
+        """Decide a step; the same for the same step, reports, and what is known of the devices beside."""
+        candidates = [self._candidate(step, device, report, known[device]) for device, report in reports]
         choices = await self._decider.decide(step, candidates)
         plans = [
-            self._plan(device, report, candidate, choice)
+            self._plan(device, report, known[device], candidate, choice)
             for (device, report), candidate, choice in zip(reports, candidates, choices, strict=True)
         ]
         # What is measured later is perplexity on the text that is held back, not on the device's own.
-        judged = [replace(plan.candidate, complexity=self._of_held_back(plan)) for plan in plans]
+        judged = [
+            plan.candidate
+            if plan.known.complexity is None
+            else replace(plan.candidate, complexity=plan.known.complexity)
+            for plan in plans
+        ]
         predicted = await self._forecast(plans, judged)
         rates = await self._rates(step, plans)
         return [self._decision(step, *row) for row in zip(plans, predicted, rates, strict=True)]
 
-    def _plan(self, device: str, report: Report, candidate: Candidate, choice: Choice) -> _Plan:
+    def _plan(self, device: str, report: Report, known: Known, candidate: Candidate, choice: Choice) -> _Plan:
         allowed = self._allowed(choice, report)
         emulator = self._emulator(allowed.layers)
         moved = report.data_bytes if allowed.at_server else self._missing(report, emulator)
-        return _Plan(device, report, candidate, allowed, emulator, moved)
+        return _Plan(device, report, known, candidate, allowed, emulator, moved)
 
     async def _forecast(self, plans: Sequence[_Plan], candidates: Sequence[Candidate]) -> list[Forecast]:
         """What plans come to for candidates that may differ from those that were decided about."""
         scaled = [plan.moved * self._config.shaping.byte_scale for plan in plans]
         return await self._decider.forecast(candidates, [plan.choice for plan in plans], scaled)
 
-    def _candidate(self, step: int, device: str, report: Report) -> Candidate:
+    def _candidate(self, step: int, device: str, report: Report, known: Known) -> Candidate:
         shaping, scenario = self._config.shaping, self._scenario
         link = DrawnLink(scenario, shaping.seed, device)
-        gain = link.gain(step - 1) if shaping.enabled else report.gain or self._last_gain(device)
+        gain = link.gain(step - 1) if shaping.enabled else report.gain or known.gain
         held = self._held(report)
         return Candidate(
             gain=middle_gain(scenario) if gain is None else gain,
-            complexity=self.complexity_of(device, report),
+            complexity=self._complexity(report, known),
             data_bytes=report.data_bytes * shaping.byte_scale,
             cached_layers=0 if held is None else round(held.retention * scenario.model.layers),
             transmit_power_w=link.transmit_power_w,
         )
 
-    def complexity_of(self, device: str, report: Report) -> float:
+    def _complexity(self, report: Report, known: Known) -> float:
         """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
         untuned = self._scenario.quality.curve.untuned or self._base_perplexity
         if report.perplexity_ratio is None or untuned is None or self._base_perplexity is None:
-            known = self._complexity(device)
             middle = self._scenario.tasks.complexity
-            return (middle.min + middle.max) / 2 if known is None else known
+            return (middle.min + middle.max) / 2 if known.complexity is None else known.complexity
         ratio = report.perplexity_ratio * self._base_perplexity / untuned
         return self._scenario.quality.complexity_weight * (ratio - 1)
-
-    def _of_held_back(self, plan: _Plan) -> float:
-        known = self._complexity(plan.device)
-        return plan.candidate.complexity if known is None else known
 
     def _allowed(self, choice: Choice, report: Report) -> Choice:
         """What the device's cache and the server's limits leave of a choice."""
@@ -178,7 +183,7 @@ class Leasing:
             kind="train" if local else "upload",
             task=report.task,
             emulator=json.loads(emulator.model_dump_json()) if local else None,
-            start=self._in_service(device),
+            start=plan.known.adapter,
             training=self._config.training.model_copy(update={"seed": self._config.training.seed + step}),
             rate_bps=rate_bps,
             deadline_s=self._config.steps.deadline_s,

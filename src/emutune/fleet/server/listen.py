@@ -157,7 +157,7 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         # Ten times a second.
         if counter % 10 == 0:
-            self._connections.sweep()
+            await self._connections.sweep()
         return await super().on_tick(counter)
 
 

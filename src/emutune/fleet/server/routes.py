@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi import Path as InPath
@@ -16,6 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from emutune.errors import AdapterError
 from emutune.fleet.config import Limits
+from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import (
     Enrolment,
     FleetInfo,
@@ -27,12 +29,12 @@ from emutune.fleet.protocol import (
     Sha256,
     Transferred,
 )
-from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server import bodies
 from emutune.fleet.server.blobs import SentFile
-from emutune.fleet.server.connections import Connection, Keys
+from emutune.fleet.server.connections import Connection
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
+from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.places import Places
 from emutune.fleet.server.refusals import Refused
 from emutune.fleet.shaping import TokenBucket
@@ -50,32 +52,11 @@ _bearer = HTTPBearer(
 )
 
 
-class Doorkeeper(Keys, Protocol):
-    """What the routes need of the ledger."""
+class _Granted(NamedTuple):
+    """What a device may fetch: its last lease to train, and the shards of the emulator of that."""
 
-    def enrol(self, name: str, token_sha256: str, key_sha256: str) -> bool:
-        """Whether the token is the device's, and not used with another key."""
-        ...
-
-    def device_of_key(self, key_sha256: str) -> str | None:
-        """Whose key it is; None if nobody's or of a revoked device."""
-        ...
-
-    def may_report(self, device: str, task: str, most: int) -> bool:
-        """Whether a task is known, or something was decided about one of the device's last ``most``."""
-        ...
-
-    def open_lease(self, device: str) -> Lease | None:
-        """The lease that the device works on."""
-        ...
-
-    def last_training(self, device: str) -> Lease | None:
-        """The last lease that the device fetches an emulator for, open or not."""
-        ...
-
-    def lease(self, device: str, lease: str) -> LeaseRow | None:
-        """How far a lease is; ``data_complete`` once the hub has taken its data over."""
-        ...
+    lease: Lease
+    shards: frozenset[str]
 
 
 class Shared:
@@ -84,14 +65,14 @@ class Shared:
     def __init__(
         self,
         hub: Hub,
-        ledger: Doorkeeper,
+        ledger: AskLedger,
         catalogue: Path,
         work: Path,
         limits: Limits,
         bucket_of: BucketOf,
     ) -> None:
         self.hub, self.ledger, self.catalogue, self.bucket_of = hub, ledger, catalogue, bucket_of
-        self._granted: dict[str, tuple[str, frozenset[str]]] = {}
+        self._granted: dict[str, _Granted] = {}
         self.adapters = work / "adapters"
         self.data_bytes, self.adapter_bytes = int(limits.data_mb * 1e6), int(limits.adapter_mb * 1e6)
         self.open_tasks = limits.open_tasks
@@ -103,32 +84,33 @@ class Shared:
             cut_short.unlink()
         self.uploads = Uploads(uploads, self._damaged)
 
-    def link_for(self, device: str, sha256: str) -> TokenBucket | None:
-        """The link that a shard of the device's last emulator goes over, also when the lease has become late.
+    def leased(self, device: str, lease: Lease) -> None:
+        """A device is told of a lease: what it may fetch is looked up again, if that is another."""
+        granted = self._granted.get(device)
+        if granted is not None and lease.kind == "train" and granted.lease.lease != lease.lease:
+            del self._granted[device]
+
+    async def link_for(self, device: str, sha256: str) -> tuple[str, TokenBucket | None]:
+        """The lease and the link that a shard of the device's last emulator goes over, also when that is late.
 
         Raises:
             Refused: 404, as if there were no such shard, if that emulator has none; who needs a part of the
                 model for no lease of its own is not given it.
         """
-        lease = self.ledger.last_training(device)
-        if lease is None or sha256 not in self._shards_of(device, lease):
-            raise Refused(404, "there is no such file")
-        return self.bucket_of(device, lease)
+        granted = self._granted.get(device)
+        if granted is None or sha256 not in granted.shards:
+            granted = await self.ledger(_granted, device)
+            if granted is None or sha256 not in granted.shards:
+                raise Refused(404, "there is no such file")
+            self._granted[device] = granted
+        return granted.lease.lease, self.bucket_of(device, granted.lease)
 
-    def _shards_of(self, device: str, lease: Lease) -> frozenset[str]:
-        # A manifest is read once, not again for each of its shards.
-        known, shards = self._granted.get(device, ("", frozenset()))
-        if known != lease.lease:
-            shards = frozenset(Emulator.model_validate(lease.emulator).shards if lease.emulator else ())
-            self._granted[device] = lease.lease, shards
-        return shards
-
-    def expected(self, device: str, lease: str) -> Expected:
+    async def expected(self, device: str, lease: str) -> Expected:
         """The data that an upload lease waits for."""
-        size, sha256 = self.hub.data_size(device, lease)
+        size, sha256 = await self.hub.data_size(device, lease)
 
-        def taken() -> bool:
-            row = self.ledger.lease(device, lease)
+        async def taken() -> bool:
+            row = await self.ledger(Ledger.lease, device, lease)
             return row is not None and row.data_complete
 
         async def take(path: Path) -> None:
@@ -139,12 +121,21 @@ class Shared:
     async def forget(self, device: str | None, lease: str, reason: str) -> None:
         """Delete what arrived of an upload that nobody goes on with, and note that."""
         if await self.uploads.discard(lease):
-            self.ledger.audit("data deleted", device, lease, reason)
+            await self.ledger(Ledger.audit, "data deleted", device, lease, reason)
 
-    def _damaged(self, lease: str) -> None:
+    async def _damaged(self, lease: str) -> None:
         detail = "the data that arrived have another SHA-256 than reported; they are to be sent again"
         log.warning("lease %s: %s", lease, detail)
-        self.ledger.audit("damaged upload", None, lease, detail)
+        await self.ledger(Ledger.audit, "damaged upload", None, lease, detail)
+
+
+def _granted(ledger: Ledger, device: str) -> _Granted | None:
+    lease = ledger.last_training(device)
+    if lease is None:
+        return None
+    shards = Emulator.model_validate(lease.emulator).shards if lease.emulator else ()
+    # Of the manifest, which is most of a lease, nothing else is of use.
+    return _Granted(lease.model_copy(update={"emulator": None}), frozenset(map(sys.intern, shards)))
 
 
 async def _shared(request: Request) -> Shared:
@@ -164,7 +155,7 @@ async def _device(
     """Who asks. Every request costs one hash and one look-up, whatever key it brings."""
     key = "" if credentials is None else credentials.credentials
     key_sha256 = hashlib.sha256(key.encode()).hexdigest()
-    name = fleet.ledger.device_of_key(key_sha256)
+    name = await fleet.ledger(Ledger.device_of_key, key_sha256)
     if name is None or not key:
         raise Refused(401, "the key is missing, unknown or revoked", {"WWW-Authenticate": "Bearer"})
     request.state.device = name
@@ -173,7 +164,7 @@ async def _device(
         raise Refused(
             503, "the server has no room for more devices", {"Retry-After": "10", "Connection": "close"}
         )
-    with fleet.places.used(name, "" if request.client is None else request.client.host):
+    async with fleet.places.used(name, "" if request.client is None else request.client.host):
         yield name
 
 
@@ -184,7 +175,7 @@ async def _lease(
     request: Request, fleet: Fleet, device: Device, lease: Annotated[Identifier, InPath()]
 ) -> Lease:
     """The lease of the path, if it is the asking device's; whether it is another's stays unsaid."""
-    found = fleet.hub.lease_of(device, lease)
+    found = await fleet.hub.lease_of(device, lease)
     if found is None:
         raise Refused(404, f"{device} has no lease {lease}")
     request.state.lease = lease
@@ -207,7 +198,7 @@ async def enrolment(request: Request, fleet: Fleet) -> None:
     """A device takes its place with the token from its credentials file."""
     asked = await bodies.message(request, Enrolment)
     token_sha256 = hashlib.sha256(asked.token.encode()).hexdigest()
-    if not fleet.ledger.enrol(asked.device, token_sha256, asked.key_sha256):
+    if not await fleet.ledger(Ledger.enrol, asked.device, token_sha256, asked.key_sha256):
         raise Refused(403, f"{asked.device}: the token is unknown or was used with another key")
     log.info("%s enrolled", asked.device)
 
@@ -220,7 +211,7 @@ async def fleet_info(fleet: Fleet, device: Device) -> FleetInfo:
 async def reports(request: Request, fleet: Fleet, device: Device) -> None:
     """A device has a task."""
     report = await bodies.message(request, Report)
-    if not fleet.ledger.may_report(device, report.task, fleet.open_tasks):
+    if not await fleet.ledger(Ledger.may_report, device, report.task, fleet.open_tasks):
         raise Refused(
             429,
             f"nothing was decided yet about the last {fleet.open_tasks} tasks of this device; wait until that is done",
@@ -232,7 +223,10 @@ async def reports(request: Request, fleet: Fleet, device: Device) -> None:
 async def lease(fleet: Fleet, device: Device, wait: Wait = 0.0) -> Any:
     """The device's lease, as soon as there is one."""
     found = await fleet.hub.next_lease(device, wait)
-    return Response(status_code=204) if found is None else found
+    if found is None:
+        return Response(status_code=204)
+    fleet.leased(device, found)
+    return found
 
 
 async def shard(
@@ -244,7 +238,8 @@ async def shard(
 ) -> Response:
     """A shard of the emulator that the device's last lease to train names, over the link of that lease."""
     path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
-    return SentFile(request, path, fleet.link_for(device, sha256), tag=sha256)
+    request.state.fetched_for, link = await fleet.link_for(device, sha256)
+    return SentFile(request, path, link, tag=sha256)
 
 
 async def tokenizer(
@@ -272,7 +267,7 @@ async def get_adapter(
     """The adapter that training starts from, or with ``upload`` the one that the server trained."""
     may_come = lease.kind == "upload" or lease.start is not None
     until = time.monotonic() + wait
-    while (path := fleet.hub.start_adapter(device, lease.lease)) is None:
+    while (path := await fleet.hub.start_adapter(device, lease.lease)) is None:
         if not may_come or time.monotonic() >= until:
             return Response(status_code=204)
         await asyncio.sleep(_LOOK_AGAIN_S)
@@ -283,10 +278,9 @@ async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Lea
     """The adapter that the device trained."""
     if lease.kind != "train":
         raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which takes no adapter")
-    path, new = await receive_adapter(
-        request, fleet.adapters, fleet.adapter_bytes, fleet.hub.adapter_asked(device, lease.lease)
-    )
-    row = fleet.ledger.lease(device, lease.lease)
+    asked = await fleet.hub.adapter_asked(device, lease.lease)
+    path, new = await receive_adapter(request, fleet.adapters, fleet.adapter_bytes, asked)
+    row = await fleet.ledger(Ledger.lease, device, lease.lease)
     first = None if row is None else row.adapter_sha256
     if first is not None and path.stem != first:
         log.info("%s: lease %s has an adapter; another one does not count", device, lease.lease)
@@ -303,7 +297,7 @@ async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Lea
 
 async def get_data(fleet: Fleet, device: Device, lease: Uploading) -> Received:
     """How far an upload is; ends a request that still writes to it."""
-    return await fleet.uploads.received(fleet.expected(device, lease.lease))
+    return await fleet.uploads.received(await fleet.expected(device, lease.lease))
 
 
 async def patch_data(
@@ -317,7 +311,7 @@ async def patch_data(
 
     If that is not the one reported, the upload starts again: the answer is ``{"bytes": 0, "complete": false}``.
     """
-    expected = fleet.expected(device, lease.lease)
+    expected = await fleet.expected(device, lease.lease)
     if expected.size > fleet.data_bytes:
         raise Refused(413, f"a task may have at most {fleet.data_bytes} bytes of data here")
     return await fleet.uploads.append(request, expected, offset)
@@ -338,7 +332,7 @@ async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) 
 
 async def leave(fleet: Fleet, device: Device) -> None:
     """The device takes no part any more."""
-    lease = fleet.ledger.open_lease(device)
+    lease = await fleet.ledger(Ledger.open_lease, device)
     await fleet.hub.left(device)
     if lease is not None:
         await fleet.forget(device, lease.lease, "the device left")
