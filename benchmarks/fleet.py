@@ -38,6 +38,8 @@ deadline_s = {deadline_s}
 enabled = false
 [training]
 width = 4
+[limits]
+connections_per_address = {devices}
 """
 
 
@@ -119,7 +121,8 @@ def new_fleet(folder, devices, **steps):
     from emutune.fleet.server.run import certificate_of, opened_ledger
 
     folder.mkdir(parents=True)
-    values = {"gather_s": 0.5, "deadline_s": HELD_S} | steps
+    # All devices are at one address.
+    values = {"gather_s": 0.5, "deadline_s": HELD_S, "devices": max(64, len(devices))} | steps
     (folder / "fleet.toml").write_text(FLEET.format(port=free_port("127.0.0.1"), **values))
     config = load_fleet(folder / "fleet.toml")
     url = f"https://127.0.0.1:{config.server.port}"
@@ -507,8 +510,8 @@ def loaded(folder, devices, steps):
         "decider_rss_mb": last["decider"]["peak_mb"],
         "idle_rss_mb_of": {name: part["peak_mb"] for name, part in idle.items()},
         "seconds": result["seconds"],
-        "server_cpu_seconds": sum(last[name]["cpu_seconds"] - idle[name]["cpu_seconds"] for name in last),
-        "devices_cpu_seconds": alone["cpu_seconds"],
+        "cpu_seconds_of": {name: last[name]["cpu_seconds"] - idle[name]["cpu_seconds"] for name in last}
+        | {"devices": alone["cpu_seconds"]},
         "first_errors": result["errors"][:3],
     }
 

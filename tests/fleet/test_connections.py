@@ -252,8 +252,7 @@ def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
 async def used(places: Places, clock: Clock, *uses: tuple[str, float]) -> None:
     for address, at in uses:
         clock.now = at
-        async with places.used("ue1", address):
-            pass
+        places.end(await places.begin("ue1", address))
 
 
 A, B, C = "10.0.0.1", "10.0.0.2", "2001:db8::1"
@@ -289,9 +288,10 @@ def test_a_key_that_is_used_elsewhere_during_a_long_request(ledger: Ledger) -> N
     places = Places(AskedHere(ledger), clock)
 
     async def run() -> None:
-        async with places.used("ue1", A):
-            await used(places, clock, (B, 300.0))
-            clock.now = 900.0
+        long = await places.begin("ue1", A)
+        await used(places, clock, (B, 300.0))
+        clock.now = 900.0
+        places.end(long)
         await used(places, clock, (A, 901.0))
 
     asyncio.run(run())

@@ -68,6 +68,7 @@ def create_app(
     )
     app.state.fleet = routes.Shared(hub, ledger, catalogue_directory, work, limits, bucket_of)
     app.state.connections = Connections(limits, ledger)
+    app.add_middleware(routes.Using, places=app.state.fleet.places)
     refusals.install(app, ledger)
     _add_tasks(app)
     _add_files(app)

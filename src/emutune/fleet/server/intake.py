@@ -189,25 +189,19 @@ async def receive_adapter(request: Request, directory: Path, limit: int, asked: 
     length: int | None = None
     file = await run_sync(_open_part, aside)
     try:
-        try:
-            async for piece in gathered(pieces(request, limit)):
-                if length is None:
-                    start += piece
-                    length = await run_sync(_check_start, start, limit, asked)
-                if length is not None and at + len(piece) > length:
-                    raise Refused(422, "no safetensors file: it goes on after its tensors")
-                await run_sync(_write_all, file, piece, at)
-                digest.update(piece)
-                at += len(piece)
-        finally:
-            with CancelScope(shield=True):
-                await run_sync(_sync_and_close, file)
-        await run_sync(_check_safetensors, aside)
+        async for piece in gathered(pieces(request, limit)):
+            if length is None:
+                start += piece
+                length = await run_sync(_check_start, start, limit, asked)
+            if length is not None and at + len(piece) > length:
+                raise Refused(422, "no safetensors file: it goes on after its tensors")
+            await run_sync(_write_all, file, piece, at)
+            digest.update(piece)
+            at += len(piece)
         path = directory / f"{digest.hexdigest()}.safetensors"
-        new = not path.exists()
-        await run_sync(_move, aside, path)
-        return path, new
+        return path, await run_sync(_keep, file, aside, path)
     finally:
+        os.close(file)
         with suppress(OSError):
             aside.unlink()
 
@@ -249,6 +243,15 @@ def _check_safetensors(path: Path) -> None:
                     raise ValueError(f"tensor {name} has numbers that are not finite")
     except (SafetensorError, ValueError) as error:
         raise _no_safetensors(error) from error
+
+
+def _keep(file: int, aside: Path, path: Path) -> bool:
+    """Move what was written to its place, once it is on the disk and checked; whether it is new there."""
+    os.fsync(file)
+    _check_safetensors(aside)
+    new = not path.exists()
+    _move(aside, path)
+    return new
 
 
 def _no_safetensors(error: Exception) -> Refused:

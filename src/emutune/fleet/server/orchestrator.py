@@ -200,7 +200,7 @@ class Orchestrator:
         end = loop.time() + min(wait_s, _LONGEST_WAIT_S)
         while True:
             self._wakers[device].clear()
-            lease = await self._ledger(progress.unfinished_lease, device) or self._stop_lease(device)
+            lease = await self._ledger(Ledger.unanswered_lease, device) or self._stop_lease(device)
             if lease is not None or loop.time() >= end:
                 return lease
             await self._wait(self._wakers[device], end - loop.time())

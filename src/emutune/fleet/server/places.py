@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from emutune.errors import EmutuneError
@@ -22,7 +21,7 @@ _OCCURRENCE_S = 600.0
 
 
 @dataclass
-class _Use:
+class Use:
     """The use of a key from one place.
 
     Attributes:
@@ -49,26 +48,26 @@ class Places:
 
     def __init__(self, ledger: AskLedger, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger, self._clock = ledger, clock
-        self._uses: dict[str, dict[str, _Use]] = {}
+        self._uses: dict[str, dict[str, Use]] = {}
         self._last: dict[str, float] = {}
 
-    @asynccontextmanager
-    async def used(self, device: str, address: str) -> AsyncIterator[None]:
-        """A request of a device, for as long as it takes."""
+    async def begin(self, device: str, address: str) -> Use:
+        """A request of a device; ``end`` it."""
         place, now = place_of(address), self._clock()
         uses = self._uses.setdefault(device, {})
         _forget_old(uses, now)
-        use = uses.setdefault(place, _Use(now, now))
+        use = uses.setdefault(place, Use(now, now))
         between = [other for other, seen in uses.items() if seen.begun > use.begun]
         use.begun = now
         use.requests += 1
-        try:
-            if between:
-                await self._note(device, now, [place, *between])
-            yield
-        finally:
-            use.requests -= 1
-            use.active = self._clock()
+        if between:
+            await self._note(device, now, [place, *between])
+        return use
+
+    def end(self, use: Use) -> None:
+        """The request is over."""
+        use.requests -= 1
+        use.active = self._clock()
 
     async def _note(self, device: str, now: float, places: list[str]) -> None:
         new = now - self._last.get(device, -_OCCURRENCE_S) >= _OCCURRENCE_S
@@ -83,7 +82,7 @@ class Places:
             log.error("the ledger does not take it: %s", unwritten)
 
 
-def _forget_old(uses: dict[str, _Use], now: float) -> None:
+def _forget_old(uses: dict[str, Use], now: float) -> None:
     """Drop what no place that is still in use could come back to."""
     lately = {place for place, use in uses.items() if use.requests or now - use.active <= AT_ONCE_S}
     first = min((uses[place].begun for place in lately), default=now)

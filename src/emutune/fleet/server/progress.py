@@ -9,7 +9,7 @@ from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
-from emutune.fleet.protocol import Lease, Report, Result, Transferred
+from emutune.fleet.protocol import Report, Result, Transferred
 from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server.judging import complexity_of
 from emutune.fleet.server.leasing import Known
@@ -110,13 +110,6 @@ def data_size(ledger: Ledger, device: str, lease: str) -> tuple[int, str]:
     """See ``Hub.data_size``."""
     report = ledger.report_of(device, row_of(ledger, device, lease).task)
     return report.data_bytes, report.data_sha256
-
-
-def unfinished_lease(ledger: Ledger, device: str) -> Lease | None:
-    """The device's open lease, unless all that is left to do is the server's."""
-    lease = ledger.open_lease(device)
-    row = None if lease is None else ledger.lease(device, lease.lease)
-    return None if row is None or row.result is not None else lease
 
 
 def transferred(ledger: Ledger, device: str, lease: str, message: Transferred) -> None:

@@ -7,13 +7,14 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emutune.errors import AdapterError
 from emutune.fleet.config import Limits
@@ -138,78 +139,111 @@ def _granted(ledger: Ledger, device: str) -> _Granted | None:
     return _Granted(lease.model_copy(update={"emulator": None}), frozenset(map(sys.intern, shards)))
 
 
-async def _shared(request: Request) -> Shared:
-    # Not a plain function, which would be called in a thread, for every request.
-    shared: Shared = request.app.state.fleet
-    return shared
+class Asker(NamedTuple):
+    """A device that asks."""
+
+    fleet: Shared
+    device: str
 
 
-Fleet = Annotated[Shared, Depends(_shared)]
+class Leased(NamedTuple):
+    """A device that asks about a lease of its own."""
+
+    fleet: Shared
+    device: str
+    lease: Lease
 
 
-async def _device(
-    request: Request,
-    fleet: Fleet,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> AsyncIterator[str]:
+# Every dependency costs every request, and each use of it again, so that there are few and nested ones.
+async def _asker(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Asker:
     """Who asks. Every request costs one hash and one look-up, whatever key it brings."""
+    fleet: Shared = request.app.state.fleet
     key = "" if credentials is None else credentials.credentials
     key_sha256 = hashlib.sha256(key.encode()).hexdigest()
     name = await fleet.ledger(Ledger.device_of_key, key_sha256)
     if name is None or not key:
         raise Refused(401, "the key is missing, unknown or revoked", {"WWW-Authenticate": "Bearer"})
     request.state.device = name
+    _identify(request, name, key_sha256)
+    host = "" if request.client is None else request.client.host
+    request.state.use = await fleet.places.begin(name, host)
+    return Asker(fleet, name)
+
+
+def _identify(request: Request, device: str, key_sha256: str) -> None:
+    """The connection of a request is a device's from now on."""
     connection: Connection | None = getattr(request.state, "connection", None)
-    if connection is not None and not connection.identified(name, key_sha256):
+    if connection is not None and not connection.identified(device, key_sha256):
         raise Refused(
             503, "the server has no room for more devices", {"Retry-After": "10", "Connection": "close"}
         )
-    async with fleet.places.used(name, "" if request.client is None else request.client.host):
-        yield name
 
 
-Device = Annotated[str, Depends(_device)]
+class Using:
+    """Middleware that ends the use of a device's key with its request."""
+
+    def __init__(self, app: ASGIApp, places: Places) -> None:
+        self._app, self._places = app, places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            use = scope.get("state", {}).get("use")
+            if use is not None:
+                self._places.end(use)
 
 
-async def _lease(
-    request: Request, fleet: Fleet, device: Device, lease: Annotated[Identifier, InPath()]
-) -> Lease:
+Asking = Annotated[Asker, Depends(_asker)]
+
+
+async def _leased(request: Request, asker: Asking, lease: Annotated[Identifier, InPath()]) -> Leased:
     """The lease of the path, if it is the asking device's; whether it is another's stays unsaid."""
+    fleet, device = asker
     found = await fleet.hub.lease_of(device, lease)
     if found is None:
         raise Refused(404, f"{device} has no lease {lease}")
     request.state.lease = lease
-    return found
+    return Leased(fleet, device, found)
 
 
-async def _upload(lease: Annotated[Lease, Depends(_lease)]) -> Lease:
+AboutLease = Annotated[Leased, Depends(_leased)]
+
+
+async def _upload(leased: AboutLease) -> Leased:
+    lease = leased.lease
     if lease.kind != "upload":
         raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which sends no data")
-    return lease
+    return leased
 
 
-Leased = Annotated[Lease, Depends(_lease)]
-Uploading = Annotated[Lease, Depends(_upload)]
+Uploading = Annotated[Leased, Depends(_upload)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Seconds to wait for an answer to come.")]
 RangeHeader = Annotated[str | None, Header(alias="Range", description="`bytes=N-` goes on from byte N.")]
 
 
-async def enrolment(request: Request, fleet: Fleet) -> None:
+async def enrolment(request: Request) -> None:
     """A device takes its place with the token from its credentials file."""
+    fleet: Shared = request.app.state.fleet
     asked = await bodies.message(request, Enrolment)
     token_sha256 = hashlib.sha256(asked.token.encode()).hexdigest()
     if not await fleet.ledger(Ledger.enrol, asked.device, token_sha256, asked.key_sha256):
         raise Refused(403, f"{asked.device}: the token is unknown or was used with another key")
+    _identify(request, asked.device, asked.key_sha256)
     log.info("%s enrolled", asked.device)
 
 
-async def fleet_info(fleet: Fleet, device: Device) -> FleetInfo:
+async def fleet_info(asker: Asking) -> FleetInfo:
     """What a device has to know before its first task."""
-    return fleet.hub.info()
+    return asker.fleet.hub.info()
 
 
-async def reports(request: Request, fleet: Fleet, device: Device) -> None:
+async def reports(request: Request, asker: Asking) -> None:
     """A device has a task."""
+    fleet, device = asker
     report = await bodies.message(request, Report)
     if not await fleet.ledger(Ledger.may_report, device, report.task, fleet.open_tasks):
         raise Refused(
@@ -220,23 +254,25 @@ async def reports(request: Request, fleet: Fleet, device: Device) -> None:
     await fleet.hub.reported(device, report)
 
 
-async def lease(fleet: Fleet, device: Device, wait: Wait = 0.0) -> Any:
+async def lease(asker: Asking, wait: Wait = 0.0) -> Response:
     """The device's lease, as soon as there is one."""
+    fleet, device = asker
     found = await fleet.hub.next_lease(device, wait)
     if found is None:
         return Response(status_code=204)
     fleet.leased(device, found)
-    return found
+    # Not as an object, which would be checked and copied once more: all devices are told at the same time.
+    return Response(found.model_dump_json(), media_type="application/json")
 
 
 async def shard(
     request: Request,
-    fleet: Fleet,
-    device: Device,
+    asker: Asking,
     sha256: Annotated[Sha256, InPath()],
     range_: RangeHeader = None,
 ) -> Response:
     """A shard of the emulator that the device's last lease to train names, over the link of that lease."""
+    fleet, device = asker
     path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
     request.state.fetched_for, link = await fleet.link_for(device, sha256)
     return SentFile(request, path, link, tag=sha256)
@@ -244,12 +280,12 @@ async def shard(
 
 async def tokenizer(
     request: Request,
-    fleet: Fleet,
-    device: Device,
+    asker: Asking,
     name: Annotated[str, InPath(pattern=_TOKENIZER_FILE)],
     range_: RangeHeader = None,
 ) -> Response:
     """A file of the catalogue's tokenizer."""
+    fleet = asker.fleet
     sha256 = fleet.hub.info().tokenizer.get(name)
     if sha256 is None:
         raise Refused(404, "the tokenizer has no such file; GET /v1/fleet names them")
@@ -258,13 +294,12 @@ async def tokenizer(
 
 async def get_adapter(
     request: Request,
-    fleet: Fleet,
-    device: Device,
-    lease: Leased,
+    leased: AboutLease,
     wait: Wait = 0.0,
     range_: RangeHeader = None,
 ) -> Response:
     """The adapter that training starts from, or with ``upload`` the one that the server trained."""
+    fleet, device, lease = leased
     may_come = lease.kind == "upload" or lease.start is not None
     until = time.monotonic() + wait
     while (path := await fleet.hub.start_adapter(device, lease.lease)) is None:
@@ -274,8 +309,9 @@ async def get_adapter(
     return SentFile(request, path)
 
 
-async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+async def put_adapter(request: Request, leased: AboutLease) -> None:
     """The adapter that the device trained."""
+    fleet, device, lease = leased
     if lease.kind != "train":
         raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which takes no adapter")
     asked = await fleet.hub.adapter_asked(device, lease.lease)
@@ -295,43 +331,46 @@ async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Lea
         raise
 
 
-async def get_data(fleet: Fleet, device: Device, lease: Uploading) -> Received:
+async def get_data(leased: Uploading) -> Received:
     """How far an upload is; ends a request that still writes to it."""
+    fleet, device, lease = leased
     return await fleet.uploads.received(await fleet.expected(device, lease.lease))
 
 
 async def patch_data(
     request: Request,
-    fleet: Fleet,
-    device: Device,
-    lease: Uploading,
+    leased: Uploading,
     offset: Annotated[int, Query(ge=0, le=1 << 50, description="The byte that the body starts with.")],
 ) -> Received:
     """The bytes of an upload from ``offset`` on; when it is whole, its SHA-256 is checked.
 
     If that is not the one reported, the upload starts again: the answer is ``{"bytes": 0, "complete": false}``.
     """
+    fleet, device, lease = leased
     expected = await fleet.expected(device, lease.lease)
     if expected.size > fleet.data_bytes:
         raise Refused(413, f"a task may have at most {fleet.data_bytes} bytes of data here")
     return await fleet.uploads.append(request, expected, offset)
 
 
-async def transferred(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+async def transferred(request: Request, leased: AboutLease) -> None:
     """The device has what its lease names, or has sent it."""
+    fleet, device, lease = leased
     await fleet.hub.transferred(device, lease.lease, await bodies.message(request, Transferred))
 
 
-async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+async def result(request: Request, leased: AboutLease) -> None:
     """The device is done with a lease."""
+    fleet, device, lease = leased
     message = await bodies.message(request, Result)
     await fleet.hub.result(device, lease.lease, message)
     if message.outcome == "failed":
         await fleet.forget(device, lease.lease, "the lease failed")
 
 
-async def leave(fleet: Fleet, device: Device) -> None:
+async def leave(asker: Asking) -> None:
     """The device takes no part any more."""
+    fleet, device = asker
     lease = await fleet.ledger(Ledger.open_lease, device)
     await fleet.hub.left(device)
     if lease is not None:
