@@ -41,15 +41,18 @@ class Judging:
     ) -> None:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._scenario, self._judge, self._adapter = scenario, judge, adapter
+        self._one_judgement = asyncio.Lock()
         self._one_of: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._given_up: set[str] = set()
 
     async def judge(self, row: LeaseRow) -> None:
-        """Judge a lease's adapter against the one in service, one judgement of a device after another."""
+        """Judge a lease's adapter against the one in service, one judgement after another."""
         async with self._one_of[row.device]:
             adapters = await self._ledger(_to_compare, row)
             if adapters:
-                before, after = await self._perplexities(row.device, adapters)
+                # Another device need not wait until this one is noted.
+                async with self._one_judgement:
+                    before, after = await self._perplexities(row.device, adapters)
                 await self._ledger(Ledger.evaluation, row.lease, before, after, after <= before)
 
     async def unmeasured(self, devices: Sequence[str]) -> list[str]:
