@@ -369,7 +369,7 @@ def curl(folder, config, url, emulator):
 
 
 def latency(work, steps=100):
-    """From the commit of a step's leases to a device that waits for its own in a long poll."""
+    """From a step's leases in the ledger, just before their commit, to a device that waits in a long poll."""
     folder = work / "latency"
     random_catalogue(folder / "catalogue", 1000)
     # The second device never has a task, so that every step waits while the first is idle.
@@ -390,7 +390,7 @@ def latency(work, steps=100):
 
 
 def noting_server(fleet, catalogue, notes):
-    """A server that notes when the leases of a step are in the ledger; CLOCK_MONOTONIC is the machine's."""
+    """A server that notes when the leases of a step are written; CLOCK_MONOTONIC is the machine's."""
     from emutune.fleet.ledger import Ledger
 
     begin_step = Ledger.begin_step
