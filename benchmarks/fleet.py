@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ deadline_s = {deadline_s}
 enabled = false
 [training]
 width = 4
+[limits]
+connections_per_address = {devices}
 """
 
 
@@ -118,7 +121,8 @@ def new_fleet(folder, devices, **steps):
     from emutune.fleet.server.run import certificate_of, opened_ledger
 
     folder.mkdir(parents=True)
-    values = {"gather_s": 0.5, "deadline_s": HELD_S} | steps
+    # All devices are at one address.
+    values = {"gather_s": 0.5, "deadline_s": HELD_S, "devices": max(64, len(devices))} | steps
     (folder / "fleet.toml").write_text(FLEET.format(port=free_port("127.0.0.1"), **values))
     config = load_fleet(folder / "fleet.toml")
     url = f"https://127.0.0.1:{config.server.port}"
@@ -365,7 +369,7 @@ def curl(folder, config, url, emulator):
 
 
 def latency(work, steps=100):
-    """From the commit of a step's leases to a device that waits for its own in a long poll."""
+    """From a step's leases in the ledger, just before their commit, to a device that waits in a long poll."""
     folder = work / "latency"
     random_catalogue(folder / "catalogue", 1000)
     # The second device never has a task, so that every step waits while the first is idle.
@@ -386,7 +390,7 @@ def latency(work, steps=100):
 
 
 def noting_server(fleet, catalogue, notes):
-    """A server that notes when the leases of a step are in the ledger; CLOCK_MONOTONIC is the machine's."""
+    """A server that notes when the leases of a step are written; CLOCK_MONOTONIC is the machine's."""
     from emutune.fleet.ledger import Ledger
 
     begin_step = Ledger.begin_step
@@ -460,9 +464,17 @@ def idle_device(folder, steps):
 # Load
 
 
-def load(work, devices=300, steps=5):
+def load(work):
+    return {"load": loaded(work / "load", devices=300, steps=5)}
+
+
+def scale(work):
+    """A step of a thousand devices, from the last result of the step before to the last of its own."""
+    return {"scale": loaded(work / "scale", devices=1000, steps=4)}
+
+
+def loaded(folder, devices, steps):
     """Many devices on one server: every route of a device that trains, without the training."""
-    folder = work / "load"
     emulator = random_catalogue(folder / "catalogue", 10_000)
     config, url = new_fleet(
         folder / "fleet",
@@ -473,9 +485,11 @@ def load(work, devices=300, steps=5):
     )
     command = own_command("unjudging_server", folder / "fleet" / "fleet.toml", folder / "catalogue")
     with server_process(command, config, url) as server:
-        result = started_alone("many_devices", folder / "fleet", devices, steps)["result"]
+        alone = started_alone("many_devices", folder / "fleet", devices, steps)
+        result = alone["result"]
         server.wait(HELD_S)
-    noted = json.loads((config.server.directory / "server.log").read_text().splitlines()[-1])["result"]
+    lines = (config.server.directory / "server.log").read_text().splitlines()
+    noted = json.loads(next(line for line in reversed(lines) if line.startswith('{"result"')))["result"]
     idle, last = noted["idle"], noted["ended"]
     from emutune.fleet.server.run import opened_ledger
 
@@ -484,18 +498,21 @@ def load(work, devices=300, steps=5):
         ended = sum(ledger.step_ended(step) for step in range(ledger.last_step() + 1))
     lost = devices * steps - totals.get("leases.train.done", 0)
     assert totals["bytes.train"] in (0, devices * emulator.bytes) or result["errors"]
+    seconds_of = [end - begin for begin, end in itertools.pairwise([0.0, *result["over_s"]])]
     return {
-        "load": {
-            "devices": devices,
-            "steps_completed": ended,
-            "errors": len(result["errors"]) + lost,
-            "server_rss_mb": sum(part["peak_mb"] for part in last.values()),
-            "server_rss_mb_of": {name: part["peak_mb"] for name, part in last.items()},
-            "server_idle_rss_mb": sum(part["peak_mb"] for part in idle.values()),
-            "seconds": result["seconds"],
-            "server_cpu_seconds": sum(last[name]["cpu_seconds"] - idle[name]["cpu_seconds"] for name in last),
-            "first_errors": result["errors"][:3],
-        }
+        "devices": devices,
+        "steps_completed": ended,
+        # The first has in it that all join, shake hands and fetch an emulator.
+        "first_step_s": seconds_of[0],
+        "step_s": statistics.median(seconds_of[1:]),
+        "errors": len(result["errors"]) + lost,
+        "server_rss_mb": last["server"]["peak_mb"],
+        "decider_rss_mb": last["decider"]["peak_mb"],
+        "idle_rss_mb_of": {name: part["peak_mb"] for name, part in idle.items()},
+        "seconds": result["seconds"],
+        "cpu_seconds_of": {name: last[name]["cpu_seconds"] - idle[name]["cpu_seconds"] for name in last}
+        | {"devices": alone["cpu_seconds"]},
+        "first_errors": result["errors"][:3],
     }
 
 
@@ -514,7 +531,7 @@ def unjudging_server(fleet, catalogue):
 
 
 def many_devices(folder, devices, steps):
-    """All devices, each with a client and a connection of its own; what failed, and the seconds of it all."""
+    """All devices, each with a client and a connection of its own; what failed, and when each step was over."""
     # Now, and not while the server waits.
     import emutune.tuning.adapters  # noqa: F401
     from emutune.fleet.loop import run
@@ -524,15 +541,17 @@ def many_devices(folder, devices, steps):
     credentials = [read_credentials(folder / f"ue{number}.json") for number in range(int(devices))]
 
     async def all_devices():
-        errors = []
+        errors, over = [], [0.0] * int(steps)
         started = time.perf_counter()
-        await asyncio.gather(*(one_of_many(each, folder / "out", int(steps), errors) for each in credentials))
-        return {"errors": errors, "seconds": time.perf_counter() - started}
+        await asyncio.gather(*(one_of_many(each, folder / "out", over, errors) for each in credentials))
+        seconds = time.perf_counter() - started
+        return {"errors": errors, "seconds": seconds, "over_s": [at - started for at in over]}
 
     return run(all_devices())
 
 
-async def one_of_many(credentials, folder, steps, errors):
+async def one_of_many(credentials, folder, over, errors):
+    """A device, which notes when its steps are over, and what fails."""
     from emutune.errors import EmutuneError
 
     client = client_of(credentials)
@@ -540,11 +559,12 @@ async def one_of_many(credentials, folder, steps, errors):
         async with client:
             await enrolled(client)
             info, held = await client.info(), {}
-            for number in range(steps):
+            for number in range(len(over)):
                 await client.report(report_of(number))
                 while (lease := await client.lease(20.0)) is None:
                     await client.report(report_of(number))
                 await carry_out(client, info, lease, held, folder / f"{credentials.device}.safetensors")
+                over[number] = time.perf_counter()
             while (lease := await client.lease(20.0)) is None:
                 pass
             assert lease.kind == "stop"
@@ -636,6 +656,7 @@ PARTS = {
     "transfer": transfer,
     "latency": latency,
     "load": load,
+    "scale": scale,
     "intruders": intruders,
     "prediction": prediction,
     "delta": prediction,

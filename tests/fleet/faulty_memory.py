@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,17 +33,12 @@ Fault = Callable[["MemoryFleet"], Awaitable[None]]
 
 
 class MemoryFleet(WholeFleet):
-    """Server and devices in one process, doing the work that ``ProcessFleet`` does.
-
-    Attributes:
-        ledger_clock: what the ledger notes as the time.
-    """
+    """Server and devices in one process, doing the work that ``ProcessFleet`` does."""
 
     def __init__(self, folder: Path, catalogue: Catalogue, policy: str) -> None:
         super().__init__(folder, catalogue, count=STEPS, policy=policy)
         steps = self.config.steps.model_copy(update={"gather_s": 60.0, "deadline_s": 120.0})
         self.config = self.config.model_copy(update={"steps": steps})
-        self.ledger_clock: Callable[[], datetime] | None = None
         self.at_work: dict[str, asyncio.Task[int]] = {}
         for name in NAMES:
             self.add_device(name)
@@ -51,13 +46,6 @@ class MemoryFleet(WholeFleet):
     @property
     def directory(self) -> Path:
         return self.config.server.directory
-
-    @asynccontextmanager
-    async def server(self) -> AsyncIterator[asyncio.Task[None]]:
-        async with super().server() as steps:
-            if self.ledger_clock is not None:
-                self.hub._ledger._now = self.ledger_clock
-            yield steps
 
     def start(self, name: str) -> None:
         self.at_work[name] = asyncio.create_task(self.device(name))
@@ -270,7 +258,7 @@ class MemoryInjector:
     def jump_clock(self, fleet: MemoryFleet) -> Outcome:
         """Wall clocks that are set again and again, and a device whose machine is started anew."""
         ledgers, devices = JumpingClock(self.random), JumpingClock(self.random)
-        fleet.ledger_clock = ledgers.now
+        fleet.now = ledgers.now
 
         async def jumps(fleet: MemoryFleet) -> None:
             anew = self.random.uniform(0, self.span_s)

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 from emutune.fleet.ledger import Decision, Ledger
 from emutune.fleet.protocol import Lease, Report, Result
+
+
+class AskedHere:
+    """A ledger that is asked in the thread of whoever asks."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    async def __call__(self, question: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
+        return question(self._ledger, *args, **named)
 
 
 def digest(text: str) -> str:

@@ -23,6 +23,7 @@ from emutune.fleet.server.app import create_app
 from emutune.fleet.server.dashboard.board import Board, Fleet
 from emutune.fleet.server.dashboard.messages import Model
 from emutune.fleet.server.dashboard.watch import Watch
+from emutune.fleet.server.ledger_thread import LedgerThread
 from emutune.fleet.shaping import TokenBucket
 from emutune.tuning.adapter_manifest import AdapterManifest, Asked
 from emutune.tuning.manifest import Emulator
@@ -71,11 +72,11 @@ class Hub:
     async def next_lease(self, device: str, wait_s: float) -> Lease | None:
         return self.ledger.open_lease(device)
 
-    def lease_of(self, device: str, lease: str) -> Lease | None:
+    async def lease_of(self, device: str, lease: str) -> Lease | None:
         row = self.ledger.lease(device, lease)
         return None if row is None else row.message
 
-    def data_size(self, device: str, lease: str) -> tuple[int, str]:
+    async def data_size(self, device: str, lease: str) -> tuple[int, str]:
         return len(DATA), hashlib.sha256(DATA).hexdigest()
 
     async def data_received(self, device: str, lease: str, path: Path) -> None:
@@ -86,10 +87,10 @@ class Hub:
     async def transferred(self, device: str, lease: str, message: Transferred) -> None:
         self.ledger.transferred(lease, message.seconds, message.bytes)
 
-    def start_adapter(self, device: str, lease: str) -> Path | None:
+    async def start_adapter(self, device: str, lease: str) -> Path | None:
         return self.trained
 
-    def adapter_asked(self, device: str, lease: str) -> Asked:
+    async def adapter_asked(self, device: str, lease: str) -> Asked:
         return Asked(MANIFEST, self.shapes)
 
     async def adapter_received(self, device: str, lease: str, path: Path) -> None:
@@ -115,7 +116,7 @@ def board_of(ledger: Ledger, uploads: Path, steps_total: int = 5, **changes: Any
         "steps_total": steps_total,
         "emulators": {"half": (0.5, 4)},
     }
-    watch = Watch(ledger.open_lease)
+    watch = Watch()
     return Board(Fleet(**fleet | changes), ledger.path, uploads, watch, secret_sha256(DASHBOARD_KEY))
 
 
@@ -133,12 +134,13 @@ class Served:
         (self.catalogue / "catalogue.json").write_text("secret of the catalogue")
         self.ledger = Ledger(directory / "ledger.sqlite")
         self._fill()
+        self.asked = LedgerThread(self.ledger.path)
         self.hub = Hub(self.ledger, directory)
         self.bucket = None if rate_bps is None else TokenBucket(rate_bps)
         self.board = board_of(self.ledger, self.work / "uploads")
         self.app = create_app(
             self.hub,
-            self.ledger,
+            self.asked,
             self.catalogue,
             self.work,
             limits or Limits(data_mb=1, adapter_mb=0.1),
@@ -200,6 +202,7 @@ class Served:
 
     def close(self) -> None:
         self.board.close()
+        self.asked.close()
         self.ledger.close()
 
 

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ledgers import AskedHere
 from served import (
     DATA,
     KEYS,
@@ -627,12 +628,16 @@ def test_adapters_with_a_damaged_byte_never_pass_as_another_shape(fleet: Served,
 
 def test_refusals_without_pause_do_not_fill_the_ledger(fleet: Served) -> None:
     now = [0.0]
-    audit = refusals._Audit(fleet.ledger, lambda: now[0])
-    for _ in range(1000):
-        audit.write(None, "401")
+    audit = refusals._Audit(AskedHere(fleet.ledger), lambda: now[0])
+
+    async def knock() -> None:
+        for _ in range(1000):
+            await audit.write(None, "401")
+
+    asyncio.run(knock())
     assert len(fleet.ledger.audit_rows()) == 600
     now[0] = 61.0
-    audit.write("ue1", "404")
+    asyncio.run(audit.write("ue1", "404"))
     assert [(row.device, row.detail) for row in fleet.ledger.audit_rows()[600:]] == [
         (None, "400 more requests within a minute"),
         ("ue1", "404"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from ledgers import AskedHere
 from served import KEYS, SHA, SHARD, Served, served
 
 from emutune.fleet.addresses import place_of, same_host, url_of
@@ -33,7 +34,7 @@ class Room:
 
     def __init__(self, ledger: Ledger, room: int = 100, **limits: float) -> None:
         self.clock, self.closed = Clock(), set[Connection]()
-        self.all = Connections(Limits(**limits), ledger, self.clock)
+        self.all = Connections(Limits(**limits), AskedHere(ledger), self.clock)
         self.all.room = room
 
     def come(self, address: str = "10.0.0.1") -> Connection:
@@ -43,7 +44,7 @@ class Room:
 
     def after(self, seconds: float) -> None:
         self.clock.now += seconds
-        self.all.sweep()
+        asyncio.run(self.all.sweep())
 
 
 @pytest.fixture
@@ -248,11 +249,10 @@ def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
 # From where
 
 
-def used(places: Places, clock: Clock, *uses: tuple[str, float]) -> None:
+async def used(places: Places, clock: Clock, *uses: tuple[str, float]) -> None:
     for address, at in uses:
         clock.now = at
-        with places.used("ue1", address):
-            pass
+        places.end(await places.begin("ue1", address))
 
 
 A, B, C = "10.0.0.1", "10.0.0.2", "2001:db8::1"
@@ -277,7 +277,7 @@ A, B, C = "10.0.0.1", "10.0.0.2", "2001:db8::1"
 )
 def test_a_key_in_two_places(ledger: Ledger, uses: list[tuple[str, float]], rows: int) -> None:
     clock = Clock()
-    used(Places(ledger, clock), clock, *uses)
+    asyncio.run(used(Places(AskedHere(ledger), clock), clock, *uses))
     noted = ledger.audit_rows()
     assert len(noted) == rows
     assert {(row.event, row.device) for row in noted} <= {("key in two places", "ue1")}
@@ -285,11 +285,16 @@ def test_a_key_in_two_places(ledger: Ledger, uses: list[tuple[str, float]], rows
 
 def test_a_key_that_is_used_elsewhere_during_a_long_request(ledger: Ledger) -> None:
     clock = Clock()
-    places = Places(ledger, clock)
-    with places.used("ue1", A):
-        used(places, clock, (B, 300.0))
+    places = Places(AskedHere(ledger), clock)
+
+    async def run() -> None:
+        long = await places.begin("ue1", A)
+        await used(places, clock, (B, 300.0))
         clock.now = 900.0
-    used(places, clock, (A, 901.0))
+        places.end(long)
+        await used(places, clock, (A, 901.0))
+
+    asyncio.run(run())
     assert f"{A} and {B}" in ledger.audit_rows()[0].detail
 
 

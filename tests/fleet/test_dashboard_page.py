@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledgers import add_devices, decision, digest, report, run_step
+from ledgers import AskedHere, add_devices, decision, digest, report, run_step
 from served import DASHBOARD_KEY, KEYS, Hub, board_of
 
 from emutune.fleet.config import Limits
@@ -96,7 +96,9 @@ def running(directory: Path, port: int = 0, steps_total: int = 3) -> Iterator[tu
             work = directory / "work"
             board = board_of(ledger, work / "uploads", steps_total, name="lab")
             hub = Hub(ledger, directory)
-            app = create_app(hub, ledger, directory / "catalogue", work, Limits(), lambda *_: None, board)
+            app = create_app(
+                hub, AskedHere(ledger), directory / "catalogue", work, Limits(), lambda *_: None, board
+            )
             tls = self_made_certificate(directory / "tls", [])
             server = await serve(app, "127.0.0.1", port, tls.certificate, tls.key)
             told.extend([server.port, asyncio.get_running_loop(), board])

@@ -326,12 +326,16 @@ def test_server_trains_on_for_a_device_that_no_longer_waits(
 
             fleet.hub._trainers.run = slow
             devices = [asyncio.create_task(fleet.device(name)) for name in ("ue1", "ue2")]
-            while len(rows := fleet.hub._ledger.step_leases(0)) < 2 or not all(map(waited_for, rows)):
+            while len(rows := await fleet.hub._ledger(Ledger.step_leases, 0)) < 2 or not all(
+                map(waited_for, rows)
+            ):
                 await asyncio.sleep(0.02)
             for row in rows:
                 failed = {"outcome": "failed", "reason": "the server ended the lease without an adapter"}
                 await fleet.hub.result(row.device, row.lease, _result(failed))
-                assert fleet.hub._ledger.lease(row.device, row.lease).state == "expired"  # type: ignore[union-attr]
+                now = await fleet.hub._ledger(Ledger.lease, row.device, row.lease)
+                assert now is not None
+                assert now.state == "expired"
             running.set()
             for device in devices:
                 device.cancel()

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from ledgers import add_devices, decision, digest, report, run_step
+from ledgers import AskedHere, add_devices, decision, digest, report, run_step
 
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.ledger import Ledger
@@ -55,7 +55,9 @@ class Shop:
             self.forgotten.append((device, lease))
 
         self.ago_days = 0.0
-        asyncio.run(Housekeeping(self.ledger, self.directory, DAYS, lambda: self.at_work, forget).tidy())
+        asyncio.run(
+            Housekeeping(AskedHere(self.ledger), self.directory, DAYS, lambda: self.at_work, forget).tidy()
+        )
         return {path.stem for path in self.directory.glob("adapters/*")}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledgers import decision, report
+from ledgers import AskedHere, decision, report
 from test_decide import rate
 from whole_fleet import DecidingHere, WholeFleet, catalogue_at
 
@@ -60,7 +60,7 @@ def steps_of(fleet: WholeFleet, policy: str, sharing: str | None = None, **confi
             for name in NAMES:
                 ledger.report(name, report(f"{name}-{step}").model_copy(update=reported))
             pool = Measuring()
-            hub = Orchestrator(fleet.config, ledger, fleet.catalogue, decider, pool, pool)
+            hub = Orchestrator(fleet.config, AskedHere(ledger), fleet.catalogue, decider, pool, pool)
             running = asyncio.create_task(hub.run())
             while ledger.last_step() < step:
                 await asyncio.wait([running], timeout=0.01)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import httpx2
 from directories import catalogue_of, generated_text
 
-from emutune.fleet.config import FleetConfig, load_fleet
+from emutune.fleet.config import LEDGER, FleetConfig, load_fleet
+from emutune.fleet.database import utc_now
 from emutune.fleet.device import work
 from emutune.fleet.device.abilities import ANYTHING, Abilities
 from emutune.fleet.device.agent import run_device
@@ -24,8 +25,9 @@ from emutune.fleet.security import read_credentials
 from emutune.fleet.server.app import create_app
 from emutune.fleet.server.choices import Candidate, Choice, Forecast
 from emutune.fleet.server.decide import open_decider
+from emutune.fleet.server.ledger_thread import LedgerThread
 from emutune.fleet.server.orchestrator import Orchestrator
-from emutune.fleet.server.run import Links, enrol_device, opened_ledger
+from emutune.fleet.server.run import Links, enrol_device
 from emutune.fleet.server.worker import run_job
 from emutune.scenario import Scenario, load_scenario
 from emutune.tuning.catalogue import Catalogue, open_catalogue
@@ -156,7 +158,13 @@ class Carrier(httpx2.AsyncBaseTransport):
 
 
 class WholeFleet:
-    """Server and devices in one process."""
+    """Server and devices in one process.
+
+    Attributes:
+        now: what the server's ledger notes as the time.
+    """
+
+    now = staticmethod(utc_now)
 
     def __init__(self, folder: Path, catalogue: Catalogue, *, count: int = 3, policy: str = "fixed") -> None:
         self.folder, self.catalogue = folder, catalogue
@@ -180,7 +188,7 @@ class WholeFleet:
     async def server(self) -> Any:
         """The server, as long as the block lasts; yields the task that ends with the last step."""
         with ExitStack() as stack:
-            ledger = stack.enter_context(opened_ledger(self.config))
+            ledger = stack.enter_context(LedgerThread(self.config.server.directory / LEDGER, self.now))
             pool = ThreadPool()
             hub = Orchestrator(self.config, ledger, self.catalogue, self.decider, pool, pool)
             self.carrier.app = create_app(

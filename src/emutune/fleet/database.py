@@ -108,18 +108,30 @@ class Database:
             raise LedgerError(f"{what} {key}: is not in {self.path}; record it first")
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """All changes of the block, on the disk when it ends, or none if it raises; each is whole or undone."""
+        with self._explained(), self._between("BEGIN", "COMMIT", "ROLLBACK"):
+            yield
+
+    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that the block does, on the disk when it ends, or nothing if it raises."""
-        with self._explained():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-                self._database.execute("COMMIT")
-            except BaseException:
-                # After some errors SQLite has rolled back by itself.
-                with suppress(sqlite3.Error):
-                    self._database.execute("ROLLBACK")
-                raise
+        """All that the block does, or nothing if it raises; on the disk when it ends, or what it is ``together`` in."""
+        within = ("SAVEPOINT change", "RELEASE change", "ROLLBACK TO change")
+        alone = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+        with self._explained(), self._between(*(within if self._database.in_transaction else alone)):
+            yield self._database
+
+    @contextmanager
+    def _between(self, begin: str, end: str, undo: str) -> Iterator[None]:
+        self._database.execute(begin)
+        try:
+            yield
+            self._database.execute(end)
+        except BaseException:
+            # After some errors SQLite has rolled back by itself.
+            with suppress(sqlite3.Error):
+                self._database.execute(undo)
+            raise
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -127,6 +127,14 @@ class Ledger(Members, Figures):
         )
         return None if row is None else self._read(Lease, row["message"])
 
+    def unanswered_lease(self, device: str) -> Lease | None:
+        """The device's last open lease, unless its result is there, and all that is left to do is the server's."""
+        row = self._one(
+            "SELECT message, result FROM leases WHERE device = ? AND state = 'open' ORDER BY id DESC LIMIT 1",
+            device,
+        )
+        return None if row is None or row["result"] is not None else self._read(Lease, row["message"])
+
     def last_training(self, device: str) -> Lease | None:
         """The device's last lease to train, open or not."""
         row = self._one(

@@ -24,9 +24,10 @@ from emutune.fleet.server.connections import Connections
 from emutune.fleet.server.dashboard import routes as dashboard
 from emutune.fleet.server.dashboard.board import Board
 from emutune.fleet.server.hub import Hub
+from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.listen import Listening, serve
 from emutune.fleet.server.refusals import Problem
-from emutune.fleet.server.routes import BucketOf, Doorkeeper
+from emutune.fleet.server.routes import BucketOf
 
 __all__ = ["Listening", "create_app", "serve"]
 
@@ -35,7 +36,7 @@ _BYTES: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
 
 def create_app(
     hub: Hub,
-    ledger: Doorkeeper,
+    ledger: AskLedger,
     catalogue_directory: Path,
     work: Path,
     limits: Limits,
@@ -48,7 +49,7 @@ def create_app(
         hub: decides, and is told what arrived. Data come as ``work/uploads/LEASE.data``, which it moves or
             copies before the ledger says that they are complete; adapters as
             ``work/adapters/SHA256.safetensors``.
-        ledger: knows the devices' keys; used from the thread of the event loop alone.
+        ledger: knows the devices' keys.
         catalogue_directory: whose shards and tokenizer are served.
         work: of uploads and adapters; made if it does not exist.
         limits: of what is taken.
@@ -67,6 +68,7 @@ def create_app(
     )
     app.state.fleet = routes.Shared(hub, ledger, catalogue_directory, work, limits, bucket_of)
     app.state.connections = Connections(limits, ledger)
+    app.add_middleware(routes.Using, places=app.state.fleet.places)
     refusals.install(app, ledger)
     _add_tasks(app)
     _add_files(app)

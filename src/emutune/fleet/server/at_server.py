@@ -11,6 +11,7 @@ from emutune.fleet.config import FleetConfig
 from emutune.fleet.disk import is_full
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.rows import LeaseRow
+from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.pool import Pool
 from emutune.fleet.server.worker import TrainJob
 from emutune.tuning.inventory import BASE
@@ -31,7 +32,7 @@ class AtServer:
     def __init__(
         self,
         config: FleetConfig,
-        ledger: Ledger,
+        ledger: AskLedger,
         catalogue: Path,
         largest: str,
         trainers: Pool,
@@ -57,7 +58,7 @@ class AtServer:
         start, training = row.message.start, row.message.training
         job = TrainJob(
             catalogue=self._catalogue,
-            emulator=BASE if self._config.at_server.model == "full" else self._cached_emulator(row),
+            emulator=BASE if self._config.at_server.model == "full" else await self._cached_emulator(row),
             text=self.data(row.lease),
             start=None if start is None else self._adapter(start),
             out=work / "adapter.safetensors",
@@ -68,21 +69,21 @@ class AtServer:
             await self._trainers.run(job)
         except (EmutuneError, OSError) as error:
             if not is_full(error):
-                self.forget(row)
+                await self.forget(row)
             raise
         return job.out
 
-    def forget(self, row: LeaseRow) -> None:
+    async def forget(self, row: LeaseRow) -> None:
         """Delete a task's data, and all that its training left."""
         data = self.data(row.lease)
         if data.exists():
             # Noted first: after a kill between the two it is deleted, and noted once, by the next start.
-            self._ledger.audit("data deleted", row.device, row.lease, "after training")
-            data.unlink()
+            await self._ledger(Ledger.audit, "data deleted", row.device, row.lease, "after training")
+            data.unlink(missing_ok=True)
         shutil.rmtree(self._work(row.lease), ignore_errors=True)
 
-    def _cached_emulator(self, row: LeaseRow) -> str:
-        return self._ledger.report_of(row.device, row.task).emulator or self._largest
+    async def _cached_emulator(self, row: LeaseRow) -> str:
+        return (await self._ledger(Ledger.report_of, row.device, row.task)).emulator or self._largest
 
     def _work(self, lease: str) -> Path:
         return self._config.server.directory / "work" / lease

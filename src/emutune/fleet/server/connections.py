@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Protocol
 
 from emutune.errors import EmutuneError
 from emutune.fleet.addresses import place_of
 from emutune.fleet.config import Limits
-from emutune.fleet.server.refusals import Auditor
+from emutune.fleet.ledger import Ledger
+from emutune.fleet.server.ledger_thread import AskLedger
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +25,6 @@ _PLACES_NAMED = 5
 # What ledger, catalogue, logs, pools and pipes need beside the connections.
 _OTHER_FILES = 128
 _FILES_AT_MOST = 1 << 13
-
-
-class Keys(Auditor, Protocol):
-    """What is asked of the ledger."""
-
-    def valid_keys(self) -> set[str]:
-        """SHA-256 of every key that lets a device in."""
-        ...
 
 
 class Connection:
@@ -87,7 +79,9 @@ class Connections:
         room: connections that there may be at once.
     """
 
-    def __init__(self, limits: Limits, ledger: Keys, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limits: Limits, ledger: AskLedger, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limits, self._ledger, self.clock = limits, ledger, clock
         self.room = _FILES_AT_MOST - _OTHER_FILES
         # In the order in which they came.
@@ -149,7 +143,7 @@ class Connections:
         if not own:
             kept.pop(name, None)
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Close whoever may not stay; called once a second."""
         now, longest_s = self.clock(), self._limits.request_s
         for connection in list(self):
@@ -163,21 +157,25 @@ class Connections:
             for connection in settled[: max(0, len(own) - most)]:
                 self._refuse(connection, f"more than {most} connections that bring no device's key")
         try:
-            self._close_revoked()
-            self._report(now)
+            await self._close_revoked()
+            await self._report(now)
         except EmutuneError as error:
             log.error("the ledger cannot be asked who may stay: %s", error)
 
-    def _close_revoked(self) -> None:
-        valid = self._ledger.valid_keys() if self._devices else set()
+    async def _close_revoked(self) -> None:
+        # Of those that come meanwhile nothing is known yet.
+        before = {connection: connection.key_sha256 for own in self._devices.values() for connection in own}
+        valid = await self._ledger(Ledger.valid_keys) if before else set()
         for device, own in list(self._devices.items()):
-            revoked = [connection for connection in own if connection.key_sha256 not in valid]
+            revoked = [
+                each for each in own if each.key_sha256 not in valid and before.get(each) == each.key_sha256
+            ]
             for connection in revoked:
                 self._close(connection)
             if revoked:
                 line = f"the key is not valid any more; open connections closed: {len(revoked)}"
                 log.warning("refused %s: %s", device, line)
-                self._ledger.audit("refused", device, None, line)
+                await self._ledger(Ledger.audit, "refused", device, None, line)
 
     def _refuse(self, connection: Connection, reason: str) -> None:
         self._closed[reason, connection.device or connection.place] += 1
@@ -188,7 +186,7 @@ class Connections:
         self.forget(connection)
         connection.close()
 
-    def _report(self, now: float) -> None:
+    async def _report(self, now: float) -> None:
         """Say who was refused, in a line for each reason and no more than once a minute."""
         if not self._closed or now - self._reported_at < _REPORT_EVERY_S:
             return
@@ -199,7 +197,7 @@ class Connections:
             more = f", {len(of) - _PLACES_NAMED} more places" if len(of) > _PLACES_NAMED else ""
             line = f"{of.total()} connections closed, {reason}: {named}{more}"
             log.warning("refused %s", line)
-            self._ledger.audit("refused", None, None, line)
+            await self._ledger(Ledger.audit, "refused", None, None, line)
 
 
 def room_for_connections() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emutune.errors import EmutuneError
 from emutune.fleet.ledger import Ledger
+from emutune.fleet.server.ledger_thread import AskLedger
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Housekeeping:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: AskLedger,
         directory: Path,
         days: float,
         at_work: Callable[[], Collection[str]],
@@ -61,36 +62,41 @@ class Housekeeping:
             OSError: a file cannot be deleted.
         """
         since = datetime.now(UTC) - self._kept
-        self._delete_adapters(since)
+        await self._delete_adapters(since)
         for path in self._old("uploads/*", since):
-            row = self._ledger.find_lease(path.stem)
+            row = await self._ledger(Ledger.find_lease, path.stem)
             if row is None or row.state != "open":
                 await self._forget(None if row is None else row.device, path.stem, "nobody goes on with it")
-        self._delete_work()
+        await self._delete_work()
 
-    def _delete_adapters(self, since: datetime) -> None:
+    async def _delete_adapters(self, since: datetime) -> None:
         old = self._old("adapters/*.safetensors", since)
-        running = self._ledger.running_adapters() if old else set()
-        for path in old:
-            if path.stem not in running and not self._ledger.adapter_needed(path.stem, since):
+        unneeded = await self._ledger(_unneeded, [path.stem for path in old], since) if old else set()
+        # Again, since one of the same content may have come meanwhile.
+        for path in self._old("adapters/*.safetensors", since):
+            if path.stem in unneeded:
                 path.unlink()
                 log.info("adapter %s: deleted, it was superseded or rejected", path.stem)
 
-    def _delete_work(self) -> None:
+    async def _delete_work(self) -> None:
         """What a job left whose lease was closed before it ended, if a kill kept it from being deleted then."""
         for path in (*self._directory.glob("data/*.txt"), *self._directory.glob("work/*")):
             lease = path.name.removesuffix(".txt")
-            row = self._ledger.find_lease(lease)
+            row = await self._ledger(Ledger.find_lease, lease)
             if lease in self._at_work() or (row is not None and row.state in ("open", "expired")):
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:
-                self._ledger.audit(
-                    "data deleted", None if row is None else row.device, lease, "the lease is over"
-                )
-                path.unlink()
+                device = None if row is None else row.device
+                await self._ledger(Ledger.audit, "data deleted", device, lease, "the lease is over")
+                path.unlink(missing_ok=True)
 
     def _old(self, pattern: str, since: datetime) -> list[Path]:
         """Files that were last written before some moment."""
         return [path for path in self._directory.glob(pattern) if path.stat().st_mtime < since.timestamp()]
+
+
+def _unneeded(ledger: Ledger, adapters: list[str], since: datetime) -> set[str]:
+    running = ledger.running_adapters()
+    return {each for each in adapters if each not in running and not ledger.adapter_needed(each, since)}

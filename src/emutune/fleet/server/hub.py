@@ -24,11 +24,11 @@ class Hub(Protocol):
         """The device's open lease, as soon as there is one."""
         ...
 
-    def lease_of(self, device: str, lease: str) -> Lease | None:
+    async def lease_of(self, device: str, lease: str) -> Lease | None:
         """A lease, whether open or not, if it is this device's."""
         ...
 
-    def data_size(self, device: str, lease: str) -> tuple[int, str]:
+    async def data_size(self, device: str, lease: str) -> tuple[int, str]:
         """Bytes and SHA-256 that an upload must have."""
         ...
 
@@ -40,11 +40,11 @@ class Hub(Protocol):
         """A device has what the lease names, or has sent it."""
         ...
 
-    def start_adapter(self, device: str, lease: str) -> Path | None:
+    async def start_adapter(self, device: str, lease: str) -> Path | None:
         """The file that ``GET .../adapter`` answers with; None while there is none."""
         ...
 
-    def adapter_asked(self, device: str, lease: str) -> Asked:
+    async def adapter_asked(self, device: str, lease: str) -> Asked:
         """The adapter that a lease to train is to end with."""
         ...
 

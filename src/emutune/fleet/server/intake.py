@@ -43,7 +43,7 @@ class Expected:
     lease: str
     size: int
     sha256: str
-    taken: Callable[[], bool]
+    taken: Callable[[], Awaitable[bool]]
     take: Callable[[Path], Awaitable[None]]
 
 
@@ -65,7 +65,7 @@ class Uploads:
         damaged: told of which lease the data were another than expected.
     """
 
-    def __init__(self, directory: Path, damaged: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, damaged: Callable[[str], Awaitable[None]]) -> None:
         self._directory, self._damaged = directory, damaged
         self._open: dict[str, _Upload] = {}
 
@@ -139,7 +139,7 @@ class Uploads:
     async def _settle(self, expected: Expected) -> Received:
         """How far it is; what has become whole is verified and taken over."""
         part, data = self._part(expected.lease), self._data(expected.lease)
-        if expected.taken():
+        if await expected.taken():
             # A kill may have come before whoever copied the file could remove it.
             data.unlink(missing_ok=True)
             self._open.pop(expected.lease, None)
@@ -149,7 +149,7 @@ class Uploads:
             if have < expected.size:
                 return Received(bytes=have, complete=False)
             if have > expected.size or await run_sync(_sha256, part) != expected.sha256:
-                self._damaged(expected.lease)
+                await self._damaged(expected.lease)
                 part.unlink()
                 return Received(bytes=0, complete=False)
             await run_sync(_move, part, data)
@@ -189,25 +189,19 @@ async def receive_adapter(request: Request, directory: Path, limit: int, asked: 
     length: int | None = None
     file = await run_sync(_open_part, aside)
     try:
-        try:
-            async for piece in gathered(pieces(request, limit)):
-                if length is None:
-                    start += piece
-                    length = await run_sync(_check_start, start, limit, asked)
-                if length is not None and at + len(piece) > length:
-                    raise Refused(422, "no safetensors file: it goes on after its tensors")
-                await run_sync(_write_all, file, piece, at)
-                digest.update(piece)
-                at += len(piece)
-        finally:
-            with CancelScope(shield=True):
-                await run_sync(_sync_and_close, file)
-        await run_sync(_check_safetensors, aside)
+        async for piece in gathered(pieces(request, limit)):
+            if length is None:
+                start += piece
+                length = await run_sync(_check_start, start, limit, asked)
+            if length is not None and at + len(piece) > length:
+                raise Refused(422, "no safetensors file: it goes on after its tensors")
+            await run_sync(_write_all, file, piece, at)
+            digest.update(piece)
+            at += len(piece)
         path = directory / f"{digest.hexdigest()}.safetensors"
-        new = not path.exists()
-        await run_sync(_move, aside, path)
-        return path, new
+        return path, await run_sync(_keep, file, aside, path)
     finally:
+        os.close(file)
         with suppress(OSError):
             aside.unlink()
 
@@ -249,6 +243,15 @@ def _check_safetensors(path: Path) -> None:
                     raise ValueError(f"tensor {name} has numbers that are not finite")
     except (SafetensorError, ValueError) as error:
         raise _no_safetensors(error) from error
+
+
+def _keep(file: int, aside: Path, path: Path) -> bool:
+    """Move what was written to its place, once it is on the disk and checked; whether it is new there."""
+    os.fsync(file)
+    _check_safetensors(aside)
+    new = not path.exists()
+    _move(aside, path)
+    return new
 
 
 def _no_safetensors(error: Exception) -> Refused:

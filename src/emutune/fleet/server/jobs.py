@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ class Jobs:
         """The rest of the names that begin so."""
         return {name.removeprefix(prefix) for name in self._tasks if name.startswith(prefix)}
 
-    def start(self, name: str, work: Work, failed: Callable[[str], object]) -> None:
+    def start(self, name: str, work: Work, failed: Callable[[str], Awaitable[object]]) -> None:
         """Begin a piece of work unless it is under way; ``failed`` changes the ledger, and is told the reason."""
         if name not in self._tasks:
             task = self._tasks[name] = asyncio.create_task(_guarded(name, work, failed))
@@ -55,11 +55,11 @@ class Jobs:
         del self._tasks[name]
 
 
-async def noted(change: Callable[[], object]) -> None:
+async def noted(change: Callable[[], Awaitable[object]]) -> None:
     """Make a change of the ledger, as soon as the disk has room for it."""
     while True:
         try:
-            change()
+            await change()
             return
         except LedgerError as error:
             if not disk.is_full(error):
@@ -68,7 +68,7 @@ async def noted(change: Callable[[], object]) -> None:
         await asyncio.sleep(disk.LOOK_AGAIN_S)
 
 
-async def _guarded(name: str, work: Work, failed: Callable[[str], object]) -> None:
+async def _guarded(name: str, work: Work, failed: Callable[[str], Awaitable[object]]) -> None:
     while True:
         try:
             await work()
@@ -82,4 +82,4 @@ async def _guarded(name: str, work: Work, failed: Callable[[str], object]) -> No
         await asyncio.sleep(disk.LOOK_AGAIN_S)
     reason = " ".join(text.split())[:_LONGEST_REASON]
     # Whatever it was, the step must not wait for it.
-    await noted(lambda: failed(reason))
+    await noted(partial(failed, reason))

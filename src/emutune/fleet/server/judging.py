@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from emutune.fleet.config import FleetConfig
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server.jobs import noted
+from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.pool import Pool
 from emutune.fleet.server.worker import JudgeJob
 from emutune.scenario import Scenario
@@ -31,7 +33,7 @@ class Judging:
     def __init__(
         self,
         config: FleetConfig,
-        ledger: Ledger,
+        ledger: AskLedger,
         catalogue: Path,
         scenario: Scenario,
         judge: Pool,
@@ -40,40 +42,35 @@ class Judging:
         self._config, self._ledger, self._catalogue = config, ledger, catalogue
         self._scenario, self._judge, self._adapter = scenario, judge, adapter
         self._one_judgement = asyncio.Lock()
+        self._one_of: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._given_up: set[str] = set()
 
     async def judge(self, row: LeaseRow) -> None:
         """Judge a lease's adapter against the one in service, one judgement after another."""
-        async with self._one_judgement:
-            now = self._ledger.lease(row.device, row.lease)
-            if now is None or now.adapter_sha256 is None or now.accepted is not None:
-                return
-            serving = self._ledger.in_service(row.device)
-            before, after = await self._perplexities(row.device, [serving, now.adapter_sha256])
-            self._ledger.evaluation(row.lease, before, after, after <= before)
+        async with self._one_of[row.device]:
+            adapters = await self._ledger(_to_compare, row)
+            if adapters:
+                # Another device need not wait until this one is noted.
+                async with self._one_judgement:
+                    before, after = await self._perplexities(row.device, adapters)
+                await self._ledger(Ledger.evaluation, row.lease, before, after, after <= before)
 
-    def unmeasured(self, device: str) -> bool:
-        """Whether the complexity of a device's held-back text can be measured and was not."""
-        known = self._ledger.meta(_untuned_on(device)) is not None or device in self._given_up
-        return bool(self._scenario.quality.curve.untuned) and not known
+    async def unmeasured(self, devices: Sequence[str]) -> list[str]:
+        """The devices the complexity of whose held-back text can be measured and was not."""
+        if not self._scenario.quality.curve.untuned or not devices:
+            return []
+        known = self._given_up | await self._ledger(_measured, devices)
+        return [device for device in devices if device not in known]
 
     async def measure(self, device: str) -> None:
         """Measure it."""
         (measured,) = await self._perplexities(device, [None])
-        await noted(partial(self._ledger.set_meta, _untuned_on(device), repr(measured)))
+        await noted(partial(self._ledger, Ledger.set_meta, _untuned_on(device), repr(measured)))
 
-    def give_up(self, device: str, reason: str) -> None:
+    async def give_up(self, device: str, reason: str) -> None:
         """Measure it no more until the server is started again."""
         self._given_up.add(device)
-        self._ledger.audit("complexity not measured", device, None, reason)
-
-    def complexity(self, device: str) -> float | None:
-        """Complexity c of the text that is held back for a device; None if it was not measured."""
-        untuned = self._scenario.quality.curve.untuned
-        measured = self._ledger.meta(_untuned_on(device))
-        if measured is None or untuned is None:
-            return None
-        return self._scenario.quality.complexity_weight * (float(measured) / untuned - 1)
+        await self._ledger(Ledger.audit, "complexity not measured", device, None, reason)
 
     async def _perplexities(self, device: str, adapters: Sequence[str | None]) -> list[float]:
         outcome = await self._judge.run(
@@ -86,6 +83,27 @@ class Judging:
         )
         values: list[float] = outcome["perplexity"]
         return values
+
+
+def complexity_of(ledger: Ledger, scenario: Scenario, device: str) -> float | None:
+    """Complexity c of the text that is held back for a device; None if it was not measured."""
+    untuned = scenario.quality.curve.untuned
+    measured = ledger.meta(_untuned_on(device))
+    if measured is None or untuned is None:
+        return None
+    return scenario.quality.complexity_weight * (float(measured) / untuned - 1)
+
+
+def _measured(ledger: Ledger, devices: Sequence[str]) -> set[str]:
+    return {device for device in devices if ledger.meta(_untuned_on(device)) is not None}
+
+
+def _to_compare(ledger: Ledger, row: LeaseRow) -> list[str | None]:
+    """The adapter in service, and the one that a lease has made; none if there is nothing to judge."""
+    now = ledger.lease(row.device, row.lease)
+    if now is None or now.adapter_sha256 is None or now.accepted is not None:
+        return []
+    return [ledger.in_service(row.device), now.adapter_sha256]
 
 
 def _untuned_on(device: str) -> str:

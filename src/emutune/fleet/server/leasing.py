@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
@@ -24,11 +24,25 @@ log = logging.getLogger("emutune.fleet")
 
 MegaBytes = 1e6
 # Of the leases whose bytes go up, and of those whose come down.
-_KINDS: tuple[Kind, Kind] = ("upload", "train")
+KINDS: tuple[Kind, Kind] = ("upload", "train")
 
 
 class UntrainableError(FleetError):
     """A task can be trained neither on its device nor at the server."""
+
+
+class Known(NamedTuple):
+    """What is known of a device beside its report.
+
+    Attributes:
+        complexity: c of the text that is held back for it; None if that was never measured.
+        transfers: what it moved for its last leases of each kind, the oldest first; none where links are shaped.
+        adapter: SHA-256 of the one in service; None if none is.
+    """
+
+    complexity: float | None
+    transfers: Mapping[Kind, Sequence[Transfer]]
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class _Plan:
 
     device: str
     report: Report
+    known: Known
     candidate: Candidate
     choice: Choice
     emulator: Emulator
@@ -60,25 +75,13 @@ class Leasing:
         config: the fleet's file.
         catalogue: the emulators.
         decider: the policy.
-        complexity: c of the text that is held back for a device; None if it was never measured.
-        transfers: what a device moved for its last leases of a kind, the oldest first.
-        in_service: SHA-256 of the adapter in service of a device.
 
     Raises:
         FleetError: the catalogue is that of another model than the scenario's, or lacks its emulators.
     """
 
-    def __init__(
-        self,
-        config: FleetConfig,
-        catalogue: Inventory,
-        decider: Deciding,
-        complexity: Callable[[str], float | None],
-        transfers: Callable[[str, Kind], Sequence[Transfer]],
-        in_service: Callable[[str], str | None],
-    ) -> None:
+    def __init__(self, config: FleetConfig, catalogue: Inventory, decider: Deciding) -> None:
         self._config, self._catalogue, self._decider = config, catalogue, decider
-        self._complexity, self._transfers, self._in_service = complexity, transfers, in_service
         self._scenario = decider.scenario
         self.emulators = _usable_emulators(catalogue, decider.scenario)
         self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
@@ -98,77 +101,79 @@ class Leasing:
             smallest_bytes=min(emulator.bytes for emulator in self.emulators),
         )
 
-    async def lease_step(self, step: int, reports: Sequence[tuple[str, Report]]) -> list[Decision]:
-        """Decide a step; the same for the same step and reports."""
+    async def lease_step(
+        self, step: int, reports: Sequence[tuple[str, Report]], known: Mapping[str, Known]
+    ) -> list[Decision]:
+        """Decide a step; the same for the same step, reports, and what is known of the devices beside."""
         candidates = self._with_links(
-            [device for device, _ in reports],
-            [self._candidate(step, device, report) for device, report in reports],
+            {device: known[device] for device, _ in reports},
+            [self._candidate(step, device, report, known[device]) for device, report in reports],
         )
         choices = await self._decider.decide(step, candidates)
         plans = [
-            self._plan(device, report, candidate, choice)
+            self._plan(device, report, known[device], candidate, choice)
             for (device, report), candidate, choice in zip(reports, candidates, choices, strict=True)
         ]
         # What is measured later is perplexity on the text that is held back, not on the device's own.
-        judged = [replace(plan.candidate, complexity=self._of_held_back(plan)) for plan in plans]
+        judged = [
+            plan.candidate
+            if plan.known.complexity is None
+            else replace(plan.candidate, complexity=plan.known.complexity)
+            for plan in plans
+        ]
         predicted = await self._forecast(plans, judged)
         rates = await self._rates(step, plans)
         return [self._decision(step, *row) for row in zip(plans, predicted, rates, strict=True)]
 
-    def _plan(self, device: str, report: Report, candidate: Candidate, choice: Choice) -> _Plan:
+    def _plan(self, device: str, report: Report, known: Known, candidate: Candidate, choice: Choice) -> _Plan:
         emulator = self._emulator(choice.layers)
         moved = report.data_bytes if choice.at_server else self._missing(report, emulator)
-        return _Plan(device, report, candidate, choice, emulator, moved)
+        return _Plan(device, report, known, candidate, choice, emulator, moved)
 
     async def _forecast(self, plans: Sequence[_Plan], candidates: Sequence[Candidate]) -> list[Forecast]:
         """What plans come to for candidates that may differ from those that were decided about."""
         scaled = [plan.moved * self._config.shaping.byte_scale for plan in plans]
         return await self._decider.forecast(candidates, [plan.choice for plan in plans], scaled)
 
-    def _candidate(self, step: int, device: str, report: Report) -> Candidate:
+    def _candidate(self, step: int, device: str, report: Report, known: Known) -> Candidate:
         shaping, scenario = self._config.shaping, self._scenario
         link = DrawnLink(scenario, shaping.seed, device)
         gain = link.gain(step - 1) if shaping.enabled else report.gain
         held = self._held(report)
         return Candidate(
             gain=middle_gain(scenario) if gain is None else gain,
-            complexity=self.complexity_of(device, report),
+            complexity=self._complexity(report, known),
             data_bytes=report.data_bytes * shaping.byte_scale,
             cached_layers=0 if held is None else round(held.retention * scenario.model.layers),
             transmit_power_w=link.transmit_power_w,
             **self._limits(report),
         )
 
-    def _with_links(self, devices: Sequence[str], candidates: list[Candidate]) -> list[Candidate]:
+    def _with_links(self, known: Mapping[str, Known], candidates: list[Candidate]) -> list[Candidate]:
         """Candidates with the links that were measured, where links are real."""
         if self._config.shaping.enabled:
             return candidates
+        scale = self._config.shaping.byte_scale
 
         def transfers_of(device: str, kind: Kind) -> list[Transfer]:
-            scale = self._config.shaping.byte_scale
-            return [Transfer(scale * one.bytes, one.seconds) for one in self._transfers(device, kind)]
+            return [Transfer(scale * one.bytes, one.seconds) for one in known[device].transfers[kind]]
 
-        up, down = (estimate_links(transfers_of, devices, kind) for kind in _KINDS)
-        for device, *links in zip(devices, up, down, strict=True):
+        up, down = (estimate_links(transfers_of, list(known), kind) for kind in KINDS)
+        for device, *links in zip(known, up, down, strict=True):
             log.info("%s: up %s, down %s", device, *(link or "not measured yet" for link in links))
         return [
             replace(candidate, uplink=uplink, downlink=downlink)
             for candidate, uplink, downlink in zip(candidates, up, down, strict=True)
         ]
 
-    def complexity_of(self, device: str, report: Report) -> float:
+    def _complexity(self, report: Report, known: Known) -> float:
         """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
         untuned = self._scenario.quality.curve.untuned or self._base_perplexity
         if report.perplexity_ratio is None or untuned is None or self._base_perplexity is None:
-            known = self._complexity(device)
             middle = self._scenario.tasks.complexity
-            return (middle.min + middle.max) / 2 if known is None else known
+            return (middle.min + middle.max) / 2 if known.complexity is None else known.complexity
         ratio = report.perplexity_ratio * self._base_perplexity / untuned
         return self._scenario.quality.complexity_weight * (ratio - 1)
-
-    def _of_held_back(self, plan: _Plan) -> float:
-        known = self._complexity(plan.device)
-        return plan.candidate.complexity if known is None else known
 
     def _limits(self, report: Report) -> dict[str, Any]:
         """What the device can hold, and whether its data may reach the server."""
@@ -231,7 +236,7 @@ class Leasing:
             kind="train" if local else "upload",
             task=report.task,
             emulator=json.loads(emulator.model_dump_json()) if local else None,
-            start=self._in_service(device),
+            start=plan.known.adapter,
             training=self._config.training.model_copy(update={"seed": self._config.training.seed + step}),
             rate_bps=rate_bps,
             deadline_s=self._config.steps.deadline_s,

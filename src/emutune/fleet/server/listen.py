@@ -27,6 +27,8 @@ _HEADER_BYTES = 1 << 16
 _PEER_GONE_S = 60
 _STOP_S = 2
 _NO_FILES_S = 1.0
+# Longer than clients keep a connection that is idle, five seconds: one that both end at once loses a request.
+_IDLE_S = 30
 
 
 class _Protocol(HttpToolsProtocol):
@@ -157,7 +159,7 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         # Ten times a second.
         if counter % 10 == 0:
-            self._connections.sweep()
+            await self._connections.sweep()
         return await super().on_tick(counter)
 
 
@@ -210,6 +212,7 @@ async def serve(app: FastAPI, host: str, port: int, certificate: Path, key: Path
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_STOP_S,
+            timeout_keep_alive=_IDLE_S,
             ssl_context_factory=lambda *_: serving(certificate, key),
         )
         config.load()

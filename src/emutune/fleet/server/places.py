@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from emutune.errors import EmutuneError
 from emutune.fleet.addresses import place_of
-from emutune.fleet.server.refusals import Auditor
+from emutune.fleet.ledger import Ledger
+from emutune.fleet.server.ledger_thread import AskLedger
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _OCCURRENCE_S = 600.0
 
 
 @dataclass
-class _Use:
+class Use:
     """The use of a key from one place.
 
     Attributes:
@@ -46,30 +46,30 @@ class Places:
         clock: in seconds.
     """
 
-    def __init__(self, ledger: Auditor, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, ledger: AskLedger, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger, self._clock = ledger, clock
-        self._uses: dict[str, dict[str, _Use]] = {}
+        self._uses: dict[str, dict[str, Use]] = {}
         self._last: dict[str, float] = {}
 
-    @contextmanager
-    def used(self, device: str, address: str) -> Iterator[None]:
-        """A request of a device, for as long as it takes."""
+    async def begin(self, device: str, address: str) -> Use:
+        """A request of a device; ``end`` it."""
         place, now = place_of(address), self._clock()
         uses = self._uses.setdefault(device, {})
         _forget_old(uses, now)
-        use = uses.setdefault(place, _Use(now, now))
+        use = uses.setdefault(place, Use(now, now))
         between = [other for other, seen in uses.items() if seen.begun > use.begun]
-        if between:
-            self._note(device, now, [place, *between])
         use.begun = now
         use.requests += 1
-        try:
-            yield
-        finally:
-            use.requests -= 1
-            use.active = self._clock()
+        if between:
+            await self._note(device, now, [place, *between])
+        return use
 
-    def _note(self, device: str, now: float, places: list[str]) -> None:
+    def end(self, use: Use) -> None:
+        """The request is over."""
+        use.requests -= 1
+        use.active = self._clock()
+
+    async def _note(self, device: str, now: float, places: list[str]) -> None:
         new = now - self._last.get(device, -_OCCURRENCE_S) >= _OCCURRENCE_S
         self._last[device] = now
         if not new:
@@ -77,12 +77,12 @@ class Places:
         line = f"used in turn from {' and '.join(sorted(places))}; if they are not one device, revoke it"
         log.warning("key of %s in two places: %s", device, line)
         try:
-            self._ledger.audit("key in two places", device, None, line)
+            await self._ledger(Ledger.audit, "key in two places", device, None, line)
         except EmutuneError as unwritten:
             log.error("the ledger does not take it: %s", unwritten)
 
 
-def _forget_old(uses: dict[str, _Use], now: float) -> None:
+def _forget_old(uses: dict[str, Use], now: float) -> None:
     """Drop what no place that is still in use could come back to."""
     lately = {place for place, use in uses.items() if use.requests or now - use.active <= AT_ONCE_S}
     first = min((uses[place].begun for place in lately), default=now)

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from emutune.errors import AdapterError, EmutuneError
 from emutune.fleet.addresses import bracketed
+from emutune.fleet.ledger import Ledger
+from emutune.fleet.server.ledger_thread import AskLedger
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,6 @@ class Problem(BaseModel):
     """The answer to every request that is refused."""
 
     detail: str
-
-
-class Auditor(Protocol):
-    """The part of the ledger that refusals are written to."""
-
-    def audit(self, event: str, device: str | None, lease: str | None, detail: str) -> None:
-        """Write one row."""
-        ...
 
 
 class Refused(HTTPException):
@@ -82,12 +75,12 @@ class _ProblemResponse(JSONResponse):
 class _Audit:
     """Rows of refused requests, so many a minute: whoever knocks without pause must not fill the disk."""
 
-    def __init__(self, ledger: Auditor, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, ledger: AskLedger, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger, self._clock = ledger, clock
         self._minute, self._rows, self._more = clock(), 0, 0
         self._once: set[tuple[str | None, str]] = set()
 
-    def write(self, device: str | None, detail: str, *, once: bool = False) -> None:
+    async def write(self, device: str | None, detail: str, *, once: bool = False) -> None:
         """Write a row of its own: what is filed under a lease is noted once, however often it is tried.
 
         Args:
@@ -96,10 +89,12 @@ class _Audit:
             once: whether one row a minute is enough.
         """
         if self._clock() - self._minute >= 60:
-            if self._more:
-                self._ledger.audit("refused", None, None, f"{self._more} more requests within a minute")
-            self._minute, self._rows, self._more = self._clock(), 0, 0
+            more, self._minute, self._rows, self._more = self._more, self._clock(), 0, 0
             self._once.clear()
+            if more:
+                await self._ledger(
+                    Ledger.audit, "refused", None, None, f"{more} more requests within a minute"
+                )
         repeated = once and (device, detail) in self._once
         if once:
             self._once.add((device, detail))
@@ -107,7 +102,7 @@ class _Audit:
             self._more += 1
             return
         self._rows += 1
-        self._ledger.audit("refused", device, None, detail)
+        await self._ledger(Ledger.audit, "refused", device, None, detail)
 
 
 def explain(error: ValidationError | RequestValidationError) -> str:
@@ -118,11 +113,11 @@ def explain(error: ValidationError | RequestValidationError) -> str:
     )
 
 
-def install(app: FastAPI, ledger: Auditor) -> None:
+def install(app: FastAPI, ledger: AskLedger) -> None:
     """Let an application refuse requests in one way."""
     audit = _Audit(ledger)
 
-    def refuse(
+    async def refuse(
         request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None
     ) -> Response:
         device = getattr(request.state, "device", None)
@@ -134,21 +129,21 @@ def install(app: FastAPI, ledger: Auditor) -> None:
         else:
             log.warning("refused %s of %s: %s", _peer(request), device or "nobody known", line)
             try:
-                audit.write(device, line, once=status == _TOO_MANY)
+                await audit.write(device, line, once=status == _TOO_MANY)
             except EmutuneError as unwritten:
                 log.error("the ledger does not take it: %s", unwritten)
         return _ProblemResponse(status, detail, headers, unread=_unread(request))
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refuse(request, error.status_code, error.detail, error.headers)
+        return await refuse(request, error.status_code, error.detail, error.headers)
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return refuse(request, 422, explain(error))
+        return await refuse(request, 422, explain(error))
 
     async def belongs_elsewhere(request: Request, error: Exception) -> Response:
-        return refuse(request, 422, str(error))
+        return await refuse(request, 422, str(error))
 
     async def disk(request: Request, error: Exception) -> Response:
         assert isinstance(error, OSError)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emutune.errors import AdapterError
 from emutune.fleet.config import Limits
+from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import (
     Enrolment,
     FleetInfo,
@@ -27,13 +30,13 @@ from emutune.fleet.protocol import (
     Sha256,
     Transferred,
 )
-from emutune.fleet.rows import LeaseRow
 from emutune.fleet.server import bodies
 from emutune.fleet.server.blobs import SentFile
-from emutune.fleet.server.connections import Connection, Keys
+from emutune.fleet.server.connections import Connection
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
 from emutune.fleet.server.leasing import UntrainableError
+from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.places import Places
 from emutune.fleet.server.refusals import Refused
 from emutune.fleet.shaping import TokenBucket
@@ -51,32 +54,11 @@ _bearer = HTTPBearer(
 )
 
 
-class Doorkeeper(Keys, Protocol):
-    """What the routes need of the ledger."""
+class _Granted(NamedTuple):
+    """What a device may fetch: its last lease to train, and the shards of the emulator of that."""
 
-    def enrol(self, name: str, token_sha256: str, key_sha256: str) -> bool:
-        """Whether the token is the device's, and not used with another key."""
-        ...
-
-    def device_of_key(self, key_sha256: str) -> str | None:
-        """Whose key it is; None if nobody's or of a revoked device."""
-        ...
-
-    def may_report(self, device: str, task: str, most: int) -> bool:
-        """Whether a task is known, or something was decided about one of the device's last ``most``."""
-        ...
-
-    def open_lease(self, device: str) -> Lease | None:
-        """The lease that the device works on."""
-        ...
-
-    def last_training(self, device: str) -> Lease | None:
-        """The last lease that the device fetches an emulator for, open or not."""
-        ...
-
-    def lease(self, device: str, lease: str) -> LeaseRow | None:
-        """How far a lease is; ``data_complete`` once the hub has taken its data over."""
-        ...
+    lease: Lease
+    shards: frozenset[str]
 
 
 class Shared:
@@ -85,14 +67,14 @@ class Shared:
     def __init__(
         self,
         hub: Hub,
-        ledger: Doorkeeper,
+        ledger: AskLedger,
         catalogue: Path,
         work: Path,
         limits: Limits,
         bucket_of: BucketOf,
     ) -> None:
         self.hub, self.ledger, self.catalogue, self.bucket_of = hub, ledger, catalogue, bucket_of
-        self._granted: dict[str, tuple[str, frozenset[str]]] = {}
+        self._granted: dict[str, _Granted] = {}
         self.adapters = work / "adapters"
         self.data_bytes, self.adapter_bytes = int(limits.data_mb * 1e6), int(limits.adapter_mb * 1e6)
         self.open_tasks = limits.open_tasks
@@ -104,32 +86,33 @@ class Shared:
             cut_short.unlink()
         self.uploads = Uploads(uploads, self._damaged)
 
-    def link_for(self, device: str, sha256: str) -> TokenBucket | None:
-        """The link that a shard of the device's last emulator goes over, also when the lease has become late.
+    def leased(self, device: str, lease: Lease) -> None:
+        """A device is told of a lease: what it may fetch is looked up again, if that is another."""
+        granted = self._granted.get(device)
+        if granted is not None and lease.kind == "train" and granted.lease.lease != lease.lease:
+            del self._granted[device]
+
+    async def link_for(self, device: str, sha256: str) -> tuple[str, TokenBucket | None]:
+        """The lease and the link that a shard of the device's last emulator goes over, also when that is late.
 
         Raises:
             Refused: 404, as if there were no such shard, if that emulator has none; who needs a part of the
                 model for no lease of its own is not given it.
         """
-        lease = self.ledger.last_training(device)
-        if lease is None or sha256 not in self._shards_of(device, lease):
-            raise Refused(404, "there is no such file")
-        return self.bucket_of(device, lease)
+        granted = self._granted.get(device)
+        if granted is None or sha256 not in granted.shards:
+            granted = await self.ledger(_granted, device)
+            if granted is None or sha256 not in granted.shards:
+                raise Refused(404, "there is no such file")
+            self._granted[device] = granted
+        return granted.lease.lease, self.bucket_of(device, granted.lease)
 
-    def _shards_of(self, device: str, lease: Lease) -> frozenset[str]:
-        # A manifest is read once, not again for each of its shards.
-        known, shards = self._granted.get(device, ("", frozenset()))
-        if known != lease.lease:
-            shards = frozenset(Emulator.model_validate(lease.emulator).shards if lease.emulator else ())
-            self._granted[device] = lease.lease, shards
-        return shards
-
-    def expected(self, device: str, lease: str) -> Expected:
+    async def expected(self, device: str, lease: str) -> Expected:
         """The data that an upload lease waits for."""
-        size, sha256 = self.hub.data_size(device, lease)
+        size, sha256 = await self.hub.data_size(device, lease)
 
-        def taken() -> bool:
-            row = self.ledger.lease(device, lease)
+        async def taken() -> bool:
+            row = await self.ledger(Ledger.lease, device, lease)
             return row is not None and row.data_complete
 
         async def take(path: Path) -> None:
@@ -140,88 +123,130 @@ class Shared:
     async def forget(self, device: str | None, lease: str, reason: str) -> None:
         """Delete what arrived of an upload that nobody goes on with, and note that."""
         if await self.uploads.discard(lease):
-            self.ledger.audit("data deleted", device, lease, reason)
+            await self.ledger(Ledger.audit, "data deleted", device, lease, reason)
 
-    def _damaged(self, lease: str) -> None:
+    async def _damaged(self, lease: str) -> None:
         detail = "the data that arrived have another SHA-256 than reported; they are to be sent again"
         log.warning("lease %s: %s", lease, detail)
-        self.ledger.audit("damaged upload", None, lease, detail)
+        await self.ledger(Ledger.audit, "damaged upload", None, lease, detail)
 
 
-async def _shared(request: Request) -> Shared:
-    # Not a plain function, which would be called in a thread, for every request.
-    shared: Shared = request.app.state.fleet
-    return shared
+def _granted(ledger: Ledger, device: str) -> _Granted | None:
+    lease = ledger.last_training(device)
+    if lease is None:
+        return None
+    shards = Emulator.model_validate(lease.emulator).shards if lease.emulator else ()
+    # Of the manifest, which is most of a lease, nothing else is of use.
+    return _Granted(lease.model_copy(update={"emulator": None}), frozenset(map(sys.intern, shards)))
 
 
-Fleet = Annotated[Shared, Depends(_shared)]
+class Asker(NamedTuple):
+    """A device that asks."""
+
+    fleet: Shared
+    device: str
 
 
-async def _device(
-    request: Request,
-    fleet: Fleet,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> AsyncIterator[str]:
+class Leased(NamedTuple):
+    """A device that asks about a lease of its own."""
+
+    fleet: Shared
+    device: str
+    lease: Lease
+
+
+# Every dependency costs every request, and each use of it again, so that there are few and nested ones.
+async def _asker(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Asker:
     """Who asks. Every request costs one hash and one look-up, whatever key it brings."""
+    fleet: Shared = request.app.state.fleet
     key = "" if credentials is None else credentials.credentials
     key_sha256 = hashlib.sha256(key.encode()).hexdigest()
-    name = fleet.ledger.device_of_key(key_sha256)
+    name = await fleet.ledger(Ledger.device_of_key, key_sha256)
     if name is None or not key:
         raise Refused(401, "the key is missing, unknown or revoked", {"WWW-Authenticate": "Bearer"})
     request.state.device = name
+    _identify(request, name, key_sha256)
+    host = "" if request.client is None else request.client.host
+    request.state.use = await fleet.places.begin(name, host)
+    return Asker(fleet, name)
+
+
+def _identify(request: Request, device: str, key_sha256: str) -> None:
+    """The connection of a request is a device's from now on."""
     connection: Connection | None = getattr(request.state, "connection", None)
-    if connection is not None and not connection.identified(name, key_sha256):
+    if connection is not None and not connection.identified(device, key_sha256):
         raise Refused(
             503, "the server has no room for more devices", {"Retry-After": "10", "Connection": "close"}
         )
-    with fleet.places.used(name, "" if request.client is None else request.client.host):
-        yield name
 
 
-Device = Annotated[str, Depends(_device)]
+class Using:
+    """Middleware that ends the use of a device's key with its request."""
+
+    def __init__(self, app: ASGIApp, places: Places) -> None:
+        self._app, self._places = app, places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            use = scope.get("state", {}).get("use")
+            if use is not None:
+                self._places.end(use)
 
 
-async def _lease(
-    request: Request, fleet: Fleet, device: Device, lease: Annotated[Identifier, InPath()]
-) -> Lease:
+Asking = Annotated[Asker, Depends(_asker)]
+
+
+async def _leased(request: Request, asker: Asking, lease: Annotated[Identifier, InPath()]) -> Leased:
     """The lease of the path, if it is the asking device's; whether it is another's stays unsaid."""
-    found = fleet.hub.lease_of(device, lease)
+    fleet, device = asker
+    found = await fleet.hub.lease_of(device, lease)
     if found is None:
         raise Refused(404, f"{device} has no lease {lease}")
     request.state.lease = lease
-    return found
+    return Leased(fleet, device, found)
 
 
-async def _upload(lease: Annotated[Lease, Depends(_lease)]) -> Lease:
+AboutLease = Annotated[Leased, Depends(_leased)]
+
+
+async def _upload(leased: AboutLease) -> Leased:
+    lease = leased.lease
     if lease.kind != "upload":
         raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which sends no data")
-    return lease
+    return leased
 
 
-Leased = Annotated[Lease, Depends(_lease)]
-Uploading = Annotated[Lease, Depends(_upload)]
+Uploading = Annotated[Leased, Depends(_upload)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Seconds to wait for an answer to come.")]
 RangeHeader = Annotated[str | None, Header(alias="Range", description="`bytes=N-` goes on from byte N.")]
 
 
-async def enrolment(request: Request, fleet: Fleet) -> None:
+async def enrolment(request: Request) -> None:
     """A device takes its place with the token from its credentials file."""
+    fleet: Shared = request.app.state.fleet
     asked = await bodies.message(request, Enrolment)
     token_sha256 = hashlib.sha256(asked.token.encode()).hexdigest()
-    if not fleet.ledger.enrol(asked.device, token_sha256, asked.key_sha256):
+    if not await fleet.ledger(Ledger.enrol, asked.device, token_sha256, asked.key_sha256):
         raise Refused(403, f"{asked.device}: the token is unknown or was used with another key")
+    _identify(request, asked.device, asked.key_sha256)
     log.info("%s enrolled", asked.device)
 
 
-async def fleet_info(fleet: Fleet, device: Device) -> FleetInfo:
+async def fleet_info(asker: Asking) -> FleetInfo:
     """What a device has to know before its first task."""
-    return fleet.hub.info()
+    return asker.fleet.hub.info()
 
 
-async def reports(request: Request, fleet: Fleet, device: Device) -> None:
+async def reports(request: Request, asker: Asking) -> None:
     """A device has a task."""
+    fleet, device = asker
     report = await bodies.message(request, Report)
-    if not fleet.ledger.may_report(device, report.task, fleet.open_tasks):
+    if not await fleet.ledger(Ledger.may_report, device, report.task, fleet.open_tasks):
         raise Refused(
             429,
             f"nothing was decided yet about the last {fleet.open_tasks} tasks of this device; wait until that is done",
@@ -233,32 +258,38 @@ async def reports(request: Request, fleet: Fleet, device: Device) -> None:
         raise Refused(422, str(error)) from error
 
 
-async def lease(fleet: Fleet, device: Device, wait: Wait = 0.0) -> Any:
+async def lease(asker: Asking, wait: Wait = 0.0) -> Response:
     """The device's lease, as soon as there is one."""
+    fleet, device = asker
     found = await fleet.hub.next_lease(device, wait)
-    return Response(status_code=204) if found is None else found
+    if found is None:
+        return Response(status_code=204)
+    fleet.leased(device, found)
+    # Not as an object, which would be checked and copied once more: all devices are told at the same time.
+    return Response(found.model_dump_json(), media_type="application/json")
 
 
 async def shard(
     request: Request,
-    fleet: Fleet,
-    device: Device,
+    asker: Asking,
     sha256: Annotated[Sha256, InPath()],
     range_: RangeHeader = None,
 ) -> Response:
     """A shard of the emulator that the device's last lease to train names, over the link of that lease."""
+    fleet, device = asker
     path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
-    return SentFile(request, path, fleet.link_for(device, sha256), tag=sha256)
+    request.state.fetched_for, link = await fleet.link_for(device, sha256)
+    return SentFile(request, path, link, tag=sha256)
 
 
 async def tokenizer(
     request: Request,
-    fleet: Fleet,
-    device: Device,
+    asker: Asking,
     name: Annotated[str, InPath(pattern=_TOKENIZER_FILE)],
     range_: RangeHeader = None,
 ) -> Response:
     """A file of the catalogue's tokenizer."""
+    fleet = asker.fleet
     sha256 = fleet.hub.info().tokenizer.get(name)
     if sha256 is None:
         raise Refused(404, "the tokenizer has no such file; GET /v1/fleet names them")
@@ -267,30 +298,29 @@ async def tokenizer(
 
 async def get_adapter(
     request: Request,
-    fleet: Fleet,
-    device: Device,
-    lease: Leased,
+    leased: AboutLease,
     wait: Wait = 0.0,
     range_: RangeHeader = None,
 ) -> Response:
     """The adapter that training starts from, or with ``upload`` the one that the server trained."""
+    fleet, device, lease = leased
     may_come = lease.kind == "upload" or lease.start is not None
     until = time.monotonic() + wait
-    while (path := fleet.hub.start_adapter(device, lease.lease)) is None:
+    while (path := await fleet.hub.start_adapter(device, lease.lease)) is None:
         if not may_come or time.monotonic() >= until:
             return Response(status_code=204)
         await asyncio.sleep(_LOOK_AGAIN_S)
     return SentFile(request, path)
 
 
-async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+async def put_adapter(request: Request, leased: AboutLease) -> None:
     """The adapter that the device trained."""
+    fleet, device, lease = leased
     if lease.kind != "train":
         raise Refused(409, f"lease {lease.lease} is of kind {lease.kind}, which takes no adapter")
-    path, new = await receive_adapter(
-        request, fleet.adapters, fleet.adapter_bytes, fleet.hub.adapter_asked(device, lease.lease)
-    )
-    row = fleet.ledger.lease(device, lease.lease)
+    asked = await fleet.hub.adapter_asked(device, lease.lease)
+    path, new = await receive_adapter(request, fleet.adapters, fleet.adapter_bytes, asked)
+    row = await fleet.ledger(Ledger.lease, device, lease.lease)
     first = None if row is None else row.adapter_sha256
     if first is not None and path.stem != first:
         log.info("%s: lease %s has an adapter; another one does not count", device, lease.lease)
@@ -305,44 +335,47 @@ async def put_adapter(request: Request, fleet: Fleet, device: Device, lease: Lea
         raise
 
 
-async def get_data(fleet: Fleet, device: Device, lease: Uploading) -> Received:
+async def get_data(leased: Uploading) -> Received:
     """How far an upload is; ends a request that still writes to it."""
-    return await fleet.uploads.received(fleet.expected(device, lease.lease))
+    fleet, device, lease = leased
+    return await fleet.uploads.received(await fleet.expected(device, lease.lease))
 
 
 async def patch_data(
     request: Request,
-    fleet: Fleet,
-    device: Device,
-    lease: Uploading,
+    leased: Uploading,
     offset: Annotated[int, Query(ge=0, le=1 << 50, description="The byte that the body starts with.")],
 ) -> Received:
     """The bytes of an upload from ``offset`` on; when it is whole, its SHA-256 is checked.
 
     If that is not the one reported, the upload starts again: the answer is ``{"bytes": 0, "complete": false}``.
     """
-    expected = fleet.expected(device, lease.lease)
+    fleet, device, lease = leased
+    expected = await fleet.expected(device, lease.lease)
     if expected.size > fleet.data_bytes:
         raise Refused(413, f"a task may have at most {fleet.data_bytes} bytes of data here")
     return await fleet.uploads.append(request, expected, offset)
 
 
-async def transferred(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+async def transferred(request: Request, leased: AboutLease) -> None:
     """The device has what its lease names, or has sent it."""
+    fleet, device, lease = leased
     await fleet.hub.transferred(device, lease.lease, await bodies.message(request, Transferred))
 
 
-async def result(request: Request, fleet: Fleet, device: Device, lease: Leased) -> None:
+async def result(request: Request, leased: AboutLease) -> None:
     """The device is done with a lease."""
+    fleet, device, lease = leased
     message = await bodies.message(request, Result)
     await fleet.hub.result(device, lease.lease, message)
     if message.outcome == "failed":
         await fleet.forget(device, lease.lease, "the lease failed")
 
 
-async def leave(fleet: Fleet, device: Device) -> None:
+async def leave(asker: Asking) -> None:
     """The device takes no part any more."""
-    lease = fleet.ledger.open_lease(device)
+    fleet, device = asker
+    lease = await fleet.ledger(Ledger.open_lease, device)
     await fleet.hub.left(device)
     if lease is not None:
         await fleet.forget(device, lease.lease, "the device left")

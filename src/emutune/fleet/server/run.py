@@ -30,6 +30,7 @@ from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.dashboard.opening import open_board
 from emutune.fleet.server.deciding import warm_up
 from emutune.fleet.server.housekeeping import Housekeeping
+from emutune.fleet.server.ledger_thread import LedgerThread
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.pool import Pool, ProcessPool, open_pool
 from emutune.fleet.server.renewal import Renewal, certificate_of
@@ -131,12 +132,13 @@ async def run_server(
             "a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices"
         )
     server, certificate = config.server, certificate_of(config)
-    with _only_one(config), opened_ledger(config) as ledger:
-        _same_fleet(ledger, config, catalogue)
-        await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in ledger.devices())))
+    with _only_one(config), LedgerThread(server.directory / LEDGER) as ledger:
+        await ledger(_same_fleet, config, catalogue)
+        devices = await ledger(Ledger.devices)
+        await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in devices)))
         async with _pools(config, judge) as (trainers, judging):
             hub = Orchestrator(config, ledger, catalogue, decider, trainers, judging, stepped)
-            board = open_board(config, ledger, catalogue, policy)
+            board = open_board(config, ledger.path, catalogue, policy)
             app = create_app(
                 hub, ledger, catalogue.directory, server.directory, config.limits, Links().bucket, board
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from emutune.fleet.config import FleetConfig
-from emutune.fleet.ledger import Ledger
 from emutune.fleet.security import secret_sha256
 from emutune.fleet.server.dashboard.access import dashboard_key
 from emutune.fleet.server.dashboard.board import Board, Fleet
@@ -49,12 +49,12 @@ class Emulators(Protocol):
         ...
 
 
-def open_board(config: FleetConfig, ledger: Ledger, catalogue: Emulators, policy: str) -> Board:
+def open_board(config: FleetConfig, ledger: Path, catalogue: Emulators, policy: str) -> Board:
     """The dashboard of a fleet; its key is made if there is none.
 
     Args:
         config: the fleet's file.
-        ledger: of the server; what is shown is read from the same file over a connection of its own.
+        ledger: the server's file, which what is shown is read from over a connection of its own.
         catalogue: the emulators.
         policy: as the operator named it.
 
@@ -73,8 +73,8 @@ def open_board(config: FleetConfig, ledger: Ledger, catalogue: Emulators, policy
     directory = config.server.directory
     return Board(
         fleet,
-        ledger.path,
+        ledger,
         directory / "uploads",
-        Watch(ledger.open_lease),
+        Watch(),
         secret_sha256(dashboard_key(directory)),
     )

@@ -9,7 +9,6 @@ from datetime import datetime
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emutune.fleet.database import utc_now
-from emutune.fleet.protocol import Lease
 
 _SHARDS = "/v1/shards/"
 
@@ -19,22 +18,18 @@ class Watch:
     """Of this server's life alone; a restart begins anew.
 
     Attributes:
-        lease_of: the open lease of a device.
         heard: when each device last asked for anything.
         sent: bytes of shards that went to a device, and the lease that they were for.
     """
 
-    lease_of: Callable[[str], Lease | None]
     now: Callable[[], datetime] = utc_now
     heard: dict[str, datetime] = field(default_factory=dict)
     sent: dict[str, tuple[str, int]] = field(default_factory=dict)
 
-    def begin_shard(self, device: str) -> None:
+    def begin_shard(self, device: str, lease: str) -> None:
         """A shard goes out: for another lease than the one before, counting begins anew."""
-        lease = self.lease_of(device)
-        # One that fetches on after its deadline has no open lease.
-        if lease is not None and self.sent.get(device, ("", 0))[0] != lease.lease:
-            self.sent[device] = (lease.lease, 0)
+        if self.sent.get(device, ("", 0))[0] != lease:
+            self.sent[device] = (lease, 0)
 
     def count(self, device: str, size: int) -> None:
         """Bytes of a shard went out."""
@@ -72,7 +67,7 @@ class Watching:
             if message["type"] == "http.response.start":
                 shard = scope["path"].startswith(_SHARDS) and message["status"] in (200, 206)
                 if shard:
-                    self._watch.begin_shard(device)
+                    self._watch.begin_shard(device, scope["state"]["fetched_for"])
             elif shard:
                 self._watch.count(device, len(message.get("body", b"")))
 
