@@ -204,11 +204,37 @@ def test_links_are_drawn_from_the_scenario_and_nothing_else() -> None:
     assert middle_gain(PAPER) == pytest.approx(275.0**-2)
 
 
+def test_what_devices_can_and_may_limits_every_policy_in_every_world() -> None:
+    low, high = PAPER.level_bounds
+    limited = [
+        replace(CANDIDATES[0], most_layers=low),
+        replace(CANDIDATES[1], most_layers=0),
+        replace(CANDIDATES[2], most_layers=low + 2, private=True),
+        replace(CANDIDATES[3], private=True),
+    ]
+    for policy in ("best_fixed", "all_server", "random", "lookahead"):
+        for scenario in (
+            PAPER,
+            load_scenario("paper", ["memory={device_gb={min=3.0,max=9.0}}", "privacy={share=0.5}"]),
+        ):
+            small, none, both, private = open_decider(policy, scenario).decide(1, limited)
+            assert small.at_server or small.layers == low
+            assert none.at_server
+            assert not both.at_server
+            assert low <= both.layers <= low + 2
+            assert not private.at_server
+            assert low <= private.layers <= high
+
+
 @pytest.mark.parametrize(
-    "section", ["memory={device_gb={min=3.0,max=9.0}}", "activity={task_probability=0.5}"]
+    "section",
+    [
+        "computation={device_tflops={min=0.3,max=20.0},server_tflops=5.0,bytes_per_token=2000.0}",
+        "energy={receive_w=1.5,weight_per_j=-1e-5}",
+    ],
 )
 def test_a_fleet_refuses_worlds_of_what_devices_do_not_report(section):
-    scenario = load_scenario("paper", [section])
+    scenario = load_scenario("paper", [section, "model.parameters_billion=2.7"])
     name = section.partition("=")[0]
     with pytest.raises(FleetError, match=f"has the section {name}, which devices of a fleet do not report"):
         Decider(scenario, AllServer())

@@ -204,7 +204,7 @@ FEATURES = (
     Feature("speed", "TFLOP/s", *_SIGNED, _speed, lambda w: w.rules.trains_in_time),
     Feature("whole_training", "s", *_SIGNED, _whole_training, lambda w: w.rules.trains_in_time),
     Feature("operation_energy", "J/TFLOP", *_SIGNED, _joules, lambda w: w.devices.j_per_tflop.varies),
-    Feature("largest_emulator", "1", *_SHARE, _largest_emulator, lambda w: w.rules.limits_memory),
+    Feature("largest_emulator", "1", *_SHARE, _largest_emulator, lambda w: w.devices.memory_bits.varies),
     Feature(
         "may_upload", "1", *_SIGNED, lambda w, s: _signed(~s.private), lambda w: w.devices.private.varies
     ),
