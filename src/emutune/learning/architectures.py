@@ -300,7 +300,7 @@ ARCHITECTURES: dict[NetworkKind, SetNetworks] = {
 
 def links_price(world: World) -> Float[Array, ""]:
     """Cost of everybody's downloading the largest emulator, over that of ten units of perplexity."""
-    everybody_s = parts(world.rules.links, world.ues) * _unit_s(world)
+    everybody_s = parts(world.rules.links, float(world.ues)) * _unit_s(world)
     return delay_cost(world.rules, everybody_s) / (-10 * world.rules.perplexity_weight)
 
 
