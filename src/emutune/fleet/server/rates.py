@@ -14,7 +14,7 @@ from emutune.fleet.rows import Kind, Transfer
 
 # A transfer counts half as much as one that came so many later: of these, what would have predicted best so far. There
 # a prediction counts half as much as one of six later.
-_HALVED_AFTER, _TRIED_OVER = np.array([1.0, 3.0, 8.0]), 6.0
+_HALVED_AFTER, _TRIED_OVER = np.array([0.5, 3.0, 8.0]), 6.0
 # Of two sizes that are nearer to each other, their seconds do not tell latency from rate.
 _APART = 2.0
 # What a latency of the middle transfer's seconds has to gain, in the logarithm of one transfer's: on links that change,
