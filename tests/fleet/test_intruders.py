@@ -26,6 +26,7 @@ from intruders import (
 from served import DASHBOARD_KEY, KEYS, SHA, SHARD, TOKENS, report, served
 
 from emutune.fleet.config import Limits
+from emutune.fleet.ledger import Ledger
 from emutune.fleet.security import self_made_certificate, trusting
 from emutune.fleet.server import bodies, connections
 from emutune.fleet.server.app import serve
@@ -109,6 +110,9 @@ def test_a_crowd_that_stays_locks_nobody_out(
     tls = self_made_certificate(tmp_path / "tls", [])
     limits = Limits(data_mb=1, adapter_mb=0.1, request_s=1.0)
 
+    def noted_in(ledger: Ledger) -> bool:
+        return any(row.event == "refused" and "127.0.0.1 (" in row.detail for row in ledger.audit_rows())
+
     async def work(port: int) -> None:
         headers = {"Authorization": f"Bearer {KEYS['ue1']}"}
         for _ in range(5):
@@ -130,9 +134,12 @@ def test_a_crowd_that_stays_locks_nobody_out(
                 assert len(fleet.app.state.connections) <= 40
                 await asyncio.gather(*staying)
             assert fleet.state() == before
-            rows = [row for row in fleet.ledger.audit_rows() if row.event == "refused"]
             await server.stop()
-            assert any("127.0.0.1 (" in row.detail for row in rows), "no row in the ledger"
+            # The word in the log does not wait for the row: the ledger's thread writes it.
+            end = asyncio.get_running_loop().time() + 5
+            while not noted_in(fleet.ledger) and asyncio.get_running_loop().time() < end:
+                await asyncio.sleep(0.02)
+            assert noted_in(fleet.ledger), "no row in the ledger"
         warnings = [record for record in caplog.records if "connections closed" in record.getMessage()]
         assert 1 <= len(warnings) <= 3, "a word in the log, not one a connection"
 
