@@ -46,8 +46,11 @@ connections_per_address = {devices}
 # What server and devices have
 
 
-def random_catalogue(folder, shard_bytes):
-    """A catalogue of the reference scenario's model in which every shard is noise; its largest emulator."""
+def random_catalogue(folder, shard_bytes, sizes=(2, 6)):
+    """A catalogue of the reference scenario's model in which every shard is noise; its largest emulator.
+
+    ``sizes`` are how many middle layers its emulators keep, rising.
+    """
     from emutune.scenario import load_scenario
     from emutune.tuning.adapter_manifest import WIDTH
     from emutune.tuning.catalogue import BASE, Catalogue, CatalogueInfo
@@ -84,7 +87,7 @@ def random_catalogue(folder, shard_bytes):
         perplexity=100.0,
     )
     catalogue.save_emulator(whole)
-    for kept in (2, 6):
+    for kept in sizes:
         indices = {*info.adapter_layers, *info.middle[:kept]}
         emulator = whole.model_copy(
             update={

@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-from fleet import Hashed, client_of, enrolled, random_catalogue
+from fleet import ENDS, LAYERS, Hashed, client_of, enrolled, random_catalogue
 
 # Mbit/s down and up; None is not limited, and a range is drawn from anew every two seconds.
 LINKS = {
@@ -158,7 +158,8 @@ def run_link(work, name, steps):
 
     number = list(LINKS).index(name) + 1
     folder = work / f"link{number}"
-    catalogue_of_sizes(folder / "catalogue")
+    # Emulators of every number of middle layers.
+    random_catalogue(folder / "catalogue", SHARD_BYTES, range(1, LAYERS - 2 * ENDS + 1))
     with link(name, number, LINKS[name]) as (space, address), processes() as running:
         port = free_port("0.0.0.0")
         (folder / "fleet.toml").write_text(FLEET.format(address=address, port=port, steps=steps))
@@ -181,25 +182,6 @@ def run_link(work, name, steps):
 
 def alone(name, *arguments):
     return [sys.executable, __file__, "--alone", name, *map(str, arguments)]
-
-
-def catalogue_of_sizes(folder):
-    """Emulators of noise, of every number of layers."""
-    from emutune.tuning.catalogue import open_catalogue
-
-    random_catalogue(folder, SHARD_BYTES)
-    catalogue = open_catalogue(folder)
-    whole, info = catalogue.base(), catalogue.info
-    for kept in range(1, len(info.middle) + 1):
-        indices = {*info.adapter_layers, *info.middle[:kept]}
-        changes = {
-            "name": f"noise-of-{kept}",
-            "recipe": "noise",
-            "retention": kept / len(info.middle),
-            "kept": tuple(info.middle[:kept]),
-            "layers": tuple(layer for layer in whole.layers if layer.index in indices),
-        }
-        catalogue.save_emulator(whole.model_copy(update=changes))
 
 
 # What runs in processes of its own

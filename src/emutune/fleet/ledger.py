@@ -188,18 +188,18 @@ class Ledger(Members, Figures):
             kind: of the leases: uploads, or trainings, for which emulators are sent.
             shared: count bytes for each device of the step that was to move some too, as one link carried them all.
         """
+        among = (
+            "(SELECT max(count(*), 1) FROM leases AS other"
+            " WHERE other.step = mine.step AND other.kind = mine.kind AND other.predicted_bytes > 0)"
+        )
         # Of a device that does the other kind alone, not all that it ever did is read.
         rows = self._all(
-            "SELECT transferred_bytes AS bytes, transferred_s AS seconds, (SELECT count(*) FROM leases AS other"
-            " WHERE other.step = mine.step AND other.kind = mine.kind AND other.predicted_bytes > 0) AS sharers"
+            f"SELECT transferred_bytes AS bytes, transferred_s AS seconds, {among if shared else 1} AS sharers"
             " FROM (SELECT * FROM leases WHERE device = ? ORDER BY id DESC LIMIT ?) AS mine"
             " WHERE kind = ? AND transferred_bytes > 0 AND transferred_s > 0 ORDER BY id DESC LIMIT ?",
             *(device, _LEASES_READ, kind, _TRANSFERS_READ),
         )
-        return [
-            Transfer(row["bytes"] * (max(row["sharers"], 1) if shared else 1), row["seconds"])
-            for row in reversed(rows)
-        ]
+        return [Transfer(row["bytes"] * row["sharers"], row["seconds"]) for row in reversed(rows)]
 
     # Progress of a lease
 

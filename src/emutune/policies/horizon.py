@@ -105,7 +105,7 @@ class Horizon:
             "after": after,
             "stays": world.families.stays,
             "active": world.devices.active.mean,
-            "delta": jnp.asarray(models.missing_bits.shape[1] > 1),
+            "delta": jnp.asarray(models.delta),
             "left": world.tasks - present_step(world, situation),
         }
         own = jnp.stack([self.prices.upload, self.prices.download])

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emutune.policies.assignment import assign_by_rank, assign_exactly, list_choices
 from emutune.policies.choices import NEVER, Options, at_count, at_layers, cost_of, joint_cost, priced
 from emutune.step import Plan, Taken, take_at_server, take_on_ue, usable_layers
 from emutune.step.charges import delay_cost
-from emutune.step.taken import take
+from emutune.step.taken import take, transmission_of
 
 # Deadlines, counts of uploaders, prices of a lone download's second in costs of a second of the step's delay,
 # how many choices are improved, of counts far apart and of the cheapest, and how long. Large fleets try fewer,
@@ -129,11 +129,7 @@ def improve(options: Options, start: Plan) -> tuple[Plan, Float[Array, ""]]:
         costs = single_changes(options, now)
         what, who = jnp.unravel_index(jnp.argmin(costs), costs.shape)
         better = costs[what, who] < cost - 1e-6 * jnp.abs(cost)
-        changed = (jnp.arange(ues) == who) & better
-        pick = Plan(
-            jnp.where(changed, what == levels, now.at_server),
-            jnp.where(changed, jnp.minimum(what, levels - 1), now.layers),
-        )
+        pick = _changed(now, (jnp.arange(ues) == who) & better, what, levels)
         return pick, jnp.where(better, costs[what, who], cost), better, number + 1
 
     def goes_on(carry: tuple[Plan, Array, Array, Array]) -> Array:
@@ -142,6 +138,14 @@ def improve(options: Options, start: Plan) -> tuple[Plan, Float[Array, ""]]:
     begin = (start, joint_cost(options, start), jnp.asarray(True), jnp.asarray(0))
     found, _, _, _ = jax.lax.while_loop(goes_on, step, begin)
     return found, joint_cost(options, found)
+
+
+def _changed(now: Plan, who: Bool[Array, "... ues"], what: Int[Array, "..."], levels: int) -> Plan:
+    """A plan in which some UEs change to a number of layers, or (``levels``) to uploading."""
+    return Plan(
+        jnp.where(who, what == levels, now.at_server),
+        jnp.where(who, jnp.minimum(what, levels - 1), now.layers),
+    )
 
 
 def single_changes(options: Options, now: Plan) -> Float[Array, "choices ues"]:
@@ -184,20 +188,16 @@ def _single_changes_together(options: Options, now: Plan) -> Float[Array, "choic
     rules, situation, (levels, ues) = options.rules, options.situation, options.after.shape
     # Axes: the choice, the UE that changes to it, and every UE.
     choice, itself = jnp.arange(levels + 1)[:, None, None], jnp.eye(ues, dtype=bool)
-    changed = Plan(
-        jnp.where(itself, choice == levels, now.at_server),
-        jnp.where(itself, jnp.minimum(choice, levels - 1), now.layers),
-    )
+    changed = _changed(now, itself, choice, levels)
     now_s = jnp.where(now.at_server, 0.0, at_layers(options, now.layers).download_s)
     then_s = jnp.pad(options.local.download_s, ((0, 1), (0, 0)))
-    alike = situation.family[:, None] == situation.family
-    if rules.models.missing_bits.shape[1] > 1:
-        alike &= usable_layers(situation)[:, None] == usable_layers(situation)
-    together = jnp.where(alike & (now.layers[:, None] == now.layers) & (now_s[:, None] > 0), now_s, 0.0)
+    by_now = transmission_of(rules, situation, now.layers)
+    by_then = transmission_of(rules, situation, choice[..., 0])
+    together = jnp.where((by_now[:, None] == by_now) & (now_s[:, None] > 0), now_s, 0.0)
     first = (jnp.argmax(together > 0, axis=-1) == jnp.arange(ues)) & (now_s > 0)
     others = jnp.sum(first) - ((now_s > 0) & (jnp.sum(together > 0, axis=-1) == 1))
     without_s = jax.vmap(largest_other)(together).T
-    joined = alike & ~itself & (now_s > 0) & (now.layers == choice) & (then_s[..., None] > 0)
+    joined = (by_then[..., None] == by_now) & ~itself & (now_s > 0) & (then_s[..., None] > 0)
     own_s = jnp.maximum(then_s, jnp.max(jnp.where(joined, now_s, 0.0), axis=-1))[..., None]
     download_s = jnp.where(itself, own_s, jnp.where(joined, jnp.maximum(without_s, own_s), without_s))
     local = at_layers(options, changed.layers)._replace(download_s=download_s)

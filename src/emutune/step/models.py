@@ -63,6 +63,11 @@ class Models:
         return self.layer_bits * self.layers
 
     @property
+    def delta(self) -> bool:
+        """Whether only missing layers are sent, so that what is sent depends on what is held."""
+        return self.missing_bits.shape[1] > 1
+
+    @property
     def most(self) -> int:
         """Layers of the largest emulator of any family."""
         return self.bits.shape[1] - 1
@@ -119,7 +124,7 @@ def missing_bits(
     models: Models, family: Int[Array, "*#batch"], held: Int[Array, "*#batch"], layers: Int[Array, "*#batch"]
 ) -> Float[Array, "*batch"]:
     """Bits to send to a UE that holds one level of a family for it to train with another."""
-    row = held if models.missing_bits.shape[1] > 1 else 0
+    row = held if models.delta else 0
     return jnp.where(layers == held, 0.0, look_up(models.missing_bits, family, row, layers))
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from emutune.step.cache import usable_layers
 from emutune.step.link import parts
@@ -90,17 +90,26 @@ def take(
     return Taken(*(jnp.where(there, *both) for both in zip(sent, kept, strict=True)))
 
 
+def transmission_of(
+    rules: Rules, situation: Situation, layers: Int[Array, "*#batch"]
+) -> Int[Array, "*batch"]:
+    """The number of the transmission that brings each UE's missing layers: the same for the same layers (D17).
+
+    ``layers`` broadcasts against the situation's fields.
+    """
+    _, rows, levels = rules.models.missing_bits.shape
+    held = usable_layers(situation) if rules.models.delta else 0
+    return (situation.family * rows + held) * levels + layers
+
+
 def _multicast(
     rules: Rules, situation: Situation, plan: Plan, local: Local, loads: Bool[Array, "*batch ues"]
 ) -> tuple[Local, Float[Array, "*batch 1"]]:
     """Downloads as slow as the weakest of those that fetch the same layers; and how many transmissions there are."""
-    families, rows, levels = rules.models.missing_bits.shape
-    # What is missing depends on what is held where only missing layers are sent.
-    row = usable_layers(situation) if rows > 1 else 0
-    which = (situation.family * rows + row) * levels + plan.layers
+    which = transmission_of(rules, situation, plan.layers)
 
     def slowest(seconds: Array, which: Array) -> Array:
-        return jax.ops.segment_max(seconds, which, families * rows * levels).clip(min=0.0)
+        return jax.ops.segment_max(seconds, which, rules.models.missing_bits.size).clip(min=0.0)
 
     alone_s = jnp.where(loads, local.download_s, 0.0)
     each_s = jnp.vectorize(slowest, signature="(u),(u)->(t)")(*jnp.broadcast_arrays(alone_s, which))

@@ -261,7 +261,7 @@ class Leasing:
 
 def room_of(report: Report) -> int:
     """Bytes of the largest emulator that a device can hold and train with."""
-    return min(report.cache_bytes, report.cache_bytes if report.memory_bytes is None else report.memory_bytes)
+    return min(size for size in (report.cache_bytes, report.memory_bytes) if size is not None)
 
 
 def _usable_emulators(catalogue: Inventory, scenario: Scenario) -> list[Emulator]:
