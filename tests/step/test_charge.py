@@ -65,6 +65,26 @@ def test_ues_that_fetch_the_same_layers_share_one_transmission_at_the_rate_of_th
     np.testing.assert_allclose(taken.joules, scenario.energy.receive_w * expected, rtol=1e-5)
 
 
+def test_with_delta_download_the_same_level_from_another_is_another_transmission() -> None:
+    rules, ues = build_rules(world_with({"multicast", "delta"})), 3
+    _, age = empty_cache(rules, ues)
+    situation = situation_of(
+        progress=jnp.zeros(()),
+        family=jnp.zeros(ues, int),
+        complexity=jnp.ones(ues),
+        data_bits=jnp.full(ues, 1e9),
+        transmit_power_w=jnp.ones(ues),
+        gain=jnp.array([1e-7, 1e-9, 1e-8]),
+        # The first two hold three layers and lack two; the third lacks one.
+        held=jnp.zeros_like(age).at[:, 0].set(jnp.array([3, 3, 4])),
+        age=age,
+    )
+    layers = jnp.array([5, 5, 5])
+    taken = charge(rules, situation, Plan(jnp.zeros(ues, bool), layers)).taken
+    alone_s = np.asarray(on_ue(rules, situation, layers).download_s)
+    np.testing.assert_allclose(taken.download_s, 2 * alone_s[[1, 1, 2]], rtol=1e-5)
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Scenario, list, list, list]:
     """A world with any features, a fleet in it, and a plan that is possible."""
