@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 from directories import catalogue_of, generated_text
@@ -23,7 +23,7 @@ from emutune.fleet.device.client import Backoff, FleetClient
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.security import read_credentials
 from emutune.fleet.server.app import create_app
-from emutune.fleet.server.choices import Candidate, Choice, Forecast
+from emutune.fleet.server.choices import Candidate, Choice, Forecast, Opening
 from emutune.fleet.server.decide import open_decider
 from emutune.fleet.server.ledger_thread import LedgerThread
 from emutune.fleet.server.orchestrator import Orchestrator
@@ -81,19 +81,15 @@ class ThreadPool:
 class DecidingHere:
     """Decides in this process."""
 
-    def __init__(
-        self, policy: str, scenario: Scenario, sharing: Literal["equal", "none"] | None = None
-    ) -> None:
-        self._decider = open_decider(policy, scenario, sharing=sharing)
+    def __init__(self, policy: str, scenario: Scenario, **opening: Any) -> None:
+        self._decider = open_decider(Opening(policy=policy, scenario=scenario, **opening))
         self.scenario = self._decider.scenario
 
     async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         return self._decider.decide(step, candidates)
 
-    async def forecast(
-        self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
-    ) -> list[Forecast]:
-        return self._decider.forecast(candidates, choices, bytes_to_move)
+    async def forecast(self, *question: Any) -> list[Forecast]:
+        return self._decider.forecast(*question)
 
 
 def catalogue_at(folder: Path) -> Catalogue:
@@ -172,7 +168,7 @@ class WholeFleet:
         file = folder / "fleet.toml"
         file.write_text(FLEET.format(count=count))
         self.config: FleetConfig = load_fleet(file)
-        self.decider = DecidingHere(policy, scenario_of(catalogue))
+        self.decider = DecidingHere(policy, scenario_of(catalogue), shaped=self.config.shaping.enabled)
         self.carrier = Carrier()
         held_back = self.config.server.directory / "held_back"
         held_back.mkdir(parents=True)

@@ -42,7 +42,7 @@ def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
             "distance_m": {"min": 50.0, "max": 500.0},
         },
         "tasks": {"data_mb": {"min": 300.0, "max": 500.0}, "complexity": {"min": 1.0, "max": 10.0}},
-        "model": {"size_gb": 10.8, "layers": 32},
+        "model": {"size_gb": 10.8, "layers": 32, "shared_gb": 0.0},
         "retention": {"min": 0.2, "max": 0.8, "hold_tolerance": 0.0},
         "radio": {
             "uplink_bandwidth_hz": 1e5,

@@ -34,6 +34,7 @@ def serve(
     prepare_jax()
     from emutune.fleet.config import LEDGER, load_fleet
     from emutune.fleet.loop import run
+    from emutune.fleet.server.choices import opening_of
     from emutune.fleet.server.deciding import deciding
     from emutune.fleet.server.logs import log_to_stderr
     from emutune.fleet.server.run import run_server
@@ -48,7 +49,7 @@ def serve(
     ledger = config.server.directory / LEDGER
 
     async def serving() -> None:
-        async with deciding(policy, scenario, retention, config.shaping.seed, config.sharing) as decider:
+        async with deciding(opening_of(config, policy, scenario, retention)) as decider:
             await run_server(
                 config,
                 opened,

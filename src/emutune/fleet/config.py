@@ -71,6 +71,8 @@ class Steps(_Section):
 
     Attributes:
         count: steps, after which the devices are told to stop.
+        episode: how many belong together, for which energy has a budget; as many as the scenario has tasks, if not
+            given.
         devices: how many reports a step waits for; all enrolled devices that did not leave, if not given.
         gather_s: a step that has at least one report starts after so long without the others; no longer does it wait
             for what is judged or measured.
@@ -78,6 +80,7 @@ class Steps(_Section):
     """
 
     count: int = Field(default=50, ge=1, le=1_000_000)
+    episode: int | None = Field(default=None, ge=1, le=100_000)
     devices: int | None = Field(default=None, ge=1)
     gather_s: Positive = 30.0
     deadline_s: Positive = 600.0
@@ -201,6 +204,11 @@ class FleetConfig(_Section):
     jobs: JobLimits = JobLimits()
     limits: Limits = Limits()
     keep: Keep = Keep()
+
+    @property
+    def time_scale(self) -> float:
+        """Seconds of the scenario in one second."""
+        return self.shaping.time_scale if self.shaping.enabled else 1.0
 
     @property
     def sharing(self) -> Literal["equal", "none"] | None:

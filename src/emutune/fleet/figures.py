@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import median
 
 from emutune.fleet.comparison import Comparison
 from emutune.fleet.database import Database
@@ -14,13 +15,25 @@ REASON = f"""coalesce(
     (SELECT detail FROM audit WHERE event = '{FAILED}' AND ifnull(audit.device, '') = +leases.device
         AND audit.lease = leases.lease),
     json_extract(result, '$.reason'), '') AS reason"""
+# In seconds of the scenario: the transfer, and training where the world says that it takes time.
+DELAY = "transferred_s + CASE WHEN predicted_training_s > 0 THEN training_s ELSE 0 END"
+JOULES = "transfer_w * transferred_s + CASE WHEN training_w > 0 THEN training_w * training_s ELSE 0 END"
+_PREDICTED_JOULES = (
+    "transfer_w * (predicted_delay_s - predicted_training_s) + training_w * predicted_training_s"
+)
 # Not the messages, which are most of a row.
 _COMPARED = (
     "step, device, lease, task, kind, state, at_server, retention, emulator_name, gain, complexity, rate_bps,"
-    " predicted_bytes, transferred_bytes AS measured_bytes, predicted_delay_s, transferred_s AS measured_delay_s,"
+    f" predicted_bytes, transferred_bytes AS measured_bytes, predicted_delay_s, {DELAY} AS measured_delay_s,"
+    " predicted_training_s, training_s AS measured_training_s,"
+    f" {_PREDICTED_JOULES} AS predicted_joules, {JOULES} AS measured_joules,"
     " predicted_perplexity, after AS measured_perplexity, before AS perplexity_before, adapter_sha256, accepted,"
     f" {REASON}"
 )
+
+
+# Of a device's last trainings so many tell its speed.
+_TRAININGS_READ = 8
 
 
 class Figures(Database):
@@ -76,6 +89,26 @@ class Figures(Database):
             totals["trained.server"] += by_server
             totals["trained.device"] += row["trained"] - by_server
         return totals
+
+    def spent_j(self, device: str, steps: range) -> float:
+        """Energy that a device has spent in some steps, as far as it was measured, and else as predicted."""
+        row = self._one(
+            f"SELECT total(ifnull({JOULES}, {_PREDICTED_JOULES})) AS joules FROM leases"
+            " WHERE device = ? AND step >= ? AND step < ?",
+            *(device, steps.start, steps.stop),
+        )
+        return 0.0 if row is None else float(row["joules"])
+
+    def speed(self, device: str) -> float | None:
+        """A device's training speed in TFLOP/s: the median of its last trainings; None if none was measured."""
+        rows = self._all(
+            "SELECT json_extract(situation, '$.tflops') * predicted_training_s / training_s AS tflops FROM leases"
+            " WHERE device = ? AND kind = 'train' AND predicted_training_s > 0 AND training_s > 0"
+            " ORDER BY id DESC LIMIT ?",
+            *(device, _TRAININGS_READ),
+        )
+        speeds = [row["tflops"] for row in rows if row["tflops"] is not None]
+        return median(speeds) if speeds else None
 
     def last_steps(self, leases: int) -> range:
         """The last steps, as many as have so many leases together; at least one."""

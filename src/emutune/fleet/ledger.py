@@ -213,6 +213,10 @@ class Ledger(Members, Figures):
             lease, "transferred_s = ?, transferred_bytes = ?", "transferred_bytes IS NULL", seconds, bytes
         )
 
+    def trained_for(self, lease: str, seconds: float) -> bool:
+        """Training took so many seconds of the scenario; True the first time, and the first time counts."""
+        return self._mark(lease, "training_s = ?", "training_s IS NULL", seconds)
+
     def adapter(self, lease: str, sha256: str, bytes: int) -> bool:
         """An adapter was trained under a lease; True the first time.
 

@@ -136,7 +136,15 @@ _LONG = (
     )
     """,
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG)
+_CHARGES = (
+    # Training and energy beside the transfer, and what was known when it was decided.
+    "ALTER TABLE leases ADD COLUMN predicted_training_s REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE leases ADD COLUMN transfer_w REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE leases ADD COLUMN training_w REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE leases ADD COLUMN situation TEXT NOT NULL DEFAULT '{}'",
+    "ALTER TABLE leases ADD COLUMN training_s REAL",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG, _CHARGES)
 VERSION = len(MIGRATIONS)
 
 

@@ -128,6 +128,7 @@ class Lease(Message):
         emulator: manifest of the emulator to hold, as JSON of ``emutune.tuning.manifest.Emulator``; ``train`` only.
         start: SHA-256 of the adapter in service, from which training starts; None for the first.
         rate_bps: what the link of this device can carry in this step, in bits/s of wall time; None if not shaped.
+        training_s: how long training on the device lasts at least; None if as long as it takes.
         deadline_s: seconds from when it was fetched until its result comes late.
     """
 
@@ -140,6 +141,7 @@ class Lease(Message):
     start: Sha256 | None = None
     training: Training = Training()
     rate_bps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    training_s: Seconds | None = None
     deadline_s: Seconds = 0.0
 
 

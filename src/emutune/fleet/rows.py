@@ -13,6 +13,7 @@ Kind = Literal["train", "upload", "stop"]
 Closed = Literal["done", "late", "failed", "expired"]
 State = Literal["open", "done", "late", "failed", "expired"]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Watts = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Decision(Message):
@@ -21,7 +22,10 @@ class Decision(Message):
     Attributes:
         lease_json: the ``Lease`` that the device is to fetch, as JSON; its lease, step, kind and task are those here.
         at_server: z = 1, the server trains; False for a lease that stops the device.
-        predicted_delay_s: of the transfer, Eq. 1 or Eq. 5.
+        predicted_delay_s: from the first byte to the end of training (Eq. 8).
+        predicted_training_s: of that, training; 0 in a world where training takes no time.
+        transfer_w, training_w: power that the device takes meanwhile; 0 in a world where energy is not counted.
+        situation: what was known of the device, as JSON by the names of ``emutune.step.Situation``.
         predicted_perplexity: of the plugged-in adapter on the task's text; None where nothing is trained.
         gain: power gain of the link that the prediction is about; None where that is of measured transfers.
     """
@@ -36,7 +40,11 @@ class Decision(Message):
     lease_json: str
     predicted_bytes: Bytes = 0
     predicted_delay_s: Seconds = 0.0
+    predicted_training_s: Seconds = 0.0
     predicted_perplexity: Perplexity | None = None
+    transfer_w: _Watts = 0.0
+    training_w: _Watts = 0.0
+    situation: str = "{}"
     gain: _Positive | None = None
     complexity: Annotated[float, Field(allow_inf_nan=False)] | None = None
     rate_bps: _Positive | None = None
@@ -75,6 +83,7 @@ class LeaseRow:
         message: what the device fetches.
         before, after: perplexity of the whole model, the adapter not plugged in and plugged in; ``after`` is also
             None where it was not finite.
+        training_s: of training, wherever it was, in seconds of the scenario.
         accepted: whether the evaluation put the adapter into service; None before it.
     """
 
@@ -90,7 +99,11 @@ class LeaseRow:
     message: Lease
     predicted_bytes: int
     predicted_delay_s: float
+    predicted_training_s: float
     predicted_perplexity: float | None
+    transfer_w: float
+    training_w: float
+    situation: str
     gain: float | None
     complexity: float | None
     rate_bps: float | None
@@ -98,6 +111,7 @@ class LeaseRow:
     data_complete: bool
     transferred_s: float | None
     transferred_bytes: int | None
+    training_s: float | None
     adapter_sha256: str | None
     adapter_bytes: int | None
     before: float | None
@@ -106,6 +120,12 @@ class LeaseRow:
     result: Result | None
     opened_at: str
     closed_at: str | None
+
+    @property
+    def delay_s(self) -> float | None:
+        """From the first byte to the end of training; None while it is not known as a whole."""
+        training = self.training_s if self.predicted_training_s else 0.0
+        return None if self.transferred_s is None or training is None else self.transferred_s + training
 
 
 @dataclass(frozen=True)

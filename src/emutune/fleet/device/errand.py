@@ -169,8 +169,8 @@ class Errand:
         stopping, training = threading.Event(), self.lease.training
 
         def report(progress: Any) -> None:
-            if stopping.is_set():
-                raise _StoppedError
+            pace_s = (self.lease.training_s or 0.0) * progress.step / training.steps
+            _slow_down(progress, pace_s, stopping)
             remark = f"loss {progress.losses[-1]:.3f}"
             self.telling.progress("training", progress.step, training.steps, remark)
 
@@ -217,6 +217,19 @@ class Errand:
         aside = kept.with_name(kept.name + ".partial")
         shutil.copyfile(adapter, aside)
         aside.replace(kept)
+
+
+def _slow_down(progress: Any, pace_s: float, stopping: threading.Event) -> None:
+    """Wait until training has lasted so long; what is waited counts as training, and goes on after an interruption.
+
+    Raises:
+        _StoppedError: the device ends.
+    """
+    began = time.monotonic()
+    if stopping.wait(max(0.0, pace_s - progress.seconds)):
+        raise _StoppedError
+    if pace_s > progress.seconds:
+        progress.seconds += time.monotonic() - began
 
 
 async def _in_thread(function: Callable[[], Answer], stopping: threading.Event) -> Answer:

@@ -14,7 +14,6 @@ from emutune.fleet.config import FleetConfig
 from emutune.fleet.protocol import FleetInfo, Lease, Report
 from emutune.fleet.rows import Decision, Kind, Transfer
 from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
-from emutune.fleet.server.links import DrawnLink, middle_gain
 from emutune.fleet.server.rates import LinkEstimate, estimate_links
 from emutune.scenario import Scenario
 from emutune.tuning.inventory import Inventory
@@ -36,11 +35,15 @@ class Known(NamedTuple):
 
     Attributes:
         complexity: c of the text that is held back for it; None if that was never measured.
+        spent_j: energy that it has spent in this episode.
+        tflops: its training speed, as measured; None if that never was.
         transfers: what it moved for its last leases of each kind, the oldest first; none where links are shaped.
         adapter: SHA-256 of the one in service; None if none is.
     """
 
     complexity: float | None
+    spent_j: float
+    tflops: float | None
     transfers: Mapping[Kind, Sequence[Transfer]]
     adapter: str | None
 
@@ -107,7 +110,7 @@ class Leasing:
         """Decide a step; the same for the same step, reports, and what is known of the devices beside."""
         candidates = self._with_links(
             {device: known[device] for device, _ in reports},
-            [self._candidate(step, device, report, known[device]) for device, report in reports],
+            [self._candidate(device, report, known[device]) for device, report in reports],
         )
         choices = await self._decider.decide(step, candidates)
         plans = [
@@ -121,31 +124,35 @@ class Leasing:
             else replace(plan.candidate, complexity=plan.known.complexity)
             for plan in plans
         ]
-        predicted = await self._forecast(plans, judged)
+        predicted = await self._forecast(step, plans, judged)
         rates = await self._rates(step, plans)
-        return [self._decision(step, *row) for row in zip(plans, predicted, rates, strict=True)]
+        rows = zip(plans, predicted, rates, strict=True)
+        return [self._decision(step, *row) for row in rows if not row[0].choice.idle]
 
     def _plan(self, device: str, report: Report, known: Known, candidate: Candidate, choice: Choice) -> _Plan:
         emulator = self._emulator(choice.layers)
         moved = report.data_bytes if choice.at_server else self._missing(report, emulator)
+        moved = 0 if choice.idle else moved
         return _Plan(device, report, known, candidate, choice, emulator, moved)
 
-    async def _forecast(self, plans: Sequence[_Plan], candidates: Sequence[Candidate]) -> list[Forecast]:
+    async def _forecast(
+        self, step: int, plans: Sequence[_Plan], candidates: Sequence[Candidate], during: bool = False
+    ) -> list[Forecast]:
         """What plans come to for candidates that may differ from those that were decided about."""
         scaled = [plan.moved * self._config.shaping.byte_scale for plan in plans]
-        return await self._decider.forecast(candidates, [plan.choice for plan in plans], scaled)
+        choices = [plan.choice for plan in plans]
+        return await self._decider.forecast(step, candidates, choices, scaled, during)
 
-    def _candidate(self, step: int, device: str, report: Report, known: Known) -> Candidate:
-        shaping, scenario = self._config.shaping, self._scenario
-        link = DrawnLink(scenario, shaping.seed, device)
-        gain = link.gain(step - 1) if shaping.enabled else report.gain
-        held = self._held(report)
+    def _candidate(self, device: str, report: Report, known: Known) -> Candidate:
+        held, shaping = self._held(report), self._config.shaping
         return Candidate(
-            gain=middle_gain(scenario) if gain is None else gain,
+            device=device,
             complexity=self._complexity(report, known),
             data_bytes=report.data_bytes * shaping.byte_scale,
-            cached_layers=0 if held is None else round(held.retention * scenario.model.layers),
-            transmit_power_w=link.transmit_power_w,
+            cached_layers=0 if held is None else round(held.retention * self._scenario.model.layers),
+            spent_j=known.spent_j,
+            gain=None if shaping.enabled else report.gain,
+            tflops=known.tflops,
             **self._limits(report),
         )
 
@@ -216,11 +223,7 @@ class Leasing:
         shaping = self._config.shaping
         if not shaping.enabled:
             return [None] * len(plans)
-        during = [
-            replace(plan.candidate, gain=DrawnLink(self._scenario, shaping.seed, plan.device).gain(step))
-            for plan in plans
-        ]
-        actual = await self._forecast(plans, during)
+        actual = await self._forecast(step, plans, [plan.candidate for plan in plans], during=True)
         scale = shaping.time_scale / shaping.byte_scale
         return [
             forecast.rate_bps * scale if plan.moved else None
@@ -229,7 +232,9 @@ class Leasing:
 
     def _decision(self, step: int, plan: _Plan, forecast: Forecast, rate_bps: float | None) -> Decision:
         device, report, emulator = plan.device, plan.report, plan.emulator
-        local = not plan.choice.at_server
+        local, shaping = not plan.choice.at_server, self._config.shaping
+        # A real device, and a server that many share, take the time that they take.
+        paced = shaping.enabled and local and forecast.training_s > 0
         lease = Lease(
             lease=f"{step}-{device}",
             step=step,
@@ -239,6 +244,7 @@ class Leasing:
             start=plan.known.adapter,
             training=self._config.training.model_copy(update={"seed": self._config.training.seed + step}),
             rate_bps=rate_bps,
+            training_s=forecast.training_s / shaping.time_scale if paced else None,
             deadline_s=self._config.steps.deadline_s,
         )
         return Decision(
@@ -252,8 +258,12 @@ class Leasing:
             lease_json=lease.model_dump_json(),
             predicted_bytes=plan.moved,
             predicted_delay_s=forecast.delay_s,
+            predicted_training_s=forecast.training_s,
             predicted_perplexity=forecast.perplexity,
-            gain=plan.candidate.gain if plan.measured is None else None,
+            transfer_w=forecast.transfer_w,
+            training_w=forecast.training_w,
+            situation=json.dumps(forecast.situation),
+            gain=forecast.situation["gain"] if plan.measured is None else None,
             complexity=plan.candidate.complexity,
             rate_bps=rate_bps,
         )

@@ -107,7 +107,7 @@ class Orchestrator:
             reports = await self._gather()
             await self._measured([device for device, report in reports if report.perplexity_ratio is None])
             devices = [device for device, _ in reports]
-            known = await self._ledger(progress.known_of, self._config, self._scenario, devices)
+            known = await self._ledger(progress.known_of, self._config, self._scenario, step, devices)
             decided = await self._leasing.lease_step(step, reports, known)
             await noted(partial(self._ledger, Ledger.begin_step, step, decided))
             for decision in decided:
@@ -238,9 +238,7 @@ class Orchestrator:
 
     async def transferred(self, device: str, lease: str, message: Transferred) -> None:
         """See ``Hub.transferred``."""
-        shaping = self._config.shaping
-        seconds = message.seconds * (shaping.time_scale if shaping.enabled else 1)
-        simulated = message.model_copy(update={"seconds": seconds})
+        simulated = message.model_copy(update={"seconds": message.seconds * self._config.time_scale})
         await self._ledger(progress.transferred, device, lease, simulated)
         self._news.set()
 
@@ -264,7 +262,7 @@ class Orchestrator:
 
     async def result(self, device: str, lease: str, message: Result) -> None:
         """See ``Hub.result``."""
-        await self._ledger(progress.ended, device, lease, message)
+        await self._ledger(progress.ended, device, lease, message, self._config.time_scale)
         self._news.set()
 
     async def left(self, device: str) -> None:
@@ -294,10 +292,20 @@ class Orchestrator:
     async def _train(self, row: LeaseRow) -> None:
         """Train an uploaded task; its data stay until that is done, whatever comes between."""
         if (await self._row(row.device, row.lease)).adapter_sha256 is None:
-            await self._keep_adapter(row.lease, await self._at_server.train(row))
+            began = asyncio.get_running_loop().time()
+            path = await self._at_server.train(row)
+            await self._paced(row, began)
+            await self._keep_adapter(row.lease, path)
         await self._at_server.forget(row)
         self._wake(row.device)
         await self._evaluate(row)
+
+    async def _paced(self, row: LeaseRow, began: float) -> None:
+        """Note how long training took, which in a shaped fleet is as long as at the server that the scenario has."""
+        loop, scale = asyncio.get_running_loop(), self._config.time_scale
+        if self._config.shaping.enabled:
+            await asyncio.sleep(began + row.predicted_training_s / scale - loop.time())
+        await self._ledger(Ledger.trained_for, row.lease, (loop.time() - began) * scale)
 
     async def _keep_adapter(self, lease: str, path: Path) -> None:
         """Keep what was trained for a lease, and record it.
