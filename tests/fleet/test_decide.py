@@ -140,7 +140,7 @@ def test_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_world_of_several_models_is_refused() -> None:
     with pytest.raises(FleetError, match="a fleet serves one"):
-        Decider(load_scenario("families"), opened("all_server")._policy)
+        Decider(load_scenario("families"), opened("all_server").policy)
 
 
 @pytest.mark.parametrize("sharing", ["equal", "none"])

@@ -22,6 +22,7 @@ class Comparison:
         predicted_perplexity, measured_perplexity: of the whole model with the adapter plugged in.
         perplexity_before: of the whole model without it.
         adapter_sha256: of the adapter that was trained.
+        situation: what was known of the device when it was decided, as JSON; see ``Decision``.
         reason: why the lease failed, in the words of the server or of the device.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
     perplexity_before: float | None
     adapter_sha256: str | None
     accepted: bool | None
+    situation: str = "{}"
     reason: str = ""
 
     @property

@@ -189,7 +189,8 @@ class FleetConfig(_Section):
     """What ``FLEET.toml`` says.
 
     Attributes:
-        scenario: the world that rules decide in and links are shaped by; a learned policy brings its own.
+        scenario: the world that rules decide in and links are shaped by, by name or by its file, seen from the fleet's;
+            a learned policy brings its own.
     """
 
     name: str = Field(pattern="^[0-9A-Za-z][0-9A-Za-z -]{0,63}$")
@@ -256,4 +257,6 @@ def _seen_from(config: FleetConfig, folder: Path) -> FleetConfig:
     acceptance = acceptance.model_copy(
         update={"held_back": directory / "held_back" if held_back is None else folder / held_back}
     )
-    return config.model_copy(update={"server": server, "acceptance": acceptance})
+    beside = folder / config.scenario
+    scenario = str(beside) if beside.is_file() else config.scenario
+    return config.model_copy(update={"server": server, "acceptance": acceptance, "scenario": scenario})

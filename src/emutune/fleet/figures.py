@@ -28,7 +28,7 @@ _COMPARED = (
     " predicted_training_s, training_s AS measured_training_s,"
     f" {_PREDICTED_JOULES} AS predicted_joules, {JOULES} AS measured_joules,"
     " predicted_perplexity, after AS measured_perplexity, before AS perplexity_before, adapter_sha256, accepted,"
-    f" {REASON}"
+    f" situation, {REASON}"
 )
 
 

@@ -17,6 +17,7 @@ from emutune.fleet import disk
 from emutune.fleet.device.cache import Cache
 from emutune.fleet.device.client import POLL_S, FleetClient, RefusedError
 from emutune.fleet.device.files import hash_file
+from emutune.fleet.device.pace import Pace
 from emutune.fleet.device.state import Answer, Memory, Task, Work, unchanged
 from emutune.fleet.device.telling import Telling
 from emutune.fleet.protocol import Lease, Result, Transferred
@@ -167,10 +168,11 @@ class Errand:
         from emutune.fleet.device import work
 
         stopping, training = threading.Event(), self.lease.training
+        pace = Pace(self.lease.training_s, training.steps, stopping)
 
         def report(progress: Any) -> None:
-            pace_s = (self.lease.training_s or 0.0) * progress.step / training.steps
-            _slow_down(progress, pace_s, stopping)
+            if not pace.keep(progress):
+                raise _StoppedError
             remark = f"loss {progress.losses[-1]:.3f}"
             self.telling.progress("training", progress.step, training.steps, remark)
 
@@ -217,19 +219,6 @@ class Errand:
         aside = kept.with_name(kept.name + ".partial")
         shutil.copyfile(adapter, aside)
         aside.replace(kept)
-
-
-def _slow_down(progress: Any, pace_s: float, stopping: threading.Event) -> None:
-    """Wait until training has lasted so long; what is waited counts as training, and goes on after an interruption.
-
-    Raises:
-        _StoppedError: the device ends.
-    """
-    began = time.monotonic()
-    if stopping.wait(max(0.0, pace_s - progress.seconds)):
-        raise _StoppedError
-    if pace_s > progress.seconds:
-        progress.seconds += time.monotonic() - began
 
 
 async def _in_thread(function: Callable[[], Answer], stopping: threading.Event) -> Answer:

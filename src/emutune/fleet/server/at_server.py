@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from emutune.errors import EmutuneError
 from emutune.fleet.config import FleetConfig
@@ -15,6 +16,13 @@ from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.pool import Pool
 from emutune.fleet.server.worker import TrainJob
 from emutune.tuning.inventory import BASE
+
+
+class Trained(NamedTuple):
+    """A trained adapter's file, which ``AtServer.forget`` deletes, and how long a processor was busy with it."""
+
+    path: Path
+    processor_s: float
 
 
 class AtServer:
@@ -45,11 +53,8 @@ class AtServer:
         """Where the uploaded text of a lease is."""
         return self._config.server.directory / "data" / f"{lease}.txt"
 
-    async def train(self, row: LeaseRow) -> Path:
+    async def train(self, row: LeaseRow) -> Trained:
         """Train an uploaded task; its data stay until ``forget``, unless they are at fault.
-
-        Returns:
-            The adapter's file, which ``forget`` deletes.
 
         Raises:
             FleetError: see ``Pool.run``.
@@ -66,12 +71,12 @@ class AtServer:
             training=training,
         )
         try:
-            await self._trainers.run(job)
+            outcome = await self._trainers.run(job)
         except (EmutuneError, OSError) as error:
             if not is_full(error):
                 await self.forget(row)
             raise
-        return job.out
+        return Trained(job.out, outcome.get("processor_s", 0.0))
 
     async def forget(self, row: LeaseRow) -> None:
         """Delete a task's data, and all that its training left."""

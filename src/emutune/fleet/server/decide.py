@@ -78,7 +78,7 @@ class Decider:
         # Whatever the scenario says, devices have limits.
         self._world = replace(world, rules=replace(world.rules, limits_memory=True))
         self._draws = Draws(self._world, seed)
-        self._policy, self._shaped = policy, shaped
+        self.policy, self._shaped = policy, shaped
         self._key = jax.random.key(seed)
 
     def world(self, ues: int) -> World:
@@ -89,7 +89,7 @@ class Decider:
         """One choice a device; the same for the same step and candidates."""
         world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
-        plan = _decide(world, self._policy, self._situation(world, step, candidates), key)
+        plan = _decide(world, self.policy, self._situation(world, step, candidates), key)
         return [Choice(bool(z), int(k)) for z, k in zip(*map(np.asarray, plan), strict=True)]
 
     def forecast(

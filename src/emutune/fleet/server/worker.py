@@ -8,6 +8,7 @@ standard input, one a line, and writes an outcome for each.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -92,9 +93,10 @@ def _train(job: TrainJob) -> dict[str, Any]:
         start_from(job.start, manifest, parameters)
     config = trainer_config(training)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
+    began = time.thread_time()
     result = bench.train(parameters, config, job.work, job.model_dump_json(exclude={"work"}))
     save_adapter(job.out, manifest, parameters)
-    return {"before": result.before, "after": result.after}
+    return {"before": result.before, "after": result.after, "processor_s": time.thread_time() - began}
 
 
 def _judge(job: JudgeJob) -> dict[str, Any]:
