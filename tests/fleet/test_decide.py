@@ -242,9 +242,15 @@ def test_a_shaped_fleet_is_charged_as_the_simulator_charges(name: str) -> None:
         )
         _, outcome = serve(world, during(episode, jnp.asarray(step % 3), known), plan)
         taken = outcome.charge.taken
-        assert [forecast.delay_s for forecast in forecasts] == pytest.approx(np.asarray(taken.delay_s), rel=1e-4)
-        assert [forecast.training_s for forecast in forecasts] == pytest.approx(np.asarray(taken.training_s), rel=1e-4)
-        assert [forecast.perplexity for forecast in forecasts] == pytest.approx(np.asarray(taken.perplexity), rel=1e-4)
+        assert [forecast.delay_s for forecast in forecasts] == pytest.approx(
+            np.asarray(taken.delay_s), rel=1e-4
+        )
+        assert [forecast.training_s for forecast in forecasts] == pytest.approx(
+            np.asarray(taken.training_s), rel=1e-4
+        )
+        assert [forecast.perplexity for forecast in forecasts] == pytest.approx(
+            np.asarray(taken.perplexity), rel=1e-4
+        )
         joules = [one.transfer_w * one.transfer_s + one.training_w * one.training_s for one in forecasts]
         assert joules == pytest.approx(np.asarray(taken.joules), rel=1e-4)
         assert [choice.idle for choice in choices] == [not active for active in known.active]
