@@ -98,3 +98,40 @@ def test_a_devices_speed_is_the_median_of_its_last_trainings(ledger: Ledger) -> 
     step(ledger, 3, predicted_training_s=0.0)
     ledger.trained_for("3-ue2", 7.0)
     assert ledger.speed("ue2") == pytest.approx(24.0)
+
+
+def test_who_takes_part_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from emutune.cli.devices import devices
+    from emutune.errors import UsageError
+
+    file, out = tmp_path / "fleet.toml", tmp_path / "devices.json"
+    file.write_text('name = "test"\n[server]\ndirectory = "."\n')
+    with pytest.raises(UsageError, match="emutune enroll"):
+        devices(str(file))
+    with Ledger(tmp_path / "ledger.sqlite") as opened:
+        add_devices(opened, "ue1", "ue2", "ue3")
+        opened.add_device("ue4", digest("token"))
+        opened.report("ue1", report("old"))
+        told = {
+            "private": True,
+            "memory_bytes": 3_000_000,
+            "cache_bytes": 4_000_000,
+            "emulator": "drop-0.5000",
+        }
+        opened.report("ue1", report("new").model_copy(update=told))
+        step(opened, 0)
+        opened.trained_for("0-ue1", 3.0)
+        opened.close_lease("0-ue1", "done")
+        opened.leave("ue2")
+        opened.revoke("ue3")
+    devices(str(file), out)
+    one, two, three, four = json.loads(out.read_text())["devices"]
+    assert [device["state"] for device in (one, two, three, four)] == ["here", "left", "revoked", "expected"]
+    assert (one["leases"], two["leases"], four["leases"]) == ({"done": 1}, {"open": 1}, {})
+    # The report of the step came last, and says neither memory nor privacy.
+    assert (one["memory_bytes"], one["private"], one["holds"]) == (1 << 20, False, None)
+    assert one["tflops"] == pytest.approx(8.0)
+    assert four["memory_bytes"] is None
+    printed = capsys.readouterr().out
+    assert "expected" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())

@@ -99,6 +99,12 @@ class Figures(Database):
         )
         return 0.0 if row is None else float(row["joules"])
 
+    def states_of(self, device: str) -> list[str]:
+        """The state of each of a device's leases."""
+        return [
+            row["state"] for row in self._all("SELECT state FROM leases WHERE device = ? ORDER BY id", device)
+        ]
+
     def speed(self, device: str) -> float | None:
         """A device's training speed in TFLOP/s: the median of its last trainings; None if none was measured."""
         rows = self._all(
