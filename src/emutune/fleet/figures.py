@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import median
 
+from emutune.fleet.adaptation import Judged
 from emutune.fleet.comparison import Comparison
 from emutune.fleet.database import Database
 
@@ -32,6 +33,8 @@ _COMPARED = (
 )
 
 
+# Of so many adapters it is read how they get on.
+_JUDGED_READ = 2048
 # Of a device's last trainings so many tell its speed.
 _TRAININGS_READ = 8
 
@@ -98,6 +101,16 @@ class Figures(Database):
             *(device, steps.start, steps.stop),
         )
         return 0.0 if row is None else float(row["joules"])
+
+    def judged(self) -> list[Judged]:
+        """The last adapters that were judged, of all devices, in the order in which they were leased."""
+        rows = self._all(
+            "SELECT device, curve_perplexity AS curve, before, after, accepted FROM leases"
+            " WHERE accepted IS NOT NULL AND curve_perplexity > 0 AND before > 0 AND after > 0"
+            " ORDER BY id DESC LIMIT ?",
+            _JUDGED_READ,
+        )
+        return [Judged(**dict(row) | {"accepted": bool(row["accepted"])}) for row in reversed(rows)]
 
     def states_of(self, device: str) -> list[str]:
         """The state of each of a device's leases."""

@@ -143,6 +143,8 @@ _CHARGES = (
     "ALTER TABLE leases ADD COLUMN training_w REAL NOT NULL DEFAULT 0",
     "ALTER TABLE leases ADD COLUMN situation TEXT NOT NULL DEFAULT '{}'",
     "ALTER TABLE leases ADD COLUMN training_s REAL",
+    # Of the curve alone, before it was corrected by how adapters got on.
+    "ALTER TABLE leases ADD COLUMN curve_perplexity REAL",
 )
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG, _CHARGES)
 VERSION = len(MIGRATIONS)

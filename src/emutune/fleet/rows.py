@@ -24,6 +24,7 @@ class Decision(Message):
         at_server: z = 1, the server trains; False for a lease that stops the device.
         predicted_delay_s: from the first byte to the end of training (Eq. 8).
         predicted_training_s: of that, training; 0 in a world where training takes no time.
+        curve_perplexity: what the curve says of a training from nothing.
         transfer_w, training_w: power that the device takes meanwhile; 0 in a world where energy is not counted.
         situation: what was known of the device, as JSON by the names of ``emutune.step.Situation``.
         predicted_perplexity: of the plugged-in adapter on the task's text; None where nothing is trained.
@@ -42,6 +43,7 @@ class Decision(Message):
     predicted_delay_s: Seconds = 0.0
     predicted_training_s: Seconds = 0.0
     predicted_perplexity: Perplexity | None = None
+    curve_perplexity: Perplexity | None = None
     transfer_w: _Watts = 0.0
     training_w: _Watts = 0.0
     situation: str = "{}"
@@ -101,6 +103,7 @@ class LeaseRow:
     predicted_delay_s: float
     predicted_training_s: float
     predicted_perplexity: float | None
+    curve_perplexity: float | None
     transfer_w: float
     training_w: float
     situation: str

@@ -34,6 +34,7 @@ class Known(NamedTuple):
     """What is known of a device beside its report.
 
     Attributes:
+        progress: by what the curve's perplexity is to be multiplied for its next training; see ``adaptation``.
         complexity: c of the text that is held back for it; None if that was never measured.
         spent_j: energy that it has spent in this episode.
         tflops: its training speed, as measured; None if that never was.
@@ -41,6 +42,7 @@ class Known(NamedTuple):
         adapter: SHA-256 of the one in service; None if none is.
     """
 
+    progress: float
     complexity: float | None
     spent_j: float
     tflops: float | None
@@ -259,7 +261,8 @@ class Leasing:
             predicted_bytes=plan.moved,
             predicted_delay_s=forecast.delay_s,
             predicted_training_s=forecast.training_s,
-            predicted_perplexity=forecast.perplexity,
+            predicted_perplexity=forecast.perplexity * plan.known.progress,
+            curve_perplexity=forecast.perplexity,
             transfer_w=forecast.transfer_w,
             training_w=forecast.training_w,
             situation=json.dumps(forecast.situation),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from emutune.errors import FleetError
+from emutune.fleet.adaptation import factors
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
@@ -57,8 +58,10 @@ def known_of(
             return {}
         return {kind: ledger.transfers(device, kind, shared=shared) for kind in KINDS}
 
+    progress = factors(ledger.judged())
     return {
         device: Known(
+            progress=progress.get(device, 1.0),
             complexity=complexity_of(ledger, scenario, device),
             spent_j=ledger.spent_j(device, episode),
             tflops=None if config.shaping.enabled else ledger.speed(device),
