@@ -78,7 +78,7 @@ def _run_file(
     directory = config.server.directory
     if fresh and directory.exists():
         _forget(directory)
-    used = catalogue or [_reference_catalogue("reference", directory / "catalogue")]
+    used = catalogue or [_reference_catalogue(directory / "catalogue")]
     with interruptible(f"the ledger in {directory} is kept; the same command goes on"):
         print(f"{devices} devices, {config.steps.count} steps; logs are in {directory / 'logs'}", flush=True)
         run_local_fleet(
@@ -106,7 +106,7 @@ def _run_world(
 
     root = _ROOT / world
     steps, seed = drawn
-    used = catalogue or [_reference_catalogue("reference", _ROOT / "catalogues" / "reference")]
+    used = catalogue or _shipped_catalogues(world)
     rehearsal = rehearse(world, root, used, devices, steps, seed)
     scenario = root / "scenario.toml"
     print(f"{scenario}: what the fleet runs; emutune train {scenario} learns a policy for it")
@@ -162,9 +162,20 @@ def _forget(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def _reference_catalogue(model: str, out: Path) -> Path:
+def _reference_catalogue(out: Path) -> Path:
     from emutune.tuning.build import Recipe, build_catalogue
 
     with stage_bar() as stage:
-        build_catalogue(model, out, Recipe(), None, lambda name, progress: advance(stage, name, progress, 1))
+        build_catalogue(
+            "reference", out, Recipe(), None, lambda name, progress: advance(stage, name, progress, 1)
+        )
     return out
+
+
+def _shipped_catalogues(world: str) -> list[Path]:
+    from emutune.fleet.rehearsal import shipped_catalogues
+
+    with stage_bar() as stage:
+        return shipped_catalogues(
+            world, _ROOT / "catalogues", lambda name, progress: advance(stage, name, progress, 1)
+        )

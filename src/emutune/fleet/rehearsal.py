@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,17 @@ from emutune.fleet.worlds import ServedWorld, served_world
 from emutune.policies.measure import run_episodes
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario, dump_scenario, load_scenario
-from emutune.tuning.documentation import TASKS, task_text
+from emutune.tuning.documentation import MODELS, REFERENCE, TASKS, task_text
 from emutune.tuning.inventory import open_inventory
 from emutune.world import build_world, draw_batch
+
+if TYPE_CHECKING:
+    from emutune.tuning.build import Report
 
 # So long a usual step takes here, and so long a training that is faster than most: as a processor needs for it. What
 # is slower than a minute a step is too slow to wait for.
 _STEP_S, _TRAINING_S, _SLOWEST_STEP_S = 6.0, 3.0, 60.0
 _EPISODES = 16
-# Every fifth paragraph of a task's text is kept from the device, for the server to judge adapters on.
 _HELD_BACK = 5
 _FLEET = """# Written by emutune fleet; emutune serve takes it too.
 
@@ -114,17 +116,46 @@ class Rehearsal:
         return config, devices
 
     def _write_tasks(self, config: FleetConfig, devices: Sequence[LocalDevice]) -> None:
-        """Texts as large as the world's law draws them, a file a task in their order, about one subject a device."""
+        """Texts as large as the world's law draws them and of its models, a file a task in their order.
+
+        A device's are about one subject, in English or in code.
+        """
         episode = Draws(build_world(self.scenario), self.seed).episode(0, [device.name for device in devices])
         sizes = np.asarray(episode.data_bits) / 8 / self.served.byte_scale
-        held_back = config.acceptance.held_back
+        families = np.zeros(sizes.shape, int) if episode.family is None else np.asarray(episode.family)
+        names = [path.name for path in self.catalogues]
         for number, device in enumerate(devices):
-            paragraphs = task_text(TASKS[number % len(TASKS)]).split("\n\n")
-            kept = "\n\n".join(text for place, text in enumerate(paragraphs) if place % _HELD_BACK)
-            for task, size in enumerate(sizes[:, number]):
-                _write(device.data / f"{task:04}.txt", _part(kept, task, round(float(size))))
-            if held_back is not None:
-                _write(held_back / f"{device.name}.txt", "\n\n".join(paragraphs[::_HELD_BACK]))
+            subject = TASKS[number % len(TASKS)]
+            own = [_divided(task_text(subject, name if name in MODELS else REFERENCE)) for name in names]
+            for task, (size, family) in enumerate(zip(sizes[:, number], families[:, number], strict=True)):
+                text = _part(own[family].kept, task, round(float(size)))
+                _write(device.data / names[family] / f"{task:04}.txt", text)
+            if (held_back := config.acceptance.held_back) is not None:
+                for name, texts in zip(names, own, strict=True):
+                    _write(held_back / device.name / f"{name}.txt", texts.held_back)
+
+
+class _Divided(NamedTuple):
+    """A subject's text: what a device has of it, and what is kept from it for the server to judge adapters on."""
+
+    kept: str
+    held_back: str
+
+
+def shipped_catalogues(world: str, root: Path, report: "Report" = lambda stage, progress: None) -> list[Path]:
+    """Emulators of the shipped models, of as many as a world has and there are; those that are there stay.
+
+    Args:
+        world: its name or path.
+        root: below which each has a directory, called as its model.
+        report: told how far building is.
+    """
+    from emutune.tuning.build import Recipe, build_catalogue
+
+    paths = [root / name for name in MODELS[: len(load_scenario(world).models)]]
+    for path in paths:
+        build_catalogue(path.name, path, Recipe(), None, report)
+    return paths
 
 
 def rehearse(
@@ -201,6 +232,13 @@ def _usual_step_s(scenario: Scenario, policy: str) -> float:
     episodes = draw_batch(jax.random.key(0), world, _EPISODES)
     summary = run_episodes(world, baseline_policy(policy, scenario, None), episodes)
     return max(float(np.mean(summary.delay_min)) * 60 / scenario.fleet.tasks, 1e-3)
+
+
+def _divided(text: str) -> _Divided:
+    """Every fifth paragraph is held back."""
+    paragraphs = text.split("\n\n")
+    kept = "\n\n".join(part for place, part in enumerate(paragraphs) if place % _HELD_BACK)
+    return _Divided(kept, "\n\n".join(paragraphs[::_HELD_BACK]))
 
 
 def _part(text: str, number: int, size: int) -> str:

@@ -30,7 +30,7 @@ from emutune.tuning.compression.layer_drop import (
 )
 from emutune.tuning.compression.prune import prune_layers
 from emutune.tuning.compression.quantize import quantize_layer
-from emutune.tuning.documentation import reference_text
+from emutune.tuning.documentation import REFERENCE, REFERENCE_CODE, reference_text
 from emutune.tuning.foundation import (
     Foundation,
     load_tokenizer,
@@ -110,11 +110,11 @@ def build_catalogue(
     unless layers are pruned, distilled or quantised, one layer at a time is in memory.
 
     Args:
-        source: a model directory, or ``"reference"``.
+        source: a model directory, or ``"reference"`` or ``"reference-code"``.
         out: the catalogue's directory; what it already has is not made again.
         recipe: how.
         text: what importance, distillation and the manifests' perplexities are measured on; Python's
-            documentation if not given.
+            documentation if not given, or its library's sources for the model of code.
         report: told the stage, and while training its progress.
 
     Raises:
@@ -124,7 +124,8 @@ def build_catalogue(
     foundation = open_foundation(source)
     tokenizer = load_tokenizer(foundation.directory, foundation.config)
     _check_layers(foundation, recipe)
-    text = reference_text() if text is None else text
+    model = REFERENCE_CODE if str(source) == REFERENCE_CODE else REFERENCE
+    text = reference_text(model) if text is None else text
     report("hashing the model", None)
     catalogue = catalogue_for(foundation, out, recipe.bottom, recipe.top, text)
     splits = split_blocks(pack(text, tokenizer, out / "work" / "tokens"), block_length(foundation.config))

@@ -30,10 +30,13 @@ from emutune.tuning.checkpoint import (
     weight_entry,
     weight_files,
 )
+from emutune.tuning.documentation import REFERENCE, REFERENCE_CODE
 from emutune.tuning.layers import layer_stack, shorten_config, stack_name
 
-REFERENCE = "reference"
-_SHIPPED = Path(__file__).parent / "reference_model"
+_SHIPPED = {
+    REFERENCE: Path(__file__).parent / "reference_model",
+    REFERENCE_CODE: Path(__file__).parent / "reference_code_model",
+}
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
@@ -69,13 +72,13 @@ def open_foundation(source: str | Path) -> Foundation:
 
     Args:
         source: a directory in the Hugging Face format with safetensors weights, sharded or not, or
-            ``"reference"`` for the small model that emutune ships.
+            ``"reference"`` or ``"reference-code"`` for the small models that emutune ships.
 
     Raises:
         ModelError: the directory, its configuration or a weight is missing, damaged or quantised, or the
             architecture is not a stack of layers.
     """
-    directory = _SHIPPED if str(source) == REFERENCE else Path(source)
+    directory = _SHIPPED.get(str(source), Path(source))
     config = _read_config(directory)
     model = skeleton(config)
     stack = stack_name(model)
