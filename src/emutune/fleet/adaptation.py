@@ -28,7 +28,8 @@ def factors(judged: Iterable[Judged]) -> dict[str, float]:
     """By what the curve's perplexity is to be multiplied for each device's next training.
 
     The curve is that of one training from nothing. Later ones go on from the adapter in service, so they begin where
-    the last one ended, in parts of the curve's, and gain as much as is usual for the second and later ones.
+    the last one ended, in parts of the curve's, and gain as much as is usual for the second and later ones; where every
+    task is tuned from nothing, that is nothing, and a device is where its last task was.
 
     Args:
         judged: in the order in which they were leased.

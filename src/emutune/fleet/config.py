@@ -73,6 +73,7 @@ class Steps(_Section):
         count: steps, after which the devices are told to stop.
         episode: how many belong together, for which energy has a budget; as many as the scenario has tasks, if not
             given.
+        fresh: every task is tuned from nothing, as in the simulator, instead of from the adapter in service.
         devices: how many reports a step waits for; all enrolled devices that did not leave, if not given.
         gather_s: a step that has at least one report starts after so long without the others; no longer does it wait
             for what is judged or measured.
@@ -81,6 +82,7 @@ class Steps(_Section):
 
     count: int = Field(default=50, ge=1, le=1_000_000)
     episode: int | None = Field(default=None, ge=1, le=100_000)
+    fresh: bool = False
     devices: int | None = Field(default=None, ge=1)
     gather_s: Positive = 30.0
     deadline_s: Positive = 600.0

@@ -49,6 +49,7 @@ port = 0
 
 [steps]
 count = {steps}
+fresh = true
 gather_s = 60.0
 deadline_s = 1200.0
 
@@ -209,7 +210,7 @@ def figures_of(rehearsal: Rehearsal, policy: str) -> dict[str, Any]:
         "delay_s": sum(step.measured_delay_s or 0.0 for step in known),
         "predicted_delay_s": sum(step.predicted_delay_s for step in known),
         "steps": int(costs.complete.sum()),
-        **asdict(errors(rows)),
+        "errors": asdict(errors(rows)),
     }
 
 

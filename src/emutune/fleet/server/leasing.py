@@ -243,7 +243,7 @@ class Leasing:
             kind="train" if local else "upload",
             task=report.task,
             emulator=json.loads(emulator.model_dump_json()) if local else None,
-            start=plan.known.adapter,
+            start=None if self._config.steps.fresh else plan.known.adapter,
             training=self._config.training.model_copy(update={"seed": self._config.training.seed + step}),
             rate_bps=rate_bps,
             training_s=forecast.training_s / shaping.time_scale if paced else None,
