@@ -246,8 +246,9 @@ def _part(text: str, number: int, size: int) -> str:
     """So many bytes of a text without end, which repeats; each number's part begins elsewhere."""
     content = text.encode()
     begin = number * size % len(content)
-    whole = (content * (2 + size // len(content)))[begin : begin + max(size, 1)]
-    return whole.decode("utf-8", "ignore").ljust(size, ".")
+    cut = (content * (2 + size // len(content)))[begin : begin + size].decode("utf-8", "ignore")
+    # In the place of letters that were cut in two.
+    return cut + "." * (size - len(cut.encode()))
 
 
 def _write(path: Path, text: str) -> None:
