@@ -65,7 +65,6 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 work.train_adapter = alone(work.train_adapter)
 work.perplexity_ratio = alone(work.perplexity_ratio)
-work.check_adapter = alone(work.check_adapter)
 
 
 class ThreadPool:
