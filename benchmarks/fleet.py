@@ -431,7 +431,7 @@ def serve_until_done(fleet, catalogue, judge=None):
                 noted[when] = {"server": taken(), "decider": taken(decider.pid)}
 
             try:
-                await run_server(config, catalogue, decider, started=lambda url: note("idle"), judge=judge)
+                await run_server(config, [catalogue], decider, started=lambda url: note("idle"), judge=judge)
             finally:
                 note("ended")
 

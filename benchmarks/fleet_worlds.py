@@ -215,7 +215,7 @@ def untraining_server(fleet, catalogue):
 
     async def serving():
         async with deciding("random", load_scenario(config.scenario), sharing=config.sharing) as decider:
-            await server.run_server(config, open_inventory(Path(catalogue)), decider, judge=Untraining())
+            await server.run_server(config, [open_inventory(Path(catalogue))], decider, judge=Untraining())
 
     with contextlib.suppress(KeyboardInterrupt):
         run(serving())

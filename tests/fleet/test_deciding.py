@@ -49,7 +49,9 @@ def inline(opening: Opening = RANDOM) -> ChildDecider:
 
 
 positive = st.floats(1e-30, 1e30)
-candidates = st.builds(Candidate, positive, st.floats(-1, 1e4), positive, st.integers(0, 32), positive)
+candidates = st.builds(
+    Candidate, positive, st.floats(-1, 1e4), positive, st.tuples(st.integers(0, 32)), positive
+)
 
 
 @given(
@@ -72,7 +74,7 @@ HERE = open_decider("random", PAPER, seed=3)
 
 def test_lines_carry_what_has_no_end() -> None:
     async def steps() -> None:
-        endless = [Candidate(math.inf, 1.0, math.inf, 0, 1.0), Candidate(1e-5, math.nan, 1.0, 0, 1.0)]
+        endless = [Candidate(math.inf, 1.0, math.inf, (0,), 1.0), Candidate(1e-5, math.nan, 1.0, (0,), 1.0)]
         choices = [Choice(True, 25), Choice(False, 25)]
         forecasts = await inline().forecast(endless, choices, [math.inf, 1.0])
         assert repr(forecasts) == repr(HERE.forecast(endless, choices, [math.inf, 1.0]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 from emutune.fleet.comparison import Comparison
 from emutune.fleet.database import Database
 
+# Where the names of models are noted.
+MODELS = "models"
 # What the audit calls a lease that failed by the server's work.
 FAILED = "lease failed"
 # Why a lease failed: the server's word, or else the device's. With the plus the index of the audit serves.
@@ -16,7 +19,7 @@ REASON = f"""coalesce(
     json_extract(result, '$.reason'), '') AS reason"""
 # Not the messages, which are most of a row.
 _COMPARED = (
-    "step, device, lease, task, kind, state, at_server, retention, emulator_name, gain, complexity, rate_bps,"
+    "step, device, lease, task, base, kind, state, at_server, retention, emulator_name, gain, complexity, rate_bps,"
     " predicted_bytes, transferred_bytes AS measured_bytes, predicted_delay_s, transferred_s AS measured_delay_s,"
     " predicted_perplexity, after AS measured_perplexity, before AS perplexity_before, adapter_sha256, accepted,"
     f" {REASON}"
@@ -25,6 +28,16 @@ _COMPARED = (
 
 class Figures(Database):
     """The figures of an open ledger; see ``Ledger``."""
+
+    def meta(self, key: str) -> str | None:
+        """A fact that was noted, or None."""
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else str(row["value"])
+
+    def models(self) -> dict[str | None, str]:
+        """What the fleet's foundation models are called, by their hashes; that of the first is None."""
+        noted = self.meta(MODELS)
+        return {} if noted is None else dict(json.loads(noted))
 
     def last_step(self) -> int:
         """The number of the last step that was begun; -1 before the first."""

@@ -136,7 +136,14 @@ _LONG = (
     )
     """,
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG)
+_FAMILIES = (
+    # Hash of the foundation model; none for the fleet's first, which all leases were of before there were others.
+    "ALTER TABLE leases ADD COLUMN base TEXT",
+    # A device has an adapter of each model in service.
+    "DROP INDEX leases_accepted",
+    "CREATE INDEX leases_accepted ON leases (device, base, judged) WHERE accepted = 1",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG, _FAMILIES)
 VERSION = len(MIGRATIONS)
 
 

@@ -31,7 +31,7 @@ from emutune.scenario.sections import (
 
 
 class Model(NamedTuple):
-    """One family's model: size, whole layers, fewest and most layers of an emulator, curve, parameters."""
+    """One family's model: size, whole layers, fewest and most layers of an emulator, curve, parameters, hash."""
 
     size_gb: float
     layers: int
@@ -39,6 +39,7 @@ class Model(NamedTuple):
     most: int
     curve: Curve
     parameters_billion: float | None = None
+    base: str | None = None
 
     def emulator_gb(self, layers: int) -> float:
         """Size of the emulator of so many layers."""
@@ -100,6 +101,7 @@ class Scenario(Section):
                 *self._levels(one),
                 curve or self.quality.curve,
                 one.parameters_billion,
+                one.base,
             )
             for one, curve in _with_curves(self.model, others)
         )

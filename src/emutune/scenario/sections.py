@@ -237,12 +237,14 @@ class Family(Section):
     Attributes:
         parameters_billion: what training has to compute with; wanted where there is ``computation``.
         curve: its perplexity against retention, where that differs from ``quality.curve``.
+        base: hash of the real model that it stands for; a fleet with another one in its place is refused.
     """
 
     size_gb: Positive
     layers: Count
     parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
     curve: Curve | None = None
+    base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Families(Section):

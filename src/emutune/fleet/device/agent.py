@@ -140,7 +140,9 @@ class Device:
             perplexity_ratio=None if current is None else await self._ratio(task, current),
             emulator=None if current is None else current["name"],
             model=base if several else None,
-            held=tuple((base, one and one["name"]) for base, one in used.items()) if several else (),
+            held=tuple((base, None if one is None else one["name"]) for base, one in used.items())
+            if several
+            else (),
             cache_bytes=self.cache.limit,
             memory_bytes=self.abilities.memory_bytes,
             private=self.abilities.private,

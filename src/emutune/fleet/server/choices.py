@@ -18,8 +18,10 @@ class Candidate:
         gain: power gain of the link in the directions in which nothing was measured.
         complexity: c of the task.
         data_bytes: of the task's text, in bytes of the scenario.
-        cached_layers: k of the emulator on the device; 0 for none.
+        held: k of the emulator of each foundation model on the device; 0 for none.
         transmit_power_w: of its uplink.
+        family: number of the task's model.
+        age: how many models the device used since each; those it never used come last. If empty, it used none.
         most_layers: of the largest emulator that the device can hold and train with; 0 if none fits.
         private: the data may not leave the device.
         uplink, downlink: as measured, in bytes of the scenario; None where links are shaped, or nothing was moved yet.
@@ -28,8 +30,10 @@ class Candidate:
     gain: float
     complexity: float
     data_bytes: float
-    cached_layers: int
+    held: tuple[int, ...]
     transmit_power_w: float
+    family: int = 0
+    age: tuple[int, ...] = ()
     most_layers: int = 1_000_000
     private: bool = False
     uplink: LinkEstimate | None = None
@@ -38,10 +42,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for one device: z, and k of the emulator that trains there."""
+    """What was decided for one device.
+
+    Attributes:
+        at_server: z.
+        layers: k of the emulator that trains there.
+        keep: numbers of the other models whose emulators then stay on the device.
+    """
 
     at_server: bool
     layers: int
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from emutune.errors import FleetError
 from emutune.fleet.server.choices import Candidate, Choice, Forecast
@@ -20,14 +21,15 @@ from emutune.policies import Policy
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario
 from emutune.step import (
+    Models,
     Plan,
     Situation,
     at_server,
     downlink_bps,
-    empty_cache,
     on_ue,
     possible_case,
     possible_plan,
+    put_in_cache,
     situation_of,
     uplink_bps,
 )
@@ -48,16 +50,11 @@ class Decider:
         seed: of policies that draw.
 
     Raises:
-        FleetError: the scenario is one of several foundation models, of devices that differ in what a fleet
-            does not know of its own, or of links that a fleet cannot have.
+        FleetError: the scenario is one of devices that differ in what a fleet does not know of its own, or of links
+            that a fleet cannot have.
     """
 
     def __init__(self, scenario: Scenario, policy: Policy, seed: int = 0) -> None:
-        if scenario.families is not None:
-            raise FleetError(
-                f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
-                "for a scenario without the section families"
-            )
         for section in ("computation", "energy"):
             if getattr(scenario, section) is not None:
                 raise FleetError(
@@ -86,8 +83,11 @@ class Decider:
         world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
         progress = (step % world.tasks) / world.tasks
-        plan = _decide(world, self._policy, _situation(world, progress, candidates), key)
-        return [Choice(bool(z), int(k)) for z, k in zip(*map(np.asarray, plan), strict=True)]
+        plan, stays = _decide(world, self._policy, _situation(world, progress, candidates), key)
+        return [
+            Choice(bool(z), int(k), tuple(map(int, np.flatnonzero(kept))))
+            for z, k, kept in zip(*map(np.asarray, (*plan, stays)), strict=True)
+        ]
 
     def forecast(
         self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
@@ -159,12 +159,18 @@ def checkpoint_of(policy: str) -> Path | None:
 
 
 @jax.jit
-def _decide(world: World, policy: Policy, situation: Situation, key: jax.Array) -> Plan:
+def _decide(
+    world: World, policy: Policy, situation: Situation, key: jax.Array
+) -> tuple[Plan, Bool[jax.Array, "ues families"]]:
+    """A plan, and the other models of which each device that trains keeps its emulator."""
     plan = policy.decide(world, situation, key)
     # What a device that uploads would train with is of use where the server may not take its data.
     local = Plan(jnp.zeros_like(plan.at_server), plan.layers)
     there = possible_case(world.rules, situation, plan.at_server)
-    return Plan(there, possible_plan(world.rules, situation, local).layers)
+    layers = possible_plan(world.rules, situation, local).layers
+    held, _ = put_in_cache(world.rules, situation.held, situation.age, situation.family, layers)
+    others = jnp.arange(held.shape[-1]) != situation.family[..., None]
+    return Plan(there, layers), (held > 0) & others & ~there[..., None]
 
 
 class _Measured(NamedTuple):
@@ -223,33 +229,42 @@ def _rates(candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _situation(world: World, progress: float, candidates: Sequence[Candidate]) -> Situation:
-    """What devices reported; a fleet knows of one foundation model and of no other differences yet."""
-    _, age = empty_cache(world.rules, len(candidates))
+    """What devices reported; a fleet knows of no other differences yet."""
+    models = world.rules.models
     links, told, power_w = (
         world.rules.links,
         _column(candidates, "gain"),
         _column(candidates, "transmit_power_w"),
     )
     up, down = _rates(candidates)
-    held = jnp.asarray([[candidate.cached_layers] for candidate in candidates], jnp.int32)
+    held, age, family = (
+        jnp.asarray(column, jnp.int32)
+        for column in (
+            [candidate.held for candidate in candidates],
+            # Where a device keeps one emulator, none makes room for being old.
+            [(world.rules.several and candidate.age) or range(models.families) for candidate in candidates],
+            [candidate.family for candidate in candidates],
+        )
+    )
     return situation_of(
         progress=jnp.asarray(progress, jnp.float32),
+        family=family if models.families > 1 else None,
         complexity=_column(candidates, "complexity"),
         data_bits=8 * _column(candidates, "data_bytes"),
         transmit_power_w=power_w,
         gain=jnp.where(up > 0, _single(uplink_gain(links, np.asarray(power_w), up)), told),
         downlink_gain=jnp.where(down > 0, _single(downlink_gain(links, down)), told),
-        memory_bits=_largest_bits(world, candidates),
+        memory_bits=_largest_bits(models, candidates),
         private=jnp.asarray([candidate.private for candidate in candidates]),
         held=held,
         age=age,
     )
 
 
-def _largest_bits(world: World, candidates: Sequence[Candidate]) -> jax.Array:
+def _largest_bits(models: Models, candidates: Sequence[Candidate]) -> jax.Array:
     """What the largest emulator that each device can train with takes by the scenario."""
-    bits = world.rules.models.memory_bits[0]
-    return bits[jnp.asarray([min(candidate.most_layers, len(bits) - 1) for candidate in candidates])]
+    most = [min(candidate.most_layers, models.most) for candidate in candidates]
+    return models.memory_bits[jnp.asarray([candidate.family for candidate in candidates]), jnp.asarray(most)]
 
 
 def _single(values: np.ndarray) -> jax.Array:

@@ -102,7 +102,8 @@ class ChildDecider:
     async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         """See ``Deciding.decide``."""
         question = Decide(opening=self._opening, step=step, candidates=tuple(candidates))
-        return [Choice(**row) for row in (await _asked(self._child, question))["choices"]]
+        rows = (await _asked(self._child, question))["choices"]
+        return [Choice(row["at_server"], row["layers"], tuple(row["keep"])) for row in rows]
 
     async def forecast(
         self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
@@ -149,7 +150,8 @@ async def deciding(
 
 async def warm_up(decider: Deciding, ues: int) -> None:
     """Compile for so many devices, which takes longer than a step should wait."""
-    candidates = [Candidate(middle_gain(decider.scenario), 1.0, 1.0, 0, 1.0)] * ues
+    nothing = (0,) * len(decider.scenario.models)
+    candidates = [Candidate(middle_gain(decider.scenario), 1.0, 1.0, nothing, 1.0)] * ues
     await decider.forecast(candidates, await decider.decide(0, candidates), [1.0] * ues)
 
 

@@ -11,6 +11,7 @@ from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Report, Result, Transferred
 from emutune.fleet.rows import Kind, LeaseRow, Transfer
+from emutune.fleet.server.families import Family
 from emutune.fleet.server.judging import complexity_of
 from emutune.fleet.server.leasing import KINDS, Known
 from emutune.scenario import Scenario
@@ -45,10 +46,10 @@ def gathered(ledger: Ledger, wanted: int | None) -> Gathered:
 
 
 def known_of(
-    ledger: Ledger, config: FleetConfig, scenario: Scenario, devices: Sequence[str]
+    ledger: Ledger, config: FleetConfig, scenario: Scenario, tasks: Sequence[tuple[str, Family]]
 ) -> dict[str, Known]:
-    """What is known of devices beside their reports."""
-    shared = scenario.radio.sharing == "equal"
+    """What is known of devices, and of what each is to do for a foundation model, beside their reports."""
+    shared, weight = scenario.radio.sharing == "equal", scenario.quality.complexity_weight
 
     def transfers(device: str) -> dict[Kind, list[Transfer]]:
         if config.shaping.enabled:
@@ -56,8 +57,12 @@ def known_of(
         return {kind: ledger.transfers(device, kind, shared=shared) for kind in KINDS}
 
     return {
-        device: Known(complexity_of(ledger, scenario, device), transfers(device), ledger.in_service(device))
-        for device in devices
+        device: Known(
+            complexity_of(ledger, weight, device, family),
+            transfers(device),
+            ledger.in_service(device, family.key),
+        )
+        for device, family in tasks
     }
 
 
