@@ -246,7 +246,7 @@ def test_what_was_refused_deleted_and_failed(fleet: Served) -> None:
 
 def test_the_fleet_itself(fleet: Served) -> None:
     seen = overview(fleet)
-    assert (seen.name, seen.policy, seen.scenario, seen.model.base) == (
+    assert (seen.name, seen.policy, seen.scenario, seen.models[0].base) == (
         "test",
         "fixed",
         "reference",
@@ -517,7 +517,7 @@ def test_a_server_without_dashboard_has_none(fleet: Served) -> None:
     from emutune.fleet.config import Limits
     from emutune.fleet.server.app import create_app
 
-    fleet.app = create_app(fleet.hub, fleet.asked, fleet.catalogue, fleet.work, Limits(), lambda *_: None)
+    fleet.app = create_app(fleet.hub, fleet.asked, {}, fleet.work, Limits(), lambda *_: None)
     assert ask(fleet, "/dashboard").status_code == 404
     assert ask(fleet, OVERVIEW).status_code == 404
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emutune.errors import FleetError
 from emutune.fleet.server.choices import Candidate, Choice, Opening
@@ -30,10 +32,10 @@ from emutune.world.dynamics import during
 PAPER = load_scenario("paper")
 NOISE = 10 ** (-174 / 10) / 1000
 CANDIDATES = [
-    Candidate("ue1", 3.0, 4e8, 0, gain=1e-5, transmit_power_w=0.5),
-    Candidate("ue2", 7.0, 3e8, 20, gain=4e-6, transmit_power_w=0.9),
-    Candidate("ue3", 1.0, 5e8, 25, gain=2e-5, transmit_power_w=0.3),
-    Candidate("ue4", 2.0, 5e8, 0, gain=3e-5, transmit_power_w=0.4),
+    Candidate("ue1", 3.0, 4e8, held=(0,), gain=1e-5, transmit_power_w=0.5),
+    Candidate("ue2", 7.0, 3e8, held=(20,), gain=4e-6, transmit_power_w=0.9),
+    Candidate("ue3", 1.0, 5e8, held=(25,), gain=2e-5, transmit_power_w=0.3),
+    Candidate("ue4", 2.0, 5e8, held=(0,), gain=3e-5, transmit_power_w=0.4),
 ]
 
 
@@ -97,7 +99,7 @@ class Above:
         ("gain", [candidate.gain for candidate in CANDIDATES]),
         ("complexity", [candidate.complexity for candidate in CANDIDATES]),
         ("data_bits", [8 * candidate.data_bytes for candidate in CANDIDATES]),
-        ("held", [candidate.cached_layers for candidate in CANDIDATES]),
+        ("held", [candidate.held[0] for candidate in CANDIDATES]),
         ("transmit_power_w", [candidate.transmit_power_w for candidate in CANDIDATES]),
         # The paper's episodes have 50 tasks; the next begins after them.
         ("progress", [(107 - 100) / 50] * len(CANDIDATES)),
@@ -138,9 +140,76 @@ def test_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         opened(str(tmp_path))
 
 
-def test_world_of_several_models_is_refused() -> None:
-    with pytest.raises(FleetError, match="a fleet serves one"):
-        Decider(load_scenario("families"), opened("all_server").policy)
+OTHERS = (
+    "{size_gb=5.4, layers=8, curve={quadratic=30.0, linear=-50.0, constant=40.0}}, {size_gb=21.6, layers=32}"
+)
+
+
+def of_several(cache: str = "") -> Scenario:
+    """A world of three models that differ in their sizes, layers and curves."""
+    return load_scenario("families", [f"families={{persistence=0.5, others=[{OTHERS}]{cache}}}"])
+
+
+def test_a_task_is_decided_and_predicted_by_its_own_model() -> None:
+    scenario = of_several()
+    held = ((5, 0, 0), (0, 0, 20), (0, 4, 0), (0, 0, 0))
+    candidates = [
+        replace(candidate, family=number % 3, held=layers)
+        for number, (candidate, layers) in enumerate(zip(CANDIDATES, held, strict=True))
+    ]
+    for policy in ("best_fixed", "hold", "lookahead", "random"):
+        for choice, candidate in zip(opened(policy, scenario).decide(3, candidates), candidates, strict=True):
+            model = scenario.models[candidate.family]
+            assert model.fewest <= choice.layers <= model.most
+            assert choice.keep == (), "a device without room for several keeps one"
+    layers = [choice.layers for choice in opened("hold", scenario).decide(3, candidates)]
+    choices = [Choice(False, count) for count in layers]
+    forecasts = opened("hold", scenario).forecast(0, candidates, choices, [0.0] * 4)
+    for forecast, choice, candidate in zip(forecasts, choices, candidates, strict=True):
+        model = scenario.models[candidate.family]
+        expected = model.curve(choice.layers / model.layers) * (candidate.complexity + 10) / 10
+        assert forecast.perplexity == pytest.approx(expected, rel=1e-4)
+    whole = opened("hold", scenario).forecast(0, candidates, [Choice(True, 3)] * 4, [0.0] * 4)
+    assert whole[1].perplexity == pytest.approx(scenario.models[1].curve(1.0) * 17 / 10, rel=1e-4)
+
+
+def test_no_more_than_fits_is_trained_with_of_any_model() -> None:
+    scenario = of_several()
+    for family, model in enumerate(scenario.models):
+        most = model.fewest + 1
+        limited = replace(CANDIDATES[0], held=(0, 0, 0), family=family, most_layers=most, private=True)
+        for policy in ("best_fixed", "random", "lookahead"):
+            (choice,) = opened(policy, scenario).decide(0, [limited])
+            assert not choice.at_server
+            assert model.fewest <= choice.layers <= most
+
+
+@given(
+    family=st.integers(0, 2),
+    held=st.tuples(st.integers(0, 13), st.integers(0, 6), st.integers(0, 26)),
+    order=st.permutations(range(3)),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_stays_on_a_device_is_what_fits_with_all_that_was_used_later(
+    family: int, held: tuple[int, int, int], order: list[int]
+) -> None:
+    scenario = of_several(", cache_gb=20.0")
+    candidate = replace(CANDIDATES[0], family=family, held=held, private=True)
+    candidate = replace(candidate, age=tuple(order.index(one) for one in range(3)))
+    (choice,) = LARGEST.decide(0, [candidate])
+    room = 20.0 - scenario.models[family].emulator_gb(choice.layers)
+    expected = []
+    for other in order:
+        if other != family:
+            room -= scenario.models[other].emulator_gb(held[other])
+            if held[other] and room >= -1e-6:
+                expected.append(other)
+    assert sorted(choice.keep) == sorted(expected)
+    (sent,) = SENDING.decide(0, [replace(candidate, private=False)])
+    assert (sent.at_server, sent.keep) == (True, ())
+
+
+LARGEST, SENDING = (opened(policy, of_several(", cache_gb=20.0")) for policy in ("best_fixed", "all_server"))
 
 
 @pytest.mark.parametrize("sharing", ["equal", "none"])
@@ -219,14 +288,14 @@ def test_a_shaped_fleet_is_charged_as_the_simulator_charges(name: str) -> None:
         choices = decider.decide(step, told)
         moved = [
             candidate.data_bytes if choice.at_server
-            else 0.0 if choice.layers in (0, candidate.cached_layers)
-            else lookup[candidate.cached_layers if delta else 0, choice.layers] / 8
+            else 0.0 if choice.layers in (0, candidate.held[0])
+            else lookup[candidate.held[0] if delta else 0, choice.layers] / 8
             for candidate, choice in zip(told, choices, strict=True)
         ]  # fmt: skip
         forecasts = decider.forecast(step, told, choices, moved, during=True)
         episode = decider._draws.episode(step // 3, names)
         carried = Carried(
-            jnp.asarray([[candidate.cached_layers] for candidate in told]),
+            jnp.asarray([[candidate.held[0]] for candidate in told]),
             jnp.zeros((4, 1), jnp.int32),
             jnp.full(4, 7.0),
         )

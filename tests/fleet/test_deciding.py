@@ -54,7 +54,7 @@ candidates = st.builds(
     st.sampled_from(["ue1", "ue2"]),
     st.floats(-1, 1e4),
     positive,
-    st.integers(0, 32),
+    held=st.tuples(st.integers(0, 32)),
     gain=st.none() | positive,
     transmit_power_w=st.none() | positive,
 )

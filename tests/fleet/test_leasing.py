@@ -17,6 +17,7 @@ from whole_fleet import DecidingHere, WholeFleet, catalogue_at
 from emutune.fleet.ledger import LeaseRow, Ledger
 from emutune.fleet.protocol import Result
 from emutune.fleet.server.choices import Candidate, Choice
+from emutune.fleet.server.families import Families
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.run import opened_ledger
 from emutune.tuning.catalogue import Catalogue
@@ -61,8 +62,8 @@ def steps_of(fleet: WholeFleet, policy: str, sharing: str | None = None, **confi
         async def begin(step: int, reported: dict[str, Any]) -> tuple[Candidate, ...]:
             for name in NAMES:
                 ledger.report(name, report(f"{name}-{step}").model_copy(update=reported))
-            pool = Measuring()
-            hub = Orchestrator(fleet.config, AskedHere(ledger), fleet.catalogue, decider, pool, pool)
+            pool, families = Measuring(), Families(decider.scenario, [fleet.catalogue])
+            hub = Orchestrator(fleet.config, AskedHere(ledger), families, decider, pool, pool)
             running = asyncio.create_task(hub.run())
             while ledger.last_step() < step:
                 await asyncio.wait([running], timeout=0.01)
@@ -124,14 +125,14 @@ def test_a_device_is_seen_as_it_reports_and_judged_by_what_is_held_back(
         held_back = 10 * (150.0 / untuned - 1)
         for candidate in begin(0):
             assert candidate.complexity == pytest.approx(held_back)
-            assert candidate.cached_layers == 0
+            assert candidate.held == (0,)
         before = finish(ledger, 0)
         kept = before[0]
         seen = begin(1, perplexity_ratio=1.5, emulator=kept.emulator_name)
         own = 10 * (1.5 * catalogue.find(1.0).perplexity / untuned - 1)
         for candidate, row in zip(seen, ledger.step_leases(1), strict=True):
             assert candidate.complexity == pytest.approx(own)
-            assert candidate.cached_layers == round(kept.retention * layers) > 0
+            assert candidate.held == (round(kept.retention * layers),) > (0,)
             assert row.predicted_bytes == 0
             # What will be measured is perplexity on the text that is held back.
             expected = quality.curve(kept.retention) * (held_back + 10) / 10

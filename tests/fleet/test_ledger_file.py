@@ -225,10 +225,7 @@ def test_a_newer_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
     filled(path, 1)
     alter(path, f"PRAGMA user_version = {migrations.VERSION + 1}")
     before = path.read_bytes()
-    with pytest.raises(
-        LedgerError,
-        match=rf"written by a newer emutune \(version {migrations.VERSION + 1} .* install that one",
-    ):
+    with pytest.raises(LedgerError, match=r"written by a newer emutune \(version \d+ .* install that one"):
         Ledger(path)
     assert path.read_bytes() == before
 

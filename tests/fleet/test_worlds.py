@@ -109,7 +109,7 @@ def played(world: World, scenario: Scenario, policy: str, seed: int) -> tuple[li
             delay, joules = float(delays[number]), float(taken.joules[number])
             rows.append(
                 Comparison(
-                    step=step, device=name, lease=f"{step}-{name}", task="", kind="train", state="done",
+                    step=step, device=name, lease=f"{step}-{name}", task="", base=None, kind="train", state="done",
                     at_server=bool(outcome.plan.at_server[number]), retention=None, emulator_name=None, gain=None,
                     complexity=None, rate_bps=None, predicted_bytes=0, measured_bytes=0, predicted_delay_s=delay,
                     measured_delay_s=delay, predicted_training_s=0.0, measured_training_s=None,

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 class Place:
     """Options of what a device works on and with, where it keeps it, and for how long."""
 
-    data: Annotated[Path, typer.Option(help="Directory of texts to tune on, *.txt in UTF-8.")]
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of texts to tune on, *.txt in UTF-8; MODEL/*.txt, where there are several."
+        ),
+    ]
     cache: Annotated[Path, typer.Option(help="Directory of what the device keeps.")] = Path("device")
     cache_mb: Annotated[int, typer.Option(min=1, help="The most that emulators may take there, MB.")] = 4096
     memory_gb: Annotated[

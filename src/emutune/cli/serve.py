@@ -19,7 +19,12 @@ FleetArgument = Annotated[
 
 def serve(
     fleet: FleetArgument,
-    catalogue: Annotated[Path, typer.Option(help="The emulators: a catalogue's directory.")],
+    catalogue: Annotated[
+        list[Path],
+        typer.Option(
+            help="The emulators: a catalogue's directory; one for each model of the scenario, in order."
+        ),
+    ],
     policy: Annotated[
         str, typer.Option(help="A run's directory, or a rule: best_fixed, hold, lookahead, all_server, ...")
     ],
@@ -45,7 +50,7 @@ def serve(
     config = load_fleet(fleet)
     if port is not None:
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    scenario, opened = load_scenario(config.scenario), open_inventory(catalogue)
+    scenario, opened = load_scenario(config.scenario), [open_inventory(one) for one in catalogue]
     ledger = config.server.directory / LEDGER
 
     async def serving() -> None:

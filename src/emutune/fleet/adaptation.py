@@ -11,21 +11,22 @@ class Judged(NamedTuple):
     """An adapter that was judged.
 
     Attributes:
-        device: whose.
+        device, base: whose, and of which foundation model.
         curve: perplexity that the curve says of its training.
         before, after: perplexity without and with it.
         accepted: whether it is in service since.
     """
 
     device: str
+    base: str | None
     curve: float
     before: float
     after: float
     accepted: bool
 
 
-def factors(judged: Iterable[Judged]) -> dict[str, float]:
-    """By what the curve's perplexity is to be multiplied for each device's next training.
+def factors(judged: Iterable[Judged]) -> dict[tuple[str, str | None], float]:
+    """By what the curve's perplexity is to be multiplied for the next training of each device and model.
 
     The curve is that of one training from nothing. Later ones go on from the adapter in service, so they begin where
     the last one ended, in parts of the curve's, and gain as much as is usual for the second and later ones; where every
@@ -34,13 +35,13 @@ def factors(judged: Iterable[Judged]) -> dict[str, float]:
     Args:
         judged: in the order in which they were leased.
     """
-    now: dict[str, float] = {}
+    now: dict[tuple[str, str | None], float] = {}
     gains: list[float] = []
     for one in judged:
-        reached = one.after / one.curve
-        if one.device in now:
-            gains.append(reached / now[one.device])
+        reached, whose = one.after / one.curve, (one.device, one.base)
+        if whose in now:
+            gains.append(reached / now[whose])
         # What was refused leaves the one in service.
-        now[one.device] = reached if one.accepted else now.get(one.device, one.before / one.curve)
+        now[whose] = reached if one.accepted else now.get(whose, one.before / one.curve)
     usual = median(gains) if gains else 1.0
-    return {device: reached * usual for device, reached in now.items()}
+    return {whose: reached * usual for whose, reached in now.items()}

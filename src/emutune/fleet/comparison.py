@@ -14,6 +14,7 @@ class Comparison:
     """A lease, predicted and measured; None where nothing was predicted or measured.
 
     Attributes:
+        base: hash of the task's foundation model; None for the fleet's first.
         at_server: z = 1.
         predicted_bytes, measured_bytes: payload that the device moved.
         predicted_delay_s, measured_delay_s: of that transfer and, where training takes time, of training, in seconds.
@@ -30,6 +31,7 @@ class Comparison:
     device: str
     lease: str
     task: str
+    base: str | None
     kind: Literal["train", "upload", "stop"]
     state: str
     at_server: bool

@@ -119,18 +119,25 @@ class Acceptance(_Section):
     """Whether an adapter enters service: only if the whole model does not get worse on held-back text.
 
     Attributes:
-        held_back: folder with the text of each device, ``NAME.txt``, and of all others, ``default.txt``; Python's
-            documentation where there is neither. The folder ``held_back`` in the server's directory if not given.
+        held_back: folder with the text of each device and model, ``DEVICE/MODEL.txt``, or ``DEVICE.txt`` for the first
+            model, and of all others, ``default.txt``; Python's documentation where there is none. The folder
+            ``held_back`` in the server's directory if not given.
     """
 
     held_back: Path | None = None
 
-    def text_of(self, device: str) -> Path | None:
-        """The text that an adapter of a device is judged on; None stands for Python's documentation."""
+    def text_of(self, device: str, model: str = "", first: bool = True) -> Path | None:
+        """The text that an adapter of a device is judged on; None stands for Python's documentation.
+
+        Args:
+            device: whose.
+            model: what the adapter's foundation model is called.
+            first: that is the fleet's first.
+        """
         if self.held_back is None:
             return None
-        candidates = (self.held_back / f"{device}.txt", self.held_back / "default.txt")
-        return next((path for path in candidates if path.is_file()), None)
+        names = [f"{device}/{model}.txt", *([f"{device}.txt"] if first else []), "default.txt"]
+        return next((path for name in names if (path := self.held_back / name).is_file()), None)
 
 
 class ServerTraining(_Section):

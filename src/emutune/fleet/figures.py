@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from statistics import median
 
@@ -9,6 +10,8 @@ from emutune.fleet.adaptation import Judged
 from emutune.fleet.comparison import Comparison
 from emutune.fleet.database import Database
 
+# Where the names of models are noted.
+MODELS = "models"
 # What the audit calls a lease that failed by the server's work.
 FAILED = "lease failed"
 # Why a lease failed: the server's word, or else the device's. With the plus the index of the audit serves.
@@ -24,7 +27,7 @@ _PREDICTED_JOULES = (
 )
 # Not the messages, which are most of a row.
 _COMPARED = (
-    "step, device, lease, task, kind, state, at_server, retention, emulator_name, gain, complexity, rate_bps,"
+    "step, device, lease, task, base, kind, state, at_server, retention, emulator_name, gain, complexity, rate_bps,"
     f" predicted_bytes, transferred_bytes AS measured_bytes, predicted_delay_s, {DELAY} AS measured_delay_s,"
     " predicted_training_s, training_s AS measured_training_s,"
     f" {_PREDICTED_JOULES} AS predicted_joules, {JOULES} AS measured_joules,"
@@ -41,6 +44,16 @@ _TRAININGS_READ = 8
 
 class Figures(Database):
     """The figures of an open ledger; see ``Ledger``."""
+
+    def meta(self, key: str) -> str | None:
+        """A fact that was noted, or None."""
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else str(row["value"])
+
+    def models(self) -> dict[str | None, str]:
+        """What the fleet's foundation models are called, by their hashes; that of the first is None."""
+        noted = self.meta(MODELS)
+        return {} if noted is None else dict(json.loads(noted))
 
     def last_step(self) -> int:
         """The number of the last step that was begun; -1 before the first."""
@@ -105,7 +118,7 @@ class Figures(Database):
     def judged(self) -> list[Judged]:
         """The last adapters that were judged, of all devices, in the order in which they were leased."""
         rows = self._all(
-            "SELECT device, curve_perplexity AS curve, before, after, accepted FROM leases"
+            "SELECT device, base, curve_perplexity AS curve, before, after, accepted FROM leases"
             " WHERE accepted IS NOT NULL AND curve_perplexity > 0 AND before > 0 AND after > 0"
             " ORDER BY id DESC LIMIT ?",
             _JUDGED_READ,

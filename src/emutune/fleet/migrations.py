@@ -136,6 +136,13 @@ _LONG = (
     )
     """,
 )
+_FAMILIES = (
+    # Hash of the foundation model; none for the fleet's first, which all leases were of before there were others.
+    "ALTER TABLE leases ADD COLUMN base TEXT",
+    # A device has an adapter of each model in service.
+    "DROP INDEX leases_accepted",
+    "CREATE INDEX leases_accepted ON leases (device, base, judged) WHERE accepted = 1",
+)
 _CHARGES = (
     # Training and energy beside the transfer, and what was known when it was decided.
     "ALTER TABLE leases ADD COLUMN predicted_training_s REAL NOT NULL DEFAULT 0",
@@ -146,7 +153,7 @@ _CHARGES = (
     # Of the curve alone, before it was corrected by how adapters got on.
     "ALTER TABLE leases ADD COLUMN curve_perplexity REAL",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG, _CHARGES)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG, _FAMILIES, _CHARGES)
 VERSION = len(MIGRATIONS)
 
 

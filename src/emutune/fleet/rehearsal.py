@@ -130,10 +130,17 @@ class Rehearsal:
             own = [_divided(task_text(subject, name if name in MODELS else REFERENCE)) for name in names]
             for task, (size, family) in enumerate(zip(sizes[:, number], families[:, number], strict=True)):
                 text = _part(own[family].kept, task, round(float(size)))
-                _write(device.data / names[family] / f"{task:04}.txt", text)
+                # Where there is one model, nothing is called by it.
+                folder = device.data / names[family] if len(names) > 1 else device.data
+                _write(folder / f"{task:04}.txt", text)
             if (held_back := config.acceptance.held_back) is not None:
-                for name, texts in zip(names, own, strict=True):
-                    _write(held_back / device.name / f"{name}.txt", texts.held_back)
+                for number, (name, texts) in enumerate(zip(names, own, strict=True)):
+                    path = (
+                        held_back / device.name / f"{name}.txt"
+                        if number
+                        else held_back / f"{device.name}.txt"
+                    )
+                    _write(path, texts.held_back)
 
 
 class _Divided(NamedTuple):

@@ -7,7 +7,17 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from emutune.fleet.protocol import Bytes, DeviceName, Identifier, Lease, Message, Perplexity, Result, Seconds
+from emutune.fleet.protocol import (
+    Bytes,
+    DeviceName,
+    Identifier,
+    Lease,
+    Message,
+    Perplexity,
+    Result,
+    Seconds,
+    Sha256,
+)
 
 Kind = Literal["train", "upload", "stop"]
 Closed = Literal["done", "late", "failed", "expired"]
@@ -20,6 +30,7 @@ class Decision(Message):
     """What a policy decided for one device in one step, and what it is predicted to cost.
 
     Attributes:
+        base: hash of the task's foundation model; None for the fleet's first.
         lease_json: the ``Lease`` that the device is to fetch, as JSON; its lease, step, kind and task are those here.
         at_server: z = 1, the server trains; False for a lease that stops the device.
         predicted_delay_s: from the first byte to the end of training (Eq. 8).
@@ -33,6 +44,7 @@ class Decision(Message):
 
     device: DeviceName
     task: str
+    base: Sha256 | None = None
     lease: Identifier
     kind: Kind
     retention: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -82,6 +94,7 @@ class LeaseRow:
 
     Attributes:
         id: leases count up in the order in which they were begun, whatever the clock says.
+        base: hash of the task's foundation model; None for the fleet's first.
         message: what the device fetches.
         before, after: perplexity of the whole model, the adapter not plugged in and plugged in; ``after`` is also
             None where it was not finite.
@@ -94,6 +107,7 @@ class LeaseRow:
     step: int
     device: str
     task: str
+    base: str | None
     kind: Kind
     retention: float | None
     at_server: bool

@@ -86,7 +86,7 @@ class Catalogue(Inventory):
         Raises:
             CatalogueError: the file cannot be written.
         """
-        folder = self.directory / "shards"
+        folder = self.shards
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{os.getpid()}.partial"
         with _writing(aside):
@@ -164,13 +164,17 @@ class Catalogue(Inventory):
         return layer.requires_grad_(False).to(device).eval()
 
 
-def open_catalogue(directory: str | Path) -> Catalogue:
+def open_catalogue(directory: str | Path, shards: Path | None = None) -> Catalogue:
     """Open a catalogue.
+
+    Args:
+        directory: where it is.
+        shards: the folder of its shards, if that is elsewhere.
 
     Raises:
         CatalogueError: there is none, or its description is damaged.
     """
-    return Catalogue(Path(directory), read_info(directory))
+    return Catalogue(Path(directory), read_info(directory), shards)
 
 
 def prepare_layer(layer: nn.Module, entry: LayerEntry, heads: int) -> None:

@@ -56,15 +56,22 @@ class CatalogueInfo(BaseModel):
 
 
 class Inventory:
-    """A catalogue directory as somebody sees it who hands its files out; see ``open_inventory``."""
+    """A catalogue directory as somebody sees it who hands its files out; see ``open_inventory``.
 
-    def __init__(self, directory: Path, info: CatalogueInfo) -> None:
+    Args:
+        directory: where it is.
+        info: its description.
+        shards: the folder of its shards; ``shards`` in its directory if not given.
+    """
+
+    def __init__(self, directory: Path, info: CatalogueInfo, shards: Path | None = None) -> None:
         self.directory = directory
         self.info = info
+        self.shards = directory / "shards" if shards is None else shards
 
     def shard_path(self, sha256: str) -> Path:
         """Where a shard is."""
-        return self.directory / "shards" / f"{sha256}.safetensors"
+        return self.shards / f"{sha256}.safetensors"
 
     def manifest_path(self, name: str) -> Path:
         """Where an emulator's manifest is."""

@@ -63,7 +63,9 @@ class Candidate:
         device: its name, by which its links and speed are drawn.
         complexity: c of the task.
         data_bytes: of the task's text, in bytes of the scenario.
-        cached_layers: k of the emulator on the device; 0 for none.
+        family: number of the task's foundation model.
+        held: k of the emulator of each model on the device; 0 for none. If empty, it has none.
+        age: how many models the device used since each; those it never used come last. If empty, it used none.
         most_layers: of the largest emulator that the device can hold and train with; 0 if none fits.
         private: the data may not leave the device.
         spent_j: energy that it has spent in this episode.
@@ -76,7 +78,9 @@ class Candidate:
     device: str
     complexity: float
     data_bytes: float
-    cached_layers: int = 0
+    family: int = 0
+    held: tuple[int, ...] = ()
+    age: tuple[int, ...] = ()
     most_layers: int = 1_000_000
     private: bool = False
     spent_j: float = 0.0
@@ -89,10 +93,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for one device: z, and k of the emulator that trains there; neither if it has no task now."""
+    """What was decided for one device; nothing, if it has no task now.
+
+    Attributes:
+        at_server: z.
+        layers: k of the emulator that trains there.
+        keep: numbers of the other models whose emulators then stay on the device.
+    """
 
     at_server: bool
     layers: int
+    keep: tuple[int, ...] = ()
 
     @property
     def idle(self) -> bool:

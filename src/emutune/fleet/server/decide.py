@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from emutune.errors import FleetError
 from emutune.fleet.server.choices import Candidate, Choice, Forecast, Opening
@@ -21,14 +22,15 @@ from emutune.policies import Policy
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario
 from emutune.step import (
+    Models,
     Plan,
     Situation,
     at_server,
     downlink_bps,
-    empty_cache,
     on_ue,
     possible_case,
     possible_plan,
+    put_in_cache,
     uplink_bps,
 )
 from emutune.step.link import downlink_gain, parts, uplink_gain
@@ -51,7 +53,7 @@ class Decider:
         episode: how many steps belong together; as many as the scenario has tasks if not given.
 
     Raises:
-        FleetError: the scenario is one of several foundation models, or of downloads that devices share.
+        FleetError: the scenario is one of downloads that devices share.
     """
 
     def __init__(
@@ -63,11 +65,6 @@ class Decider:
         shaped: bool = False,
         episode: int | None = None,
     ) -> None:
-        if scenario.families is not None:
-            raise FleetError(
-                f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
-                "for a scenario without the section families"
-            )
         if scenario.download is not None and scenario.download.multicast:
             raise FleetError(
                 f"scenario {scenario.name!r}: has download.multicast, but a fleet sends each device its own layers "
@@ -89,8 +86,11 @@ class Decider:
         """One choice a device; the same for the same step and candidates."""
         world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
-        plan = _decide(world, self.policy, self._situation(world, step, candidates), key)
-        return [Choice(bool(z), int(k)) for z, k in zip(*map(np.asarray, plan), strict=True)]
+        plan, stays = _decide(world, self.policy, self._situation(world, step, candidates), key)
+        return [
+            Choice(bool(z), int(k), tuple(map(int, np.flatnonzero(kept))))
+            for z, k, kept in zip(*map(np.asarray, (*plan, stays)), strict=True)
+        ]
 
     def forecast(
         self,
@@ -189,12 +189,18 @@ def checkpoint_of(policy: str) -> Path | None:
 
 
 @jax.jit
-def _decide(world: World, policy: Policy, situation: Situation, key: jax.Array) -> Plan:
+def _decide(
+    world: World, policy: Policy, situation: Situation, key: jax.Array
+) -> tuple[Plan, Bool[jax.Array, "ues families"]]:
+    """A plan, and the other models of which each device that trains keeps its emulator."""
     plan = policy.decide(world, situation, key)
     # What a device that uploads would train with is of use where the server may not take its data.
     local = Plan(jnp.zeros_like(plan.at_server), plan.layers)
     there = possible_case(world.rules, situation, plan.at_server)
-    return Plan(there, possible_plan(world.rules, situation, local).layers)
+    layers = possible_plan(world.rules, situation, local).layers
+    held, _ = put_in_cache(world.rules, situation.held, situation.age, situation.family, layers)
+    others = jnp.arange(held.shape[-1]) != situation.family[..., None]
+    return Plan(there, layers), (held > 0) & others & ~there[..., None]
 
 
 class _Measured(NamedTuple):
@@ -271,9 +277,12 @@ def _rates(candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
 
 def _carried(world: World, candidates: Sequence[Candidate]) -> Carried:
     """What devices hold, and have spent."""
-    _, age = empty_cache(world.rules, len(candidates))
-    held = jnp.asarray([[candidate.cached_layers] for candidate in candidates], jnp.int32)
-    return Carried(held, age, _single([candidate.spent_j for candidate in candidates]))
+    nothing, rising = [0] * world.rules.models.families, range(world.rules.models.families)
+    held = [candidate.held or nothing for candidate in candidates]
+    # Where a device keeps one emulator, none makes room for being old.
+    age = [(world.rules.several and candidate.age) or rising for candidate in candidates]
+    spent_j = _single([candidate.spent_j for candidate in candidates])
+    return Carried(jnp.asarray(held, jnp.int32), jnp.asarray(age, jnp.int32), spent_j)
 
 
 def _of_real_devices(world: World, drawn: Situation) -> Situation:
@@ -296,6 +305,7 @@ def _reported(world: World, drawn: Situation, candidates: Sequence[Candidate]) -
     gain, downlink = (_told(candidates, "gain", each) for each in (drawn.gain, drawn.downlink_gain))
     up, down = _rates(candidates)
     return drawn._replace(
+        family=jnp.asarray([candidate.family for candidate in candidates], jnp.int32),
         complexity=_single([candidate.complexity for candidate in candidates]),
         data_bits=8 * _single([candidate.data_bytes for candidate in candidates]),
         transmit_power_w=power_w,
@@ -304,15 +314,15 @@ def _reported(world: World, drawn: Situation, candidates: Sequence[Candidate]) -
         tflops=tflops,
         # A faster device than was thought takes as much energy for an operation.
         compute_w=drawn.compute_w * jnp.where(tflops == drawn.tflops, 1.0, tflops / drawn.tflops),
-        memory_bits=_largest_bits(world, candidates),
+        memory_bits=_largest_bits(world.rules.models, candidates),
         private=jnp.asarray([candidate.private for candidate in candidates]),
     )
 
 
-def _largest_bits(world: World, candidates: Sequence[Candidate]) -> jax.Array:
+def _largest_bits(models: Models, candidates: Sequence[Candidate]) -> jax.Array:
     """What the largest emulator that each device can train with takes by the scenario."""
-    bits = world.rules.models.memory_bits[0]
-    return bits[jnp.asarray([min(candidate.most_layers, len(bits) - 1) for candidate in candidates])]
+    most = [min(candidate.most_layers, models.most) for candidate in candidates]
+    return models.memory_bits[jnp.asarray([candidate.family for candidate in candidates]), jnp.asarray(most)]
 
 
 def _there(rates: np.ndarray) -> np.ndarray:

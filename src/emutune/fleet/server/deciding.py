@@ -83,7 +83,8 @@ class ChildDecider:
     async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         """See ``Deciding.decide``."""
         question = Decide(opening=self._opening, step=step, candidates=tuple(candidates))
-        return [Choice(**row) for row in (await _asked(self._child, question))["choices"]]
+        rows = (await _asked(self._child, question))["choices"]
+        return [Choice(row["at_server"], row["layers"], tuple(row["keep"])) for row in rows]
 
     async def forecast(
         self,

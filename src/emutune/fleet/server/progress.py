@@ -12,6 +12,7 @@ from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Report, Result, Transferred
 from emutune.fleet.rows import Kind, LeaseRow, Transfer
+from emutune.fleet.server.families import Family
 from emutune.fleet.server.judging import complexity_of
 from emutune.fleet.server.leasing import KINDS, Known
 from emutune.scenario import Scenario
@@ -46,10 +47,14 @@ def gathered(ledger: Ledger, wanted: int | None) -> Gathered:
 
 
 def known_of(
-    ledger: Ledger, config: FleetConfig, scenario: Scenario, step: int, devices: Sequence[str]
+    ledger: Ledger,
+    config: FleetConfig,
+    scenario: Scenario,
+    step: int,
+    tasks: Sequence[tuple[str, Family]],
 ) -> dict[str, Known]:
-    """What is known of devices beside their reports, before a step."""
-    shared = scenario.radio.sharing == "equal"
+    """What is known of devices before a step, and of the foundation model of each one's task, beside their reports."""
+    shared, weight = scenario.radio.sharing == "equal", scenario.quality.complexity_weight
     steps = config.steps.episode or scenario.fleet.tasks
     episode = range(step - step % steps, step)
 
@@ -61,14 +66,14 @@ def known_of(
     progress = factors(ledger.judged())
     return {
         device: Known(
-            progress=progress.get(device, 1.0),
-            complexity=complexity_of(ledger, scenario, device),
+            progress=progress.get((device, family.key), 1.0),
+            complexity=complexity_of(ledger, weight, device, family),
             spent_j=ledger.spent_j(device, episode),
             tflops=None if config.shaping.enabled else ledger.speed(device),
             transfers=transfers(device),
-            adapter=ledger.in_service(device),
+            adapter=ledger.in_service(device, family.key),
         )
-        for device in devices
+        for device, family in tasks
     }
 
 
