@@ -129,7 +129,7 @@ def test_who_takes_part_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [device["state"] for device in (one, two, three, four)] == ["here", "left", "revoked", "expected"]
     assert (one["leases"], two["leases"], four["leases"]) == ({"done": 1}, {"open": 1}, {})
     # The report of the step came last, and says neither memory nor privacy.
-    assert (one["memory_bytes"], one["private"], one["holds"]) == (1 << 20, False, None)
+    assert (one["memory_bytes"], one["private"], one["holds"]) == (1 << 20, False, [])
     assert one["tflops"] == pytest.approx(8.0)
     assert four["memory_bytes"] is None
     printed = capsys.readouterr().out

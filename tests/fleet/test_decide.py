@@ -341,6 +341,8 @@ def test_a_real_device_is_as_fast_as_was_measured_and_always_has_a_task() -> Non
     assert one.training_s == pytest.approx(4 * other.training_s)
     # An operation takes as much energy, so a faster one more power.
     assert other.training_w == pytest.approx(4 * one.training_w)
+    (told,) = decider.forecast(0, [replace(slow, compute_w=7.0)], choices[:1], [0.0])
+    assert (told.training_w, told.situation["compute_w"]) == (7.0, 7.0)
     assert not any(choice.idle for choice in decider.decide(0, [slow, fast]))
 
 

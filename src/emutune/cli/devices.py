@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emutune.fleet.protocol import Report
     from emutune.fleet.rows import DeviceRow
 
-_HEADINGS = ("device", "is", "MB", "data", "holds", "TFLOP/s", "leases", "in service")
+_HEADINGS = ("device", "is", "MB", "data", "holds", "TFLOP/s", "leases", "adapters")
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,23 @@ class Known:
         state: ``expected`` until it enrols, then ``here``, ``left`` or ``revoked``.
         memory_bytes: of the largest emulator that it can hold and train with.
         private: its data do not leave it.
-        holds: name of the emulator that it reported last.
+        holds: names of the emulators that it reported last, the one used last first.
         tflops: training speed.
         leases: that came to their end, by state.
-        adapter: SHA-256 of the one in service.
+        transmit_w, compute_w: power that sending and training take.
+        adapters: SHA-256 of those in service, one for each model.
     """
 
     name: str
     state: str
     memory_bytes: int | None
     private: bool | None
-    holds: str | None
+    holds: list[str]
+    transmit_w: float | None
+    compute_w: float | None
     tflops: float | None
     leases: dict[str, int]
-    adapter: str | None
+    adapters: list[str]
 
 
 def devices(fleet: FleetArgument, json_file: JsonFile = None) -> None:
@@ -69,11 +72,18 @@ def _known(ledger: Ledger, row: DeviceRow, reports: Mapping[str, Report]) -> Kno
         state="revoked" if row.revoked else "left" if row.left else "here" if row.key_sha256 else "expected",
         memory_bytes=min((size for size in sizes if size is not None), default=None),
         private=None if report is None else report.private,
-        holds=None if report is None else report.emulator,
+        holds=[] if report is None else _held(report),
+        transmit_w=None if report is None else report.transmit_w,
+        compute_w=None if report is None else report.compute_w,
         tflops=ledger.speed(row.name),
         leases=dict(Counter(ledger.states_of(row.name))),
-        adapter=ledger.in_service(row.name),
+        adapters=ledger.adapters_of(row.name),
     )
+
+
+def _held(report: Report) -> list[str]:
+    names = (name for _, name in report.held) if report.held else (report.emulator,)
+    return [name for name in names if name is not None]
 
 
 def _cells(device: Known) -> tuple[str, ...]:
@@ -82,5 +92,5 @@ def _cells(device: Known) -> tuple[str, ...]:
     speed = "" if device.tflops is None else f"{device.tflops:.3g}"
     leases = ", ".join(f"{count} {state}" for state, count in sorted(device.leases.items()))
     # Of a name the retention is what tells emulators apart.
-    holds = "" if device.holds is None else "E " + device.holds.rpartition("-")[2]
-    return device.name, device.state, memory, data, holds, speed, leases, (device.adapter or "")[:8]
+    holds = ", ".join(f"E {name.rpartition('-')[2]}" for name in device.holds)
+    return device.name, device.state, memory, data, holds, speed, leases, str(len(device.adapters))

@@ -40,6 +40,12 @@ class Place:
     private: Annotated[
         bool, typer.Option("--private", help="The data never leave this device: train here, or not at all.")
     ] = False
+    transmit_watts: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Power that sending takes, W.")
+    ] = None
+    compute_watts: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Power that training takes, W.")
+    ] = None
     tasks: Annotated[
         int | None,
         typer.Option(min=1, help="Leave the fleet after so many; stay until it ends, if not given."),
@@ -92,7 +98,7 @@ async def _run(client: FleetClient, place: Place, stage: Callable[..., None]) ->
             place.cache_mb * 1_000_000,
             place.tasks,
             Telling(stage, _printed),
-            Abilities(memory, place.private),
+            Abilities(memory, place.private, place.transmit_watts, place.compute_watts),
         )
 
 

@@ -125,6 +125,15 @@ class Figures(Database):
         )
         return [Judged(**dict(row) | {"accepted": bool(row["accepted"])}) for row in reversed(rows)]
 
+    def adapters_of(self, device: str) -> list[str]:
+        """SHA-256 of the adapters that serve a device, one for each model."""
+        rows = self._all(
+            "SELECT adapter_sha256 AS adapter, max(judged) FROM leases WHERE device = ? AND accepted = 1"
+            " AND adapter_sha256 IS NOT NULL GROUP BY base ORDER BY base",
+            device,
+        )
+        return [row["adapter"] for row in rows]
+
     def states_of(self, device: str) -> list[str]:
         """The state of each of a device's leases."""
         return [

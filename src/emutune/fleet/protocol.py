@@ -41,6 +41,7 @@ DeviceName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,31}$")]
 Identifier = Annotated[str, Field(pattern="^[0-9A-Za-z-]{1,64}$")]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+Watts = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Perplexity = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
@@ -127,6 +128,7 @@ class Report(Message):
         cache_bytes: the most that the device's cache may hold.
         memory_bytes: of the largest emulator that the device can train with; None if only its cache is a limit.
         private: the data may not leave the device.
+        transmit_w, compute_w: power that sending and training take; None where the device does not know.
     """
 
     task: Identifier
@@ -142,6 +144,8 @@ class Report(Message):
     cache_bytes: Annotated[int, Field(ge=1, le=1 << 50)]
     memory_bytes: Annotated[int, Field(ge=0, le=1 << 50)] | None = None
     private: bool = False
+    transmit_w: Watts | None = Field(default=None, exclude_if=_absent)
+    compute_w: Watts | None = Field(default=None, exclude_if=_absent)
 
 
 class Training(Message):

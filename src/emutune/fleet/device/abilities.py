@@ -17,10 +17,13 @@ class Abilities:
     Attributes:
         memory_bytes: of the largest emulator that it can train with; None if only its cache is a limit.
         private: its data never leave it, whatever a lease says.
+        transmit_w, compute_w: power that sending and training take; None where that is not known.
     """
 
     memory_bytes: int | None = None
     private: bool = False
+    transmit_w: float | None = None
+    compute_w: float | None = None
 
     def check(self, models: Iterable[ModelInfo], cache_bytes: int) -> None:
         """See that what the device is to train can be trained somewhere.

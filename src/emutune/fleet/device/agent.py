@@ -146,6 +146,8 @@ class Device:
             cache_bytes=self.cache.limit,
             memory_bytes=self.abilities.memory_bytes,
             private=self.abilities.private,
+            transmit_w=self.abilities.transmit_w,
+            compute_w=self.abilities.compute_w,
         )
 
     async def _ratio(self, task: Task, current: dict[str, Any]) -> float | None:

@@ -72,6 +72,7 @@ class Candidate:
         gain: power gain of the link in the directions in which nothing was measured.
         transmit_power_w: of its uplink.
         tflops: training speed, as measured.
+        compute_w: power that training takes.
         uplink, downlink: as measured, in bytes of the scenario; None where links are shaped, or nothing was moved yet.
     """
 
@@ -87,6 +88,7 @@ class Candidate:
     gain: float | None = None
     transmit_power_w: float | None = None
     tflops: float | None = None
+    compute_w: float | None = None
     uplink: LinkEstimate | None = None
     downlink: LinkEstimate | None = None
 

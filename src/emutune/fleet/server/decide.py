@@ -304,6 +304,8 @@ def _reported(world: World, drawn: Situation, candidates: Sequence[Candidate]) -
     tflops = _told(candidates, "tflops", drawn.tflops)
     gain, downlink = (_told(candidates, "gain", each) for each in (drawn.gain, drawn.downlink_gain))
     up, down = _rates(candidates)
+    # A faster device than was thought takes as much energy for an operation.
+    compute_w = drawn.compute_w * jnp.where(tflops == drawn.tflops, 1.0, tflops / drawn.tflops)
     return drawn._replace(
         family=jnp.asarray([candidate.family for candidate in candidates], jnp.int32),
         complexity=_single([candidate.complexity for candidate in candidates]),
@@ -312,8 +314,7 @@ def _reported(world: World, drawn: Situation, candidates: Sequence[Candidate]) -
         gain=jnp.where(up > 0, _single(uplink_gain(links, np.asarray(power_w), _there(up))), gain),
         downlink_gain=jnp.where(down > 0, _single(downlink_gain(links, _there(down))), downlink),
         tflops=tflops,
-        # A faster device than was thought takes as much energy for an operation.
-        compute_w=drawn.compute_w * jnp.where(tflops == drawn.tflops, 1.0, tflops / drawn.tflops),
+        compute_w=_told(candidates, "compute_w", compute_w),
         memory_bits=_largest_bits(world.rules.models, candidates),
         private=jnp.asarray([candidate.private for candidate in candidates]),
     )

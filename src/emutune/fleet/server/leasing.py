@@ -139,7 +139,9 @@ class Leasing:
             age=self._families.age(report),
             spent_j=known.spent_j,
             gain=None if shaping.enabled else report.gain,
+            transmit_power_w=report.transmit_w,
             tflops=known.tflops,
+            compute_w=report.compute_w,
             **self._limits(report),
         )
 
