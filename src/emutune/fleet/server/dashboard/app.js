@@ -248,6 +248,7 @@ function showFacts(overview) {
     ["Policy", overview.policy || "–", `scenario ${overview.scenario}`],
     ...models.map((model) => [several(overview) ? `Model ${model.name}` : "Model", model.kind, `${model.layers} layers, base ${model.base.slice(0, 12)}`]),
     ["Error of the delay", percent(errors.delay_percent), `median over ${counted(errors.steps, "step")}`],
+    ...(errors.devices ? [["Error of the energy", percent(errors.energy_percent), `median over ${counted(errors.devices, "lease")}`]] : []),
     ["Error of the perplexity", percent(errors.perplexity_percent), `median over ${counted(errors.evaluations, "adapter")}`],
     ["Adapters", count(overview.totals["adapters.accepted"]), `accepted, ${count(overview.totals["adapters.rejected"])} refused`],
     ["Refused requests", count(audit.strangers + audit.of_devices), `${count(audit.strangers)} of strangers, ${count(audit.of_devices)} of devices`],

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from emutune.fleet.comparison import Errors
 from emutune.fleet.rows import Kind, State
 
 RunState = Literal["waiting", "running", "done", "stopped"]
@@ -188,17 +189,6 @@ class Fault(Shown):
     state: State
     reason: str
     closed_at: str | None
-
-
-class Errors(Shown):
-    """Medians of the absolute errors in percent, and of how many they are; as ``emutune ledger`` prints them."""
-
-    delay_percent: float | None
-    steps: int
-    bytes_percent: float | None
-    transfers: int
-    perplexity_percent: float | None
-    evaluations: int
 
 
 class Overview(Shown):

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from emutune.fleet.comparison import Comparison, Deviations, compare_steps, deviations, medians
+from emutune.fleet.comparison import Comparison, Deviations, Errors, compare_steps, deviations, medians
 from emutune.fleet.figures import FAILED, REASON
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.rows import Kind, State
 from emutune.fleet.server.dashboard.messages import (
     Audit,
-    Errors,
     Fault,
     LeaseDetail,
     Noted,
@@ -198,7 +197,7 @@ class Reading(Ledger):
 
     def errors(self) -> Errors:
         """How far prediction and measurement are apart, over the steps that were read last."""
-        return Errors(**vars(medians([step.apart for step in self._steps.values()])))
+        return medians([step.apart for step in self._steps.values()])
 
     def step_detail(self, number: int) -> StepDetail | None:
         """A step with its leases; None if it was not begun."""
