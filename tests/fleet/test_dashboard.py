@@ -296,6 +296,19 @@ def test_what_a_training_device_does(fleet: Served) -> None:
     ]
 
 
+def test_what_is_held_and_trained_is_shown_with_its_model(fleet: Served) -> None:
+    add_devices(fleet.ledger, "ue3", "ue4")
+    fleet.ledger.begin_step(1, [decision(1, "ue3", base="c" * 64), decision(1, "ue4")])
+    for device in ("ue3", "ue4"):
+        fleet.ledger.transferred(f"1-{device}", 1.0, 900)
+    held = {device.name: device.cached and device.cached.base for device in overview(fleet).devices}
+    assert (held["ue3"], held["ue4"]) == ("c" * 64, "b" * 64)
+    with Reading(fleet.ledger.path) as reading, reading.moment():
+        detail = reading.step_detail(1)
+    assert detail is not None
+    assert [lease.base for lease in detail.leases] == ["c" * 64, None]
+
+
 def test_what_an_uploading_device_does(fleet: Served) -> None:
     def now() -> tuple[str, int]:
         device = next(device for device in overview(fleet).devices if device.name == "ue2")

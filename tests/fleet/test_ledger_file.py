@@ -172,6 +172,7 @@ def test_an_older_ledger_is_brought_to_this_version(tmp_path: Path) -> None:
             row = ledger.lease("ue1", "0-ue1")
             assert row is not None
             assert (row.state, row.transferred_s, row.adapter_bytes) == ("done", 2.5, None)
+            assert row.base is None, "all that was before there were several models is of the first"
             assert (ledger.step_ended(0), ledger.step_ended(1), ledger.last_step()) == (True, False, 1)
             assert [row.lease for row in ledger.audit_rows()] == ["0-ue2"]
             ledger.adapter("1-ue1", digest("1-ue1"), 64)

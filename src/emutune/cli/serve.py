@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,7 @@ def serve(
     from emutune.fleet.loop import run
     from emutune.fleet.server.choices import opening_of
     from emutune.fleet.server.deciding import deciding
+    from emutune.fleet.server.families import model_names
     from emutune.fleet.server.logs import log_to_stderr
     from emutune.fleet.server.run import run_server
     from emutune.scenario import load_scenario
@@ -59,7 +61,7 @@ def serve(
                 config,
                 opened,
                 decider,
-                started=lambda url: _announce(config.name, url, config.server.directory),
+                started=lambda url: _announce(config.name, url, config.server.directory, model_names(opened)),
                 stepped=lambda step: print(f"step {step + 1} of {config.steps.count} ended", flush=True),
                 policy=_policy_name(policy, retention),
             )
@@ -69,8 +71,10 @@ def serve(
     print(f"all steps are done; emutune ledger {ledger}")
 
 
-def _announce(name: str, url: str, directory: Path) -> None:
+def _announce(name: str, url: str, directory: Path, models: Sequence[str]) -> None:
     print(f"serving {name} at {url}", flush=True)
+    if len(models) > 1:
+        print(f"models: {', '.join(models)}; folders of texts are called so", flush=True)
     announce_dashboard(url, directory)
 
 

@@ -125,7 +125,7 @@ class Families:
             of[base] = catalogue
         self._all = tuple(
             Family(number, name, catalogue, scenario)
-            for number, (name, catalogue) in enumerate(zip(_names(catalogues), catalogues, strict=True))
+            for number, (name, catalogue) in enumerate(zip(model_names(catalogues), catalogues, strict=True))
         )
 
     def __iter__(self) -> Iterator[Family]:
@@ -188,8 +188,8 @@ def room_of(report: Report) -> int:
     return min(size for size in (report.cache_bytes, report.memory_bytes) if size is not None)
 
 
-def _names(catalogues: Sequence[Inventory]) -> list[str]:
-    """The names of their directories; where they cannot tell the models apart, what their hashes begin with."""
+def model_names(catalogues: Sequence[Inventory]) -> list[str]:
+    """What models are called: as their catalogues' directories, or as their hashes begin where those are alike."""
     names = [catalogue.directory.resolve().name for catalogue in catalogues]
     # Folders of texts have these names too, and some systems do not tell upper case from lower.
     often = Counter(name.lower() for name in names)
