@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from test_worlds import inventory
 
 from emutune.fleet.config import load_fleet
+from emutune.fleet.local import COMMAND
 from emutune.fleet.rehearsal import Rehearsal, _part, _usual_step_s, rehearse
 from emutune.fleet.server.drawn import Draws
 from emutune.scenario import load_scenario
@@ -65,3 +68,38 @@ def test_a_text_without_end_repeats_and_is_as_long_as_asked() -> None:
     assert _part("abcde", 0, 12) == "abcdeabcdeab"
     assert _part("abcde", 1, 7) == "cdeabcd"
     assert len(_part("aé" * 50, 3, 101).encode()) == 101
+
+
+@pytest.mark.slow
+def test_a_world_of_two_models_runs_for_every_policy(tmp_path: Path) -> None:
+    """Real processes: what was measured is near what was predicted, and near what the simulator charges."""
+    command = (
+        "fleet",
+        "reference-families",
+        "--devices",
+        "2",
+        "--steps",
+        "3",
+        "--policy",
+        "random,lookahead",
+    )
+    done = subprocess.run(
+        [*COMMAND, *command, "--json", "world.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "world.json").read_text())
+    assert [row["policy"] for row in found["policies"]] == ["random", "lookahead"]
+    for row in found["policies"]:
+        assert row["steps"] == 3
+        assert row["cost"] == pytest.approx(row["predicted_cost"], rel=0.2)
+        assert row["cost"] == pytest.approx(row["simulated_cost"], rel=0.2)
+        assert row["errors"]["bytes_percent"] in (0.0, None)
+    # The same command finds everything done.
+    again = subprocess.run(
+        [*COMMAND, *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert again.returncode == 0, again.stderr

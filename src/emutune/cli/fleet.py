@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emutune.cli.grouped import grouped
 from emutune.cli.jax_setup import prepare_jax
 from emutune.cli.ledger import ledger
 from emutune.cli.libraries import quiet_libraries
@@ -23,6 +25,19 @@ _ROOT = Path("runs/fleets")
 _HEADINGS = ("policy", "cost", "predicted", "simulated", "delay, s", "predicted", "steps")
 
 
+@dataclass(frozen=True)
+class Episode:
+    """Options of the one episode that a world runs."""
+
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the episode that a world runs.")] = 10
+    seed: Annotated[int, typer.Option(min=0, help="Of what a world draws.")] = 0
+    only_prepare: Annotated[
+        bool,
+        typer.Option("--only-prepare", help="Write a world's scenario, to train a policy in, and end."),
+    ] = False
+
+
+@grouped
 def fleet(
     source: Annotated[
         str,
@@ -31,12 +46,11 @@ def fleet(
             help="The fleet's file, the shipped one: demo, or a shipped world's name.",
         ),
     ],
+    episode: Episode,
     devices: Annotated[int, typer.Option(min=1, max=64, help="How many; they are called ue1, ue2, ...")] = 3,
     catalogue: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Emulators, once for each foundation model; those of the reference model if not given."
-        ),
+        typer.Option(help="Emulators, once for each foundation model; those that are shipped if not given."),
     ] = None,
     policy: Annotated[
         str,
@@ -45,12 +59,6 @@ def fleet(
             "with commas between them run one after another on the same tasks and links."
         ),
     ] = "best_fixed",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the episode that a world runs.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of what a world draws.")] = 0,
-    only_prepare: Annotated[
-        bool,
-        typer.Option("--only-prepare", help="Write a world's scenario, to train a policy in, and end."),
-    ] = False,
     fresh: Annotated[bool, typer.Option(help="Forget an earlier run of this fleet.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -60,9 +68,10 @@ def fleet(
 
     if source in shipped_scenarios():
         prepare_jax()
-        _run_world(
-            source, devices, catalogue, policy.split(","), (steps, seed), only_prepare, fresh, json_file
-        )
+        rehearsal = _prepared(source, devices, catalogue, episode)
+        if not episode.only_prepare:
+            rows = _run_policies(rehearsal, policy.split(","), fresh)
+            write_json(json_file, {"world": source, "policies": rows})
     else:
         _run_file(source, devices, catalogue, policy, fresh, json_file)
 
@@ -92,33 +101,24 @@ def _run_file(
     ledger(directory / LEDGER, json_file=json_file)
 
 
-def _run_world(
-    world: str,
-    devices: int,
-    catalogue: list[Path] | None,
-    policies: list[str],
-    drawn: tuple[int, int],
-    only_prepare: bool,
-    fresh: bool,
-    json_file: JsonFile,
-) -> None:
+def _prepared(world: str, devices: int, catalogue: list[Path] | None, episode: Episode) -> Rehearsal:
     from emutune.fleet.rehearsal import rehearse
 
-    root = _ROOT / world
-    steps, seed = drawn
     used = catalogue or _shipped_catalogues(world)
-    rehearsal = rehearse(world, root, used, devices, steps, seed)
-    scenario = root / "scenario.toml"
+    rehearsal = rehearse(world, _ROOT / world, used, devices, episode.steps, episode.seed)
+    scenario = rehearsal.root / "scenario.toml"
     print(f"{scenario}: what the fleet runs; emutune train {scenario} learns a policy for it")
-    if only_prepare:
-        return
-    with interruptible(f"the ledgers in {root} are kept; the same command goes on"):
+    return rehearsal
+
+
+def _run_policies(rehearsal: Rehearsal, policies: list[str], fresh: bool) -> list[dict[str, Any]]:
+    with interruptible(f"the ledgers in {rehearsal.root} are kept; the same command goes on"):
         rows = [_run_policy(rehearsal, policy, fresh) for policy in policies]
     print(
         "cost and delay of the whole episode; predicted before each step, simulated on the same tasks and links"
     )
     print_table(_HEADINGS, [_cells(row) for row in rows])
-    write_json(json_file, {"world": world, "policies": rows})
+    return rows
 
 
 def _run_policy(rehearsal: Rehearsal, policy: str, fresh: bool) -> dict[str, Any]:

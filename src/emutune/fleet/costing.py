@@ -90,24 +90,22 @@ def simulated_costs(
 def replayed(rows: Sequence[Comparison], drawn: Episode, devices: Sequence[str]) -> Episode:
     """An episode with the tasks that a fleet had in the place of those that were drawn, and its devices' limits."""
     place = {device: number for number, device in enumerate(devices)}
-    parts = {name: np.array(getattr(drawn, name)) for name in ("complexity", "data_bits")}
-    family = None if drawn.family is None else np.array(drawn.family)
-    told = {name: getattr(drawn.devices, name) for name in ("memory_bits", "private")}
-    limits = {name: np.array(part) for name, part in told.items() if part is not None}
+    tasks = _there(drawn, "complexity", "data_bits", "family")
+    limits = _there(drawn.devices, "memory_bits", "private")
     for row in rows:
-        known, at = json.loads(row.situation), (row.step, place[row.device])
-        for name, part in parts.items():
-            part[at] = known[name]
-        if family is not None:
-            family[at] = known["family"]
+        known, device = json.loads(row.situation), place[row.device]
+        for name, part in tasks.items():
+            part[row.step, device] = known[name]
         for name, part in limits.items():
-            part[at[1]] = known.get(name, np.inf)
-    there = drawn.devices._replace(**{name: jnp.asarray(part) for name, part in limits.items()})
-    return drawn._replace(
-        **{name: jnp.asarray(part) for name, part in parts.items()},
-        family=None if family is None else jnp.asarray(family),
-        devices=there,
-    )
+            part[device] = known.get(name, np.inf)
+    of_devices = drawn.devices._replace(**{name: jnp.asarray(part) for name, part in limits.items()})
+    return drawn._replace(**{name: jnp.asarray(part) for name, part in tasks.items()}, devices=of_devices)
+
+
+def _there(drawn: NamedTuple, *names: str) -> dict[str, np.ndarray]:
+    """Those of some fields that are drawn in a world, to be changed."""
+    parts = {name: getattr(drawn, name) for name in names}
+    return {name: np.array(part) for name, part in parts.items() if part is not None}
 
 
 def _steps(rows: Sequence[Comparison], devices: Sequence[str], which: str, count: int) -> Steps:

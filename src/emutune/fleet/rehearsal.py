@@ -123,7 +123,10 @@ class Rehearsal:
         """
         episode = Draws(build_world(self.scenario), self.seed).episode(0, [device.name for device in devices])
         sizes = np.asarray(episode.data_bits) / 8 / self.served.byte_scale
-        families = np.zeros(sizes.shape, int) if episode.family is None else np.asarray(episode.family)
+        # Where there is one model, none is drawn.
+        families = np.broadcast_to(
+            0 if len(self.catalogues) == 1 else np.asarray(episode.family), sizes.shape
+        )
         names = [path.name for path in self.catalogues]
         for number, device in enumerate(devices):
             subject = TASKS[number % len(TASKS)]
