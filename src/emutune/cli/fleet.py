@@ -163,12 +163,10 @@ def _forget(directory: Path) -> None:
 
 
 def _reference_catalogue(out: Path) -> Path:
-    from emutune.tuning.build import Recipe, build_catalogue
+    from emutune.fleet.rehearsal import shipped_catalogue
 
     with stage_bar() as stage:
-        build_catalogue(
-            "reference", out, Recipe(), None, lambda name, progress: advance(stage, name, progress, 1)
-        )
+        shipped_catalogue("reference", out, lambda name, progress: advance(stage, name, progress, 1))
     return out
 
 

@@ -161,12 +161,17 @@ def shipped_catalogues(world: str, root: Path, report: "Report" = lambda stage, 
         root: below which each has a directory, called as its model.
         report: told how far building is.
     """
-    from emutune.tuning.build import Recipe, build_catalogue
-
     paths = [root / name for name in MODELS[: len(load_scenario(world).models)]]
     for path in paths:
-        build_catalogue(path.name, path, Recipe(), None, report)
+        shipped_catalogue(path.name, path, report)
     return paths
+
+
+def shipped_catalogue(model: str, out: Path, report: Report = lambda stage, progress: None) -> None:
+    """Emulators of a shipped model, in the order of layers in which its curve was measured."""
+    from emutune.tuning.build import Recipe, build_catalogue
+
+    build_catalogue(model, out, Recipe(order="importance"), None, report)
 
 
 def rehearse(
