@@ -201,7 +201,7 @@ def test_bad_input_is_one_line_and_status_two(place: Path) -> None:
         (*BUILD, "--compress", ""): "--compress: ",
         (*BUILD, "--retentions", "half"): "--retentions: must be numbers",
         (*BUILD, "--retentions", "1.5"): "retention: must be above 0 and at most 1, got 1.5",
-        (*BUILD, "--bits", "3"): "--bits: ",
+        (*BUILD, "--bits", "5"): "--bits: ",
         (*BUILD, "--order", "worst"): "--order: ",
         ("catalogue", "show", "nowhere"): "nowhere: no catalogue",
         ("catalogue", "show", "catalogue", "--recipe", "none"): "no emulators of recipe 'none'",

@@ -32,7 +32,7 @@ catalogue = typer.Typer(help="Emulators of a foundation model.", no_args_is_help
 class Making:
     """Options of how emulators are made."""
 
-    order: Annotated[str, typer.Option(help="importance (nested) or uniform.")] = "importance"
+    order: Annotated[str, typer.Option(help="loss, importance (both nested) or uniform.")] = "loss"
     compress: Annotated[str, typer.Option(help="Some of layer_drop,prune,quantize,distill.")] = "layer_drop"
     retentions: Annotated[
         str | None, typer.Option(help="Comma-separated; every possible one if not given.")
@@ -40,7 +40,7 @@ class Making:
     bottom: Annotated[int, typer.Option(min=0, help="Adapter layers at the bottom.")] = 2
     top: Annotated[int, typer.Option(min=0, help="Adapter layers at the top.")] = 2
     width_share: Annotated[float, typer.Option(help="Heads and channels that pruning leaves.")] = 0.75
-    bits: Annotated[int, typer.Option(help="8 or 4, of quantised weights.")] = 8
+    bits: Annotated[int, typer.Option(help="8, 4 or 3, of quantised weights.")] = 4
     distill_steps: Learning = 400
 
     def recipe(self, seed: int) -> Recipe:

@@ -26,6 +26,7 @@ class CatalogueInfo(BaseModel):
         text: SHA-256 of the calibration text.
         importance: the middle layers by falling importance, once measured: the emulator that keeps k of
             them keeps the first k.
+        spared: the middle layers in the order in which they can be spared by the loss, as far as it was needed yet.
         recipe: of the emulators built last.
         adapters: by the kinds of adapter that the adapter layers can take, the shapes of its tensors by their names,
             in which ``WIDTH`` stands for its width; empty on a device, which needs none.
@@ -41,6 +42,7 @@ class CatalogueInfo(BaseModel):
     top: int
     text: str
     importance: tuple[int, ...] | None = None
+    spared: tuple[int, ...] = ()
     recipe: str = ""
     adapters: dict[Kind, dict[str, Shape]] = {}
 
