@@ -44,7 +44,7 @@ print(json.dumps(ended))
 BUILD = ("catalogue", "build", "model", "--out", "catalogue", "--bottom", "1", "--top", "1")
 BUILD += ("--data", "calibration.txt")
 TUNE = ("tune", "catalogue", "--data", "task.txt", "--steps", "6", "--batch", "2", "--out")
-KEYS = {"name", "retention", "layers", "kept", "bytes", "bytes_missing", "perplexity"}
+KEYS = {"name", "retention", "layers", "bits", "kept", "bytes", "bytes_missing", "perplexity"}
 
 
 class Ended(NamedTuple):
@@ -118,7 +118,7 @@ def later(place: Path) -> list[Ended]:
 def test_building_twice_builds_nothing_twice(place: Path) -> None:
     shown = json.loads((place / "shown.json").read_text())
     assert shown == json.loads((place / "built.json").read_text())
-    assert set(shown) == {"recipe", "base", "emulators"}
+    assert set(shown) == {"recipe", "base", "emulators", "frontier"}
     assert [row["retention"] for row in shown["emulators"]] == [0.25, 0.5, 0.75, 1.0]
     assert all(set(row) == KEYS for row in shown["emulators"])
     # Nested emulators: the next one lacks only what it adds.

@@ -13,15 +13,17 @@ from emutune.tuning.agreement import check_agreement, fits_in_memory
 from emutune.tuning.base import catalogue_for, save_base
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.documentation import reference_text
+from emutune.tuning.doubts import warn_of
 from emutune.tuning.foundation import (
     Foundation,
     load_tokenizer,
     open_foundation,
     skeleton,
 )
+from emutune.tuning.frontier import save_ladder
 from emutune.tuning.inventory import BASE
 from emutune.tuning.layers import layer_stack
-from emutune.tuning.making import Maker, Report
+from emutune.tuning.making import Maker, Report, Tell
 from emutune.tuning.recipe import Recipe
 from emutune.tuning.text import block_length, pack, split_blocks
 
@@ -36,6 +38,7 @@ def build_catalogue(
     recipe: Recipe,
     text: str | None = None,
     report: Report = lambda stage, progress: None,
+    tell: Tell = log.info,
 ) -> Catalogue:
     """Make the emulators of a model, or those of them that the catalogue lacks.
 
@@ -49,6 +52,7 @@ def build_catalogue(
         text: what importance, distillation and the manifests' perplexities are measured on; Python's
             documentation if not given.
         report: told the stage, and while training its progress.
+        tell: told beforehand how long a stage takes that takes minutes.
 
     Raises:
         ModelError: the model cannot be cut this way, or is not the one that ``transformers`` loads.
@@ -71,10 +75,14 @@ def build_catalogue(
     catalogue.save_tokenizer(tokenizer)
     if not catalogue.info.adapters:
         catalogue.save_info(adapters=_adapter_forms(catalogue))
-    maker = Maker(catalogue, recipe, splits["train"], splits["validation"], tokenizer.mask_token_id, report)
-    maker.make()
+    for made in recipe.made:
+        mask_token = tokenizer.mask_token_id
+        Maker(catalogue, made, splits["train"], splits["validation"], mask_token, report, tell).make()
+    if recipe.frontier:
+        save_ladder(catalogue)
     if catalogue.info.recipe != recipe.label:
         catalogue.save_info(recipe=recipe.label)
+    warn_of(catalogue, recipe.label)
     return catalogue
 
 

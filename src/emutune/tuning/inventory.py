@@ -12,6 +12,8 @@ from emutune.tuning.adapter_manifest import AdapterManifest, Asked, Kind, Shape,
 from emutune.tuning.manifest import Emulator
 
 BASE = "base"
+# The recipe of the levels that were chosen among the emulators of all others.
+FRONTIER = "frontier"
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -84,11 +86,12 @@ class Inventory:
     def emulators(self, recipe: str | None = None) -> list[Emulator]:
         """The emulators of a recipe, of the one built last if not given, by rising retention."""
         wanted = self.info.recipe if recipe is None else recipe
+        return [emulator for emulator in self.all_emulators() if emulator.recipe == wanted]
+
+    def all_emulators(self) -> list[Emulator]:
+        """Those of all recipes, by rising retention, the whole model among them."""
         found = [_read(path, Emulator) for path in (self.directory / "emulators").glob("*.json")]
-        return sorted(
-            (emulator for emulator in found if emulator.recipe == wanted),
-            key=lambda emulator: emulator.retention,
-        )
+        return sorted(found, key=lambda emulator: (emulator.retention, emulator.name))
 
     def find(self, retention: float, recipe: str | None = None) -> Emulator:
         """The emulator whose retention is nearest.

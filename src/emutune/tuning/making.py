@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,10 @@ _PERPLEXITY_ROWS = 32
 _ROUNDING_TOKENS = 4096
 _WIDTHS_ONLY = (0.25, 0.5, 0.75, 1.0)
 
+_MINUTE_S = 60.0
+
 Report = Callable[[str, Progress | None], None]
+Tell = Callable[[str], None]
 
 
 class _Variant(NamedTuple):
@@ -49,6 +53,7 @@ class Maker:
         training, validation: blocks to choose layers, to distil and to round on, and to measure on.
         mask_token: of a masked model.
         report: told the stage, and while training its progress.
+        tell: told beforehand how long a stage takes that takes minutes.
     """
 
     def __init__(
@@ -59,8 +64,9 @@ class Maker:
         validation: Blocks,
         mask_token: int | None,
         report: Report,
+        tell: Tell,
     ) -> None:
-        self.catalogue, self.recipe, self.report = catalogue, recipe, report
+        self.catalogue, self.recipe, self.report, self.tell = catalogue, recipe, report, tell
         self.training, self.validation = training, validation.first(_PERPLEXITY_ROWS)
         self.mask_token = mask_token
         self.base = catalogue.base()
@@ -74,6 +80,11 @@ class Maker:
             ModelError: the model cannot be cut this way.
             CatalogueError: the catalogue cannot be written.
         """
+        if self.base.perplexity is None:
+            self.report("measuring the whole model", None)
+            found = self.measuring.perplexity(self.base.layers, self.validation)
+            self.base = self.base.model_copy(update={"perplexity": found})
+            self.catalogue.save_emulator(self.base)
         levels = [level for level in self._levels() if self.catalogue.emulator(self._name(level)) is None]
         if not levels:
             forget(self._work())
@@ -82,7 +93,7 @@ class Maker:
             for level in levels:
                 self.report(f"emulator of {level} of {len(self.middle)} layers", None)
                 entries = [self.base.layers[index] for index in self._kept(level)]
-                self._save(level, entries, self.measuring.perplexity(self._around(entries), self.validation))
+                self._save(level, entries, self._plain_perplexity(self._around(entries)))
         else:
             self._make_compressed(levels)
 
@@ -124,25 +135,51 @@ class Maker:
 
     def _spare(self, count: int) -> tuple[int, ...]:
         """The layers that can best be spared, so many; what was found is kept, whatever comes next."""
-        calibration = self.training.spread(-(-self.recipe.calibration_tokens // self.training.length))
-        costs = partial(self.measuring.losses_without, blocks=calibration)
-        order = sparing(self.middle, costs, self.catalogue.info.spared)
-        while len(self.catalogue.info.spared) < count:
-            done = len(self.catalogue.info.spared)
-            self.report(f"choosing layers by the loss, {done + 1} of {count}", None)
-            self.catalogue.save_info(spared=(*self.catalogue.info.spared, next(order)))
+        if (missing := count - len(self.catalogue.info.spared)) > 0:
+            calibration = self.training.spread(-(-self.recipe.calibration_tokens // self.training.length))
+            self._tell_minutes(missing, calibration)
+            costs = partial(self.measuring.losses_without, blocks=calibration)
+            order = sparing(self.middle, costs, self.catalogue.info.spared)
+            for number in range(missing):
+                self.report(f"choosing layers by the loss, {number + 1} of {missing}", None)
+                self.catalogue.save_info(spared=(*self.catalogue.info.spared, next(order)))
         return self.catalogue.info.spared[:count]
+
+    def _tell_minutes(self, missing: int, calibration: Blocks) -> None:
+        """Say how long it takes to choose so many layers, by how long one block of text takes."""
+        left = [index for index in self.middle if index not in self.catalogue.info.spared]
+        started = time.monotonic()
+        self.measuring.losses_without(left, calibration.first(1))
+        one = time.monotonic() - started
+        # Without each layer, half of those that are left run, and the head.
+        layer, head = self.base.layers[0].shard.bytes, self.base.outer.bytes
+        work = [count * (head + layer * count / 2) for count in range(len(left) - missing + 1, len(left) + 1)]
+        self._tell_duration("choosing layers by the loss", one * len(calibration) * sum(work) / work[-1])
+
+    def _tell_duration(self, what: str, seconds: float) -> None:
+        if seconds >= _MINUTE_S:
+            self.tell(
+                f"{what} takes about {seconds / _MINUTE_S:.0f} minutes on this machine as busy as it is now"
+            )
 
     def _around(self, entries: Sequence[LayerEntry]) -> list[LayerEntry]:
         """The adapter layers with the given ones between."""
         whole, info = self.base.layers, self.catalogue.info
         return [*whole[: info.bottom], *entries, *whole[info.middle.stop :]]
 
+    def _plain_perplexity(self, entries: Sequence[LayerEntry]) -> float:
+        if len(entries) == len(self.base.layers) and self.base.perplexity is not None:
+            return self.base.perplexity
+        return self.measuring.perplexity(entries, self.validation)
+
     def _make_compressed(self, levels: Sequence[float]) -> None:
         full = self.catalogue.assemble(self.base)
-        variants = self._variants(full, self._together(levels))
-        if "distill" in self.recipe.methods:
-            self._distill(full, variants)
+        if {"distill", "quantize"} <= {*self.recipe.methods}:
+            variants = self._distilled_before(full)
+        else:
+            variants = self._variants(full, self._together(levels))
+            if "distill" in self.recipe.methods:
+                self._distill(full, variants)
         if "quantize" in self.recipe.methods:
             self._quantize(full, variants)
         for level in levels:
@@ -154,6 +191,32 @@ class Maker:
             model = self.catalogue.cut(full, self._emulator(level, entries))
             self._save(level, entries, perplexity(model, self.validation, mask_token=self.mask_token))
         forget(self._work())
+
+    def _distilled_before(self, full: PreTrainedModel) -> dict[float, _Variant]:
+        """The students of the same recipe without rounding, which are made first, so that they learn only once."""
+        plain = Maker(
+            self.catalogue,
+            self.recipe.without("quantize"),
+            self.training,
+            self.validation,
+            self.mask_token,
+            self.report,
+            self.tell,
+        )
+        plain.make()
+        # A shard that several levels have is one layer, and one of the whole model that model's own.
+        layers = {entry.shard: layer_stack(full)[entry.index] for entry in self.base.layers}
+        variants = {}
+        for level in self._levels():
+            emulator = self.catalogue.emulator(plain._name(level))
+            assert emulator is not None
+            entries = [entry for entry in emulator.layers if entry.index in self.catalogue.info.middle]
+            for entry in entries:
+                if entry.shard not in layers:
+                    layers[entry.shard] = self.catalogue.layer(entry, layer_stack(full)[entry.index])
+            kept = list(emulator.kept)
+            variants[level] = _Variant(kept, [layers[entry.shard] for entry in entries], entries[0].widths)
+        return variants
 
     def _together(self, levels: Sequence[float]) -> list[float]:
         """The levels that have to be there for some of them to be made, so that these do not depend on which."""
@@ -221,12 +284,28 @@ class Maker:
             Bookkeeping(
                 self._work(),
                 f"{self.base.base} {self.recipe.label} {sorted(students)}",
-                lambda progress: self.report("distilling", progress),
+                self._watch_distillation(),
             ),
             mask_token=self.mask_token,
         )
         for level, layers in zip(students, distilled, strict=True):
             variants[level] = variants[level]._replace(layers=layers)
+
+    def _watch_distillation(self) -> Callable[[Progress], None]:
+        """Reports every step, and after the first says how long all take."""
+        told = False
+
+        def see(progress: Progress) -> None:
+            nonlocal told
+            if not told:
+                left = self.recipe.distillation.steps - progress.step
+                self._tell_duration(
+                    f"distilling, {left} more steps,", left * progress.seconds / progress.step
+                )
+                told = True
+            self.report("distilling", progress)
+
+        return see
 
     def _work(self) -> Path:
         return self.catalogue.directory / "work" / self.recipe.label

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from emutune.tuning.compression.distill import DISTILLATION
+from emutune.tuning.inventory import FRONTIER
 from emutune.tuning.manifest import Method, Order
 from emutune.tuning.trainer import TrainerConfig
 
@@ -23,13 +24,15 @@ class Recipe(BaseModel):
         bottom, top: adapter layers at either end.
         width_share: heads and channels that pruning leaves in an emulator that also lost layers.
         bits: of quantised weights.
+        frontier: makes each emulator three times, as it is and rounded to 8 and to ``bits``, and levels of those that
+            no other of the catalogue beats.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     methods: tuple[Method, ...] = Field(default=("layer_drop",), min_length=1)
     order: Order = "loss"
-    calibration_tokens: int = Field(default=1024, ge=1)
+    calibration_tokens: int = Field(default=512, ge=1)
     retentions: tuple[float, ...] | None = None
     bottom: int = Field(default=2, ge=0)
     top: int = Field(default=2, ge=0)
@@ -37,10 +40,25 @@ class Recipe(BaseModel):
     bits: Literal[3, 4, 8] = 4
     seed: int = Field(default=0, ge=0)
     distillation: TrainerConfig = DISTILLATION
+    frontier: bool = False
+
+    @property
+    def made(self) -> tuple[Recipe, ...]:
+        """The recipes that are made: itself, or those whose emulators compete."""
+        if not self.frontier:
+            return (self,)
+        plain = self.without("quantize").model_copy(update={"frontier": False})
+        rounded = {"methods": (*plain.methods, "quantize")}
+        return (
+            plain,
+            *(plain.model_copy(update=rounded | {"bits": bits}) for bits in sorted({8, self.bits})),
+        )
 
     @property
     def label(self) -> str:
         """What tells the recipe from others in the same catalogue."""
+        if self.frontier:
+            return FRONTIER
         words: dict[Method, str] = {
             "layer_drop": f"layer_drop-{self.order}",
             "prune": f"prune-{self.width_share:g}" if "layer_drop" in self.methods else "prune",
@@ -49,6 +67,10 @@ class Recipe(BaseModel):
             "quantize": f"quantize-{self.bits}" if self.bits == 8 else f"gptq-{self.bits}",
         }
         return "+".join(text for method, text in words.items() if method in self.methods)
+
+    def without(self, method: Method) -> Recipe:
+        """The same without a method."""
+        return self.model_copy(update={"methods": tuple(one for one in self.methods if one != method)})
 
     @property
     def _distillation_mark(self) -> str:

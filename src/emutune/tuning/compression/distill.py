@@ -16,8 +16,19 @@ from emutune.tuning.trainer import Bookkeeping, TrainerConfig, train
 
 HIDDEN_WEIGHT = 30.0
 DISTILLATION = TrainerConfig(
-    steps=400, batch=8, learning_rate=1e-4, final_rate_share=0.0, weight_decay=0.0, save_every_s=20.0
+    steps=400, batch=8, learning_rate=3e-4, final_rate_share=0.0, weight_decay=0.0, save_every_s=20.0
 )
+
+# Fewer, larger steps teach less than more, smaller ones of the same budget.
+_LEAST_STEPS = 150
+_BLOCK = 256
+
+
+def budgeted(tokens: int) -> TrainerConfig:
+    """How to distil on at most so many tokens, in blocks of 256: in 150 steps or more, of one to eight blocks each."""
+    blocks = max(1, tokens // _BLOCK)
+    batch = max(1, min(DISTILLATION.batch, blocks // _LEAST_STEPS))
+    return DISTILLATION.model_copy(update={"batch": batch, "steps": blocks // batch})
 
 
 def distill(
