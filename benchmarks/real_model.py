@@ -31,8 +31,8 @@ TUNED_CHARACTERS, TUNING = 60_000, ("--steps", "24", "--batch", "1")
 BUILDS = {
     "bytes30": ("--compress", "quantize", "--bits", "4"),
     "bytes22": ("--compress", "quantize", "--bits", "3"),
-    "ops50": ("--compress", "layer_drop,distill", "--retentions", "0.5", "--distill-tokens", "38400"),
     "ops50 before distillation": ("--retentions", "0.5"),
+    "ops50": ("--compress", "layer_drop,distill", "--retentions", "0.5", "--distill-tokens", "38400"),
 }
 
 
@@ -69,7 +69,7 @@ def build(model, data, work):
 
 
 def multiples(model, data, work):
-    """Perplexity over the whole model's, on the texts that were held back."""
+    """Perplexity over the whole model's, on the texts that were held back, of what is built by now."""
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.perplexity import perplexity
     from emutune.tuning.text import pack, split_blocks
@@ -85,7 +85,7 @@ def multiples(model, data, work):
     middle = catalogue.info.middle
     every = sum(entry.shard.bytes for entry in catalogue.base().layers if entry.index in middle)
     found = {}
-    for name in BUILDS:
+    for name in (name for name in BUILDS if (work / f"minutes {name}").exists()):
         emulator = built(catalogue, name)
         model_of = catalogue.cut(full, emulator)
         each = {text: perplexity(model_of, held, batch=8) / whole[text] for text, held in blocks.items()}
