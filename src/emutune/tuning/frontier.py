@@ -121,10 +121,12 @@ class _Sizes:
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
         model = skeleton(catalogue.config)
-        prefix = stack_name(model) + "."
         self._stack = layer_stack(model)
-        outside = [parameter for name, parameter in model.named_parameters() if not name.startswith(prefix)]
-        self._outer = sum(parameter.numel() for parameter in outside)
+        # What is tied to another tensor takes no memory of its own.
+        apart = (stack_name(model) + ".", *model.all_tied_weights_keys)
+        self._outer = sum(
+            parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(apart)
+        )
         head = model.get_output_embeddings()
         self._head = sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
         self._known: dict[tuple[int, object], int] = {}
