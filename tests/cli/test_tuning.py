@@ -26,7 +26,7 @@ terminal.advance = stop
 BUILD = ("catalogue", "build", "model", "--out", "catalogue", "--bottom", "1", "--top", "1")
 BUILD += ("--data", "calibration.txt")
 TUNE = ("tune", "catalogue", "--data", "task.txt", "--steps", "6", "--batch", "2", "--out")
-KEYS = {"name", "retention", "layers", "kept", "bytes", "bytes_missing", "perplexity"}
+KEYS = {"name", "retention", "layers", "bits", "kept", "bytes", "bytes_missing", "perplexity"}
 
 
 def succeed(cwd: Path, *commands: tuple[str, ...]) -> list[Ended]:
@@ -79,7 +79,7 @@ def later(place: Path) -> list[Ended]:
 def test_building_twice_builds_nothing_twice(place: Path) -> None:
     shown = json.loads((place / "shown.json").read_text())
     assert shown == json.loads((place / "built.json").read_text())
-    assert set(shown) == {"recipe", "base", "emulators"}
+    assert set(shown) == {"recipe", "base", "emulators", "frontier"}
     assert [row["retention"] for row in shown["emulators"]] == [0.25, 0.5, 0.75, 1.0]
     assert all(set(row) == KEYS for row in shown["emulators"])
     # Nested emulators: the next one lacks only what it adds.
@@ -162,7 +162,7 @@ def test_bad_input_is_one_line_and_status_two(place: Path) -> None:
         (*BUILD, "--compress", ""): "--compress: ",
         (*BUILD, "--retentions", "half"): "--retentions: must be numbers",
         (*BUILD, "--retentions", "1.5"): "retention: must be above 0 and at most 1, got 1.5",
-        (*BUILD, "--bits", "3"): "--bits: ",
+        (*BUILD, "--bits", "5"): "--bits: ",
         (*BUILD, "--order", "worst"): "--order: ",
         ("catalogue", "show", "nowhere"): "nowhere: no catalogue",
         ("catalogue", "show", "catalogue", "--recipe", "none"): "no emulators of recipe 'none'",

@@ -31,7 +31,7 @@ from emutune.tuning.inventory import open_inventory
 from emutune.world import build_world, draw_batch
 
 if TYPE_CHECKING:
-    from emutune.tuning.build import Report
+    from emutune.tuning.making import Report
 
 # So long a usual step takes here, and so long a training that is faster than most: as a processor needs for it. What
 # is slower than a minute a step is too slow to wait for.

@@ -151,16 +151,16 @@ class Catalogue(Inventory):
         layers = list(layer_stack(model))
         for position, entry in enumerate(emulator.layers):
             if entry.shard != whole[entry.index].shard:
-                layers[position] = self._layer(entry, layers[position], full.device)
+                layers[position] = self.layer(entry, layers[position])
         replace_stack(model, stack_name(model), layers)
         return model
 
-    def _layer(self, entry: LayerEntry, like: nn.Module, device: torch.device) -> nn.Module:
-        layer = empty_copy(like)
+    def layer(self, entry: LayerEntry, like: nn.Module) -> nn.Module:
+        """A layer of an emulator, where the layer of the whole model is that it stands for."""
+        layer, device = empty_copy(like), next(like.parameters()).device
         prepare_layer(layer, entry, self.heads)
-        load_tensors(
-            layer, self.load_shard(entry.shard.sha256), compute_dtype(device), f"layer {entry.index}"
-        )
+        tensors, what = self.load_shard(entry.shard.sha256), f"layer {entry.index}"
+        load_tensors(layer, tensors, compute_dtype(device), what)
         return layer.requires_grad_(False).to(device).eval()
 
 
