@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_decide import untrained
 from test_worlds import inventory
 
+from emutune.errors import FleetError, UsageError
 from emutune.fleet.config import load_fleet
 from emutune.fleet.local import COMMAND
 from emutune.fleet.rehearsal import Rehearsal, _part, _usual_step_s, rehearse
 from emutune.fleet.server.drawn import Draws
+from emutune.learning.configuration import TrainingConfig
 from emutune.scenario import load_scenario
 from emutune.world import build_world
 
@@ -57,6 +60,18 @@ def test_every_policy_meets_the_worlds_own_tasks(tmp_path: Path, world: str) -> 
             )
     assert all(one == two for one, two in texts.values())
     assert len({text for per_policy in texts.values() for text in per_policy[0]}) == 12
+
+
+def test_a_policy_of_another_world_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    made = rehearsal(tmp_path, "reference")
+    untrained(tmp_path / "run", TrainingConfig())
+    made.check("lookahead")
+    with pytest.raises(
+        FleetError, match=r"trained in the scenario 'paper', whose models are not .*scenario\.toml"
+    ):
+        made.check(str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="no policy 'no-such'"):
+        made.check("no-such")
 
 
 def test_a_step_lasts_a_few_seconds(tmp_path: Path) -> None:

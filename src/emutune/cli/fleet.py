@@ -112,6 +112,8 @@ def _prepared(world: str, devices: int, catalogue: list[Path] | None, episode: E
 
 
 def _run_policies(rehearsal: Rehearsal, policies: list[str], fresh: bool) -> list[dict[str, Any]]:
+    for policy in policies:
+        rehearsal.check(policy)
     with interruptible(f"the ledgers in {rehearsal.root} are kept; the same command goes on"):
         rows = [_run_policy(rehearsal, policy, fresh) for policy in policies]
     print(

@@ -18,7 +18,7 @@ from emutune.fleet.comparison import compare_steps, errors
 from emutune.fleet.config import FleetConfig, load_fleet
 from emutune.fleet.costing import costs_of, simulated_costs
 from emutune.fleet.local import LocalDevice, local_devices, with_drawn_abilities
-from emutune.fleet.server.choices import opening_of
+from emutune.fleet.server.choices import Opening, opening_of
 from emutune.fleet.server.decide import open_decider
 from emutune.fleet.server.drawn import Draws
 from emutune.fleet.server.run import opened_ledger
@@ -99,6 +99,19 @@ class Rehearsal:
     def fleet_file(self, policy: str) -> Path:
         """Where the file of a policy's fleet is."""
         return self.root / re.sub(r"[^0-9A-Za-z_-]+", "-", policy).strip("-") / "fleet.toml"
+
+    def check(self, policy: str) -> None:
+        """See that a policy exists and decides about the fleet's own models.
+
+        Raises:
+            EmutuneError: it does not.
+        """
+        known = open_decider(Opening(policy=policy, scenario=self.scenario)).scenario
+        if known.models != self.scenario.models:
+            raise FleetError(
+                f"--policy {policy}: was trained in the scenario {known.name!r}, whose models are not those of the "
+                f"fleet; train one in {self.root / 'scenario.toml'}"
+            )
 
     def prepare(self, policy: str) -> tuple[FleetConfig, list[LocalDevice]]:
         """Write what a policy's fleet needs: its file, and every device's tasks; the same for each policy."""
