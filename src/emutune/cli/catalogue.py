@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,7 +97,7 @@ def build(
             recipe,
             text,
             lambda name, progress: advance(stage, name, progress, recipe.distillation.steps),
-            lambda line: print(line, file=sys.stderr),
+            lambda line: print(line, flush=True),
         )
     show_rows(built, recipe.label, json_file)
 
