@@ -36,6 +36,7 @@ def test_help_does_not_import_jax(tmp_path):
         ),
         (["evaluate", "empty"], "holds no checkpoint"),
         (["compare", "paper", "--policies", "best"], "no policy 'best'"),
+        (["compare", "paper", "--policies", "random,nowhere.py:Mine"], "nowhere.py: no such file"),
         (["train", "paper", "--algorithm", "dqn", "--out", "run"], "--algorithm"),
         (
             ["train", "paper", "--settings", "random", "--out", "run"],

@@ -17,7 +17,7 @@ from emutune.fleet.server.rates import LinkEstimate
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.ppo import initial_state
-from emutune.policies import AllServer, register_policy
+from emutune.policies import AllServer, policy_pytree
 from emutune.scenario import Scenario, load_scenario
 from emutune.step import Plan, Situation, plan_of_wish
 from emutune.world import World, build_world
@@ -68,7 +68,7 @@ def test_rules_decide_the_same_for_the_same_step(policy: str) -> None:
             assert {choice.at_server for choice in choices} == {policy == "all_server"}
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Above:
     """Uploads where a field of the situation is above a limit."""

@@ -17,6 +17,7 @@ from emutune.fleet.server.links import plain_law
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
+from emutune.policies.own import plain_failures
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario
 from emutune.step import (
@@ -86,8 +87,9 @@ class Decider:
         world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
         progress = (step % world.tasks) / world.tasks
-        plan = _decide(world, self._policy, _situation(world, progress, candidates), key)
-        return [Choice(bool(z), int(k)) for z, k in zip(*map(np.asarray, plan), strict=True)]
+        with plain_failures(self._policy):
+            plan = jax.device_get(_decide(world, self._policy, _situation(world, progress, candidates), key))
+        return [Choice(bool(z), int(k)) for z, k in zip(*plan, strict=True)]
 
     def forecast(
         self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
