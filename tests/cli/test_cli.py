@@ -26,6 +26,7 @@ WRONG = {
     ): "retention: must be between 0.2 and 0.8",
     ("evaluate", "empty"): "holds no checkpoint",
     ("compare", "paper", "--policies", "best"): "no policy 'best'",
+    ("compare", "paper", "--policies", "random,nowhere.py:Mine"): "nowhere.py: no such file",
     ("train", "paper", "--algorithm", "dqn", "--out", "run"): "--algorithm",
     ("train", "paper", "--settings", "random", "--out", "run"): "--settings: 'random' is no policy that",
     ("train", "paper", "--teacher", "hold", "--out", "run"): "--teacher",

@@ -23,7 +23,7 @@ from emutune.fleet.server.rates import LinkEstimate
 from emutune.learning.checkpoint import CheckpointHeader, save_checkpoint
 from emutune.learning.configuration import TrainingConfig
 from emutune.learning.ppo import initial_state
-from emutune.policies import register_policy
+from emutune.policies import policy_pytree
 from emutune.scenario import Scenario, load_scenario
 from emutune.step import Plan, Situation, plan_of_wish
 from emutune.world import Carried, World, build_world, draw_episode, serve, situation_at
@@ -79,7 +79,7 @@ def test_rules_decide_the_same_for_the_same_step(policy: str) -> None:
             assert {choice.at_server for choice in choices} == {policy == "all_server"}
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Above:
     """Uploads where a field of the situation is above a limit."""

@@ -19,6 +19,7 @@ from emutune.fleet.server.drawn import Draws
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
+from emutune.policies.own import plain_failures
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario
 from emutune.step import (
@@ -86,10 +87,12 @@ class Decider:
         """One choice a device; the same for the same step and candidates."""
         world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
-        plan, stays = _decide(world, self.policy, self._situation(world, step, candidates), key)
+        with plain_failures(self.policy):
+            found = _decide(world, self.policy, self._situation(world, step, candidates), key)
+            plan, stays = jax.device_get(found)
         return [
             Choice(bool(z), int(k), tuple(map(int, np.flatnonzero(kept))))
-            for z, k, kept in zip(*map(np.asarray, (*plan, stays)), strict=True)
+            for z, k, kept in zip(*plan, stays, strict=True)
         ]
 
     def forecast(
