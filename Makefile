@@ -3,13 +3,15 @@ BIN := .venv/bin
 
 .PHONY: demo test lint bench docs
 
-demo: .venv/.ready  ## learn on the paper's world, compare, write a report; learn for a fleet and run it
+demo: .venv/.ready  ## learn on the paper's world, compare, write a report; learn for a real fleet, and run it beside others
 	$(BIN)/emutune reproduce --quick --out runs/demo
-	$(BIN)/emutune train reference --out runs/policy
-	$(BIN)/emutune fleet demo --devices 3 --policy runs/policy --fresh
+	$(BIN)/emutune fleet private --devices 3 --steps 5 --only-prepare
+	$(BIN)/emutune train runs/fleets/private/scenario.toml --out runs/policy
+	$(BIN)/emutune fleet private --devices 3 --steps 5 --policy best_fixed,count_table,lookahead,runs/policy --fresh
 
+# Where bytecode is not kept, every process takes 6 seconds longer to compile all tests and their assertions anew.
 test: .venv/.ready  ## all tests but the slow ones, a process for each of two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.ready  ## style, types and import rules; and the shape of the code, counted
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

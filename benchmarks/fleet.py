@@ -417,6 +417,7 @@ def serve_until_done(fleet, catalogue, judge=None):
     prepare_jax()
     from emutune.fleet.config import load_fleet
     from emutune.fleet.loop import run
+    from emutune.fleet.server.choices import opening_of
     from emutune.fleet.server.deciding import deciding
     from emutune.fleet.server.run import run_server
     from emutune.scenario import load_scenario
@@ -425,13 +426,13 @@ def serve_until_done(fleet, catalogue, judge=None):
     config, catalogue, noted = load_fleet(fleet), open_inventory(Path(catalogue)), {}
 
     async def serving():
-        async with deciding("fixed", load_scenario(config.scenario), 0.75) as decider:
+        async with deciding(opening_of(config, "fixed", load_scenario(config.scenario), 0.75)) as decider:
 
             def note(when):
                 noted[when] = {"server": taken(), "decider": taken(decider.pid)}
 
             try:
-                await run_server(config, catalogue, decider, started=lambda url: note("idle"), judge=judge)
+                await run_server(config, [catalogue], decider, started=lambda url: note("idle"), judge=judge)
             finally:
                 note("ended")
 

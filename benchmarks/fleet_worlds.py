@@ -206,6 +206,7 @@ def untraining_server(fleet, catalogue):
     from emutune.fleet.config import load_fleet
     from emutune.fleet.loop import run
     from emutune.fleet.server import run as server
+    from emutune.fleet.server.choices import opening_of
     from emutune.fleet.server.deciding import deciding
     from emutune.scenario import load_scenario
     from emutune.tuning.inventory import open_inventory
@@ -214,8 +215,8 @@ def untraining_server(fleet, catalogue):
     server.open_pool = lambda *arguments: Untraining()
 
     async def serving():
-        async with deciding("random", load_scenario(config.scenario), sharing=config.sharing) as decider:
-            await server.run_server(config, open_inventory(Path(catalogue)), decider, judge=Untraining())
+        async with deciding(opening_of(config, "random", load_scenario(config.scenario))) as decider:
+            await server.run_server(config, [open_inventory(Path(catalogue))], decider, judge=Untraining())
 
     with contextlib.suppress(KeyboardInterrupt):
         run(serving())

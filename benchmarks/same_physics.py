@@ -6,6 +6,11 @@
 
 Figures are of the same draws. Parameters that are otherwise searched for are given, so that only what a policy does
 is compared, and networks are as they are before training: a thousand updates would make any rounding large.
+
+What is recorded is of the code before 194e83c, but for ``edge-compute``, ``private``, ``urban`` and ``trace``: there
+it is later. Devices have had draws of their own since, and a level that a UE holds takes no download in any planner's
+options, as in the step. With these draws the code before returns the same, but for the count table in ``edge-compute``
+(by up to 1.8 %) and lookahead in ``urban`` and ``trace`` (0.003 and 0.08 %), who find other choices with these options.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from pathlib import Path
 
 TASKS = ("asyncio", "email", "http", "unittest")
 SEEDS = (0, 1, 2)
+ORDERS = ("loss", "importance", "uniform")
 COMMAND = [sys.executable, "-c", "from emutune.cli.main import run; run()"]
 MEDIUM = {"n_layer": 24, "n_embd": 1024, "n_head": 16}
 ROWS, LENGTH, STEPS = 2, 256, 4
@@ -33,13 +34,13 @@ def command(*arguments):
 
 
 def curve(work):
-    """Both orders at every retention, on the test split of the model's own text."""
+    """All orders at every retention, on the test split of the model's own text."""
     from emutune.tuning.catalogue import open_catalogue
     from emutune.tuning.documentation import reference_text
     from emutune.tuning.perplexity import perplexity
     from emutune.tuning.text import block_length, pack, split_blocks
 
-    for order in ("importance", "uniform"):
+    for order in ORDERS:
         command("catalogue", "build", "reference", "--out", work / "orders", "--order", order)
     catalogue = open_catalogue(work / "orders")
     full = catalogue.assemble(catalogue.base())
@@ -51,9 +52,9 @@ def curve(work):
             f"{emulator.retention:.3f}": perplexity(catalogue.cut(full, emulator), blocks)
             for emulator in catalogue.emulators(f"layer_drop-{order}")
         }
-        for order in ("importance", "uniform")
+        for order in ORDERS
     }
-    nested, uniform = measured["importance"], measured["uniform"]
+    nested, uniform = measured["loss"], measured["uniform"]
     values = list(nested.values())
     return {
         "perplexity": measured,
@@ -272,7 +273,7 @@ def commands(work):
     command("catalogue", "build", "reference", "--out", work / "orders")
     email = work / "tasks" / "email.txt"
     catalogue = work / "orders"
-    recipe = ("--recipe", "layer_drop-importance")
+    recipe = ("--recipe", "layer_drop-loss")
     return {
         "tune_seconds": command("tune", catalogue, "--data", email, "--out", work / "a.safetensors", *recipe),
         "calibrate_seconds": command(

@@ -69,8 +69,8 @@ def possible_layers(scenario: Scenario, task: dict[str, Any]) -> list[int]:
         k
         for k in range(1, model.layers + 1)
         if scenario.retention.min - 1e-9 <= k / model.layers <= scenario.retention.max + 1e-9
-        and 8e9 * model.size_gb * k / model.layers <= task["memory_bits"] * (1 + 1e-6)
-        and (cache_gb is None or model.size_gb * k / model.layers <= cache_gb * (1 + 1e-9))
+        and 8e9 * _gb(scenario, task["family"], k) <= task["memory_bits"] * (1 + 1e-6)
+        and (cache_gb is None or _gb(scenario, task["family"], k) <= cache_gb * (1 + 1e-9))
     ]
 
 
@@ -93,7 +93,8 @@ def kept_after(
 
 
 def _gb(scenario: Scenario, family: int, layers: int) -> float:
-    return scenario.models[family].size_gb * layers / scenario.models[family].layers
+    model = scenario.models[family]
+    return model.shared_gb + model.size_gb * layers / model.layers
 
 
 def options(scenario: Scenario, task: dict[str, Any]) -> list[tuple[str, int]]:
@@ -159,7 +160,9 @@ def serve(
             snr = radio.downlink_power_w * weakest / (noise * radio.downlink_bandwidth_hz)
             transmissions = len(shared) if radio.sharing == "equal" else 1
             rate = radio.downlink_bandwidth_hz / transmissions * bits_per_hz(scenario, snr)
-            down = 8e9 * model.size_gb * missing / model.layers / rate
+            whole = not (scenario.delta_download and mine.of(task["family"]))
+            gb = model.size_gb * missing / model.layers + (model.shared_gb if whole else 0.0)
+            down = 8e9 * gb / rate
         if kind == "local" and scenario.computation:
             train = tflop * layers / model.layers / task["tflops"]
         spent = 0.0
@@ -238,6 +241,7 @@ FEATURES = {
     "mobility": ["mobility={speed_mps={min=1.0,max=20.0},interval_s=60.0}"],
     "fading": ["radio.fading={speed_mps=1.0,interval_s=0.01}", "radio.carrier_ghz=3.5"],
     "ergodic": ["radio.rate='ergodic'"],
+    "shared": ["model.shared_gb=2.0"],
     "unshared": ["radio.sharing='none'"],
     "trace": [f"trace={{interval_s=60.0,downlink_mbps={list(range(45, 16, -1)) * 2 + [9]},"
               f"uplink_mbps={[0.1 * (1 + t * t % 17) for t in range(59)]}}}"],

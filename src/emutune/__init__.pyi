@@ -14,8 +14,10 @@ from .bounds import certified_bounds as certified_bounds
 from .errors import EmutuneError as EmutuneError
 from .learning import TrainingConfig as TrainingConfig
 from .learning import load_policy as load_policy
+from .learning import register_learner as register_learner
 from .learning import train_seed as train_seed
 from .policies import baseline_policy as baseline_policy
+from .policies import register_policy as register_policy
 from .scenario import load_scenario as load_scenario
 from .study import compare as compare
 from .study import evaluate_policy as evaluate_policy

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 import tomllib
 import venv
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
+from commands import Ended, emutune
 
 from emutune.extras import MODULES
 from emutune.fleet.ledger import Ledger
@@ -35,60 +34,44 @@ FLEET = {
 EVERY = [("tuning", name, line) for name, line in TUNING.items()] + [
     ("fleet", name, line) for name, line in FLEET.items()
 ]
-# A finder that knows nothing of some packages, before anything of emutune is imported; then one command after another.
+# A finder that knows nothing of some packages, before anything of emutune is imported.
 WITHOUT = """
-import contextlib, io, json, sys
-absent, lines = json.loads(sys.argv[1])
+import sys
 class Forbidding:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Forbidding())
-from emutune.cli.main import run
-for line in lines:
-    sys.argv = ["emutune", *line]
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        try:
-            run()
-        except SystemExit as ended:
-            status = ended.code
-    print(json.dumps([status, said.getvalue()]))
 """
 
 
-def without(absent: Collection[str], lines: Sequence[Sequence[str]], cwd: Path) -> list[tuple[int, str]]:
-    """Exit status and output of some commands, where packages are absent."""
-    question = json.dumps([sorted(absent), [list(line) for line in lines]])
-    ended = subprocess.run(
-        [sys.executable, "-c", WITHOUT, question], capture_output=True, text=True, cwd=cwd, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    return [tuple(json.loads(line)) for line in ended.stdout.splitlines()]
+def without(absent: Collection[str], lines: Sequence[tuple[str, ...]], cwd: Path) -> list[Ended]:
+    """How some commands end, where packages are absent."""
+    return emutune(cwd, *lines, prelude=WITHOUT.format(absent=sorted(absent)))
 
 
-def refused(status: int, said: str, command: str, extra: str) -> None:
-    assert status == 2
-    assert re.fullmatch(rf"emutune: {command}: needs .* pip install 'emutune\[{extra}\]'\n", said), said
+def refused(ended: Ended, command: str, extra: str) -> None:
+    assert (ended.status, ended.out) == (2, "")
+    assert re.fullmatch(rf"emutune: {command}: needs .* pip install 'emutune\[{extra}\]'\n", ended.err), ended
 
 
 def test_commands_without_their_extra_name_it_in_one_line(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.sqlite").close()
     lines = [*(line for _, _, line in EVERY), ("ledger", "ledger.sqlite")]
-    *answers, (status, printed) = without(MODULES["ray"], lines, tmp_path)
+    *answers, printed = without(MODULES["ray"], lines, tmp_path)
     for (extra, command, _), answer in zip(EVERY, answers, strict=True):
-        refused(*answer, command, extra)
+        refused(answer, command, extra)
     # A ledger is read without any.
-    assert (status, "steps: 0" in printed) == (0, True)
+    assert (printed.status, "steps: 0" in printed.out) == (0, True)
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.sqlite"]
 
 
 def test_with_a_part_of_the_extras_the_right_one_is_named(tmp_path: Path) -> None:
     absent = set(MODULES["fleet"]) - set(MODULES["tuning"])
     for command, answer in zip(FLEET, without(absent, list(FLEET.values()), tmp_path), strict=True):
-        refused(*answer, command, "fleet")
+        refused(answer, command, "fleet")
     (answer,) = without({"accelerate"}, [TUNING["tune"]], tmp_path)
-    refused(*answer, "tune", "tuning")
+    refused(answer, "tune", "tuning")
 
 
 def test_the_modules_are_those_of_the_project_file() -> None:
@@ -113,6 +96,6 @@ def test_a_wheel_without_extras(tmp_path: Path) -> None:
         ended = subprocess.run(
             [command, *line], capture_output=True, text=True, cwd=tmp_path, check=False, env={}
         )
-        refused(ended.returncode, ended.stderr, name, extra)
+        refused(Ended(ended.returncode, ended.stdout, ended.stderr), name, extra)
     checked = subprocess.run([command, "check", "paper"], capture_output=True, text=True, cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr

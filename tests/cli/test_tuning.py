@@ -4,68 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from commands import Ended, emutune
 from directories import TEXT, generated_text, model_directory
 
-# Several commands in one process, since importing torch takes longer than all of them.
-SEVERAL = """
-import contextlib, io, json, os, signal, sys, traceback
-commands = json.loads(sys.argv[1])
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ctrl-C comes in the third step of a training.
+STOPPING = """
+import os, signal
 from emutune.cli import terminal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 plain = terminal.advance
 def stop(stage, name, progress, total):
     plain(stage, name, progress, total)
-    if progress is not None and progress.step == stop_at:
+    if progress is not None and progress.step == 3:
         os.kill(os.getpid(), signal.SIGINT)
 terminal.advance = stop
-from emutune.cli import main  # its commands import what shall stop them
-ended = []
-for command in commands:
-    stop_at = 3 if command[0] == "STOPPED" else 0
-    sys.argv = ["emutune", *command[command[0] == "STOPPED":]]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main.run()
-        except SystemExit as status:
-            code = status.code
-        except BaseException:
-            code = traceback.format_exc()
-    ended.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(ended))
 """
 BUILD = ("catalogue", "build", "model", "--out", "catalogue", "--bottom", "1", "--top", "1")
 BUILD += ("--data", "calibration.txt")
 TUNE = ("tune", "catalogue", "--data", "task.txt", "--steps", "6", "--batch", "2", "--out")
-KEYS = {"name", "retention", "layers", "kept", "bytes", "bytes_missing", "perplexity"}
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int | str
-    out: str
-    err: str
-
-
-def emutune(cwd: Path, *commands: tuple[str, ...]) -> list[Ended]:
-    """Run commands one after the other; one that begins with STOPPED gets Ctrl-C in its third step."""
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, json.dumps(commands)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [Ended(*ended) for ended in json.loads(done.stdout.splitlines()[-1])]
+KEYS = {"name", "retention", "layers", "bits", "kept", "bytes", "bytes_missing", "perplexity"}
 
 
 def succeed(cwd: Path, *commands: tuple[str, ...]) -> list[Ended]:
@@ -118,7 +79,7 @@ def later(place: Path) -> list[Ended]:
 def test_building_twice_builds_nothing_twice(place: Path) -> None:
     shown = json.loads((place / "shown.json").read_text())
     assert shown == json.loads((place / "built.json").read_text())
-    assert set(shown) == {"recipe", "base", "emulators"}
+    assert set(shown) == {"recipe", "base", "emulators", "frontier"}
     assert [row["retention"] for row in shown["emulators"]] == [0.25, 0.5, 0.75, 1.0]
     assert all(set(row) == KEYS for row in shown["emulators"])
     # Nested emulators: the next one lacks only what it adds.
@@ -159,7 +120,7 @@ def test_calibration_writes_curve_and_plot(place: Path, later: list[Ended]) -> N
 
 def test_tuning_stopped_by_ctrl_c_goes_on(place: Path) -> None:
     command = (*TUNE, "stopped.safetensors")
-    [stopped] = emutune(place, ("STOPPED", *command))
+    [stopped] = emutune(place, command, prelude=STOPPING)
     assert stopped.status == 130
     assert stopped.err.strip() == (
         "stopped; what was done is kept beside stopped.safetensors; the same command goes on"
@@ -201,7 +162,7 @@ def test_bad_input_is_one_line_and_status_two(place: Path) -> None:
         (*BUILD, "--compress", ""): "--compress: ",
         (*BUILD, "--retentions", "half"): "--retentions: must be numbers",
         (*BUILD, "--retentions", "1.5"): "retention: must be above 0 and at most 1, got 1.5",
-        (*BUILD, "--bits", "3"): "--bits: ",
+        (*BUILD, "--bits", "5"): "--bits: ",
         (*BUILD, "--order", "worst"): "--order: ",
         ("catalogue", "show", "nowhere"): "nowhere: no catalogue",
         ("catalogue", "show", "catalogue", "--recipe", "none"): "no emulators of recipe 'none'",

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from directories import generated_text
 from small_disks import fill
 from warm_start import WarmProcess, WarmStart
-from whole_fleet import scenario_of
+from whole_fleet import scenario_of, write_texts
 
 from emutune.fleet.config import FleetConfig, load_fleet
 from emutune.fleet.ledger import Ledger
@@ -157,6 +157,7 @@ class ProcessFleet:
         policy: rule that decides.
         through: what the devices reach the server through, told the server's port; its own port is where they go.
         warm: starts processes without their imports; without it they start as from a shell.
+        others: emulators of other models than the first.
     """
 
     def __init__(
@@ -166,19 +167,24 @@ class ProcessFleet:
         policy: str,
         through: Callable[[int], Wire] | None = None,
         warm: WarmStart | None = None,
+        others: Sequence[Catalogue] = (),
     ) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.catalogue, self.policy, self._warm = folder, catalogue, policy, warm
+        self.folder, self.catalogues, self.policy, self._warm = folder, [catalogue, *others], policy, warm
         self.port = free_port("127.0.0.1")
         self.wire = None if through is None else through(self.port)
         self.file = folder / "fleet.toml"
-        (folder / "scenario.toml").write_text(dump_scenario(scenario_of(catalogue)))
+        (folder / "scenario.toml").write_text(dump_scenario(scenario_of(*self.catalogues)))
         self.file.write_text(
             FLEET.format(scenario=folder / "scenario.toml", port=self.port, steps=STEPS, time_scale=1000.0)
         )
         self.config: FleetConfig = load_fleet(self.file)
         self.devices = local_devices(self.config, DEVICES)
-        write_texts(self.config, {device.name: device.data for device in self.devices})
+        for device in self.devices:
+            write_texts(device.data, int(device.name[2:]), [other.directory.name for other in others])
+        held_back = self.config.server.directory / "held_back"
+        held_back.mkdir(parents=True)
+        (held_back / "default.txt").write_text(generated_text(400, seed=9))
         enrol_missing(self.config, self.devices, f"https://127.0.0.1:{self.port}")
         self.running: dict[str, subprocess.Popen[str] | WarmProcess] = {}
         self.said: list[str] = []
@@ -275,23 +281,11 @@ class ProcessFleet:
 
     def _command(self, name: str) -> list[str]:
         if name == "server":
-            return [
-                *(*COMMAND, "serve", str(self.file), "--catalogue", str(self.catalogue.directory)),
-                *("--policy", self.policy, "--verbose"),
-            ]
+            catalogues = [part for one in self.catalogues for part in ("--catalogue", str(one.directory))]
+            return [*COMMAND, "serve", str(self.file), *catalogues, "--policy", self.policy, "--verbose"]
         device: LocalDevice = next(device for device in self.devices if device.name == name)
         port = self.port if self.wire is None else self.wire.port
         return device.command(f"https://127.0.0.1:{port}")
-
-
-def write_texts(config: FleetConfig, folders: dict[str, Path]) -> None:
-    """The same texts for every run."""
-    for name, folder in folders.items():
-        folder.mkdir(parents=True)
-        (folder / "text.txt").write_text(generated_text(1200, seed=int(name[2:])))
-    held_back = config.server.directory / "held_back"
-    held_back.mkdir(parents=True)
-    (held_back / "default.txt").write_text(generated_text(400, seed=9))
 
 
 def children(parent: int) -> list[int]:

@@ -35,8 +35,8 @@ Fault = Callable[["MemoryFleet"], Awaitable[None]]
 class MemoryFleet(WholeFleet):
     """Server and devices in one process, doing the work that ``ProcessFleet`` does."""
 
-    def __init__(self, folder: Path, catalogue: Catalogue, policy: str) -> None:
-        super().__init__(folder, catalogue, count=STEPS, policy=policy)
+    def __init__(self, folder: Path, catalogue: Catalogue, policy: str, *others: Catalogue) -> None:
+        super().__init__(folder, catalogue, *others, count=STEPS, policy=policy)
         steps = self.config.steps.model_copy(update={"gather_s": 60.0, "deadline_s": 120.0})
         self.config = self.config.model_copy(update={"steps": steps})
         self.at_work: dict[str, asyncio.Task[int]] = {}

@@ -112,9 +112,9 @@ def board_of(ledger: Ledger, uploads: Path, steps_total: int = 5, **changes: Any
         "name": "test",
         "policy": "fixed",
         "scenario": "reference",
-        "model": Model(kind="llama", base="b" * 64, layers=6),
+        "models": [Model(name="tiny", kind="llama", base="b" * 64, layers=6)],
         "steps_total": steps_total,
-        "emulators": {"half": (0.5, 4)},
+        "emulators": {("b" * 64, "half"): (0.5, 4)},
     }
     watch = Watch()
     return Board(Fleet(**fleet | changes), ledger.path, uploads, watch, secret_sha256(DASHBOARD_KEY))
@@ -141,7 +141,7 @@ class Served:
         self.app = create_app(
             self.hub,
             self.asked,
-            self.catalogue,
+            {"b" * 64: self.catalogue},
             self.work,
             limits or Limits(data_mb=1, adapter_mb=0.1),
             lambda device, lease: self.bucket,

@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 from device_models import TEXT, catalogue, emulator, leasing, serving
-from fake_server import FakeServer, client_of, fleet_info, sha256
+from fake_server import BASE, FakeServer, client_of, fleet_info, sha256
 
 from emutune.errors import FleetError
 from emutune.fleet.device import agent, errand
+from emutune.fleet.device.abilities import Abilities
 from emutune.fleet.device.agent import run_device
 from emutune.fleet.device.telling import Telling
-from emutune.fleet.protocol import Lease, Result, Transferred
+from emutune.fleet.protocol import Lease, ModelInfo, Result, Transferred
 from emutune.tuning.catalogue import Catalogue
 
 LIMIT = 10**7
+OTHER = "c" * 64
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_a_device_sends_its_text(data: Path, tmp_path: Path) -> None:
     assert bytes(server.data["l-0"]) == (data / "a.txt").read_bytes()
     assert server.results["l-0"] == Result(outcome="received", adapter=sha256(b"an adapter")).model_dump()
     assert server.transferred["l-0"]["bytes"] == (data / "a.txt").stat().st_size
-    assert (tmp_path / "cache" / "adapter.safetensors").read_bytes() == b"an adapter"
+    assert (tmp_path / "cache" / "models" / BASE / "adapter.safetensors").read_bytes() == b"an adapter"
 
 
 def test_a_lease_that_ends_without_an_adapter_is_given_up(data: Path, tmp_path: Path) -> None:
@@ -306,6 +308,62 @@ def test_bad_data_directories_are_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(FleetError, match=r"names that end with \.txt"):
         device(server, data, tmp_path / "cache")
     assert not server.calls
+
+
+def two_models(data: Path, on_report: Callable[[FakeServer, dict[str, Any]], None]) -> FakeServer:
+    """A server of two models, and a text of each."""
+    second = ModelInfo(
+        **fleet_info().model_dump(include=set(ModelInfo.model_fields)) | {"base": OTHER, "model": "b"}
+    )
+    (data / "b").mkdir()
+    (data / "b.txt").rename(data / "b" / "text.txt")
+    return FakeServer(fleet_info(model="a", others=(second,)), on_report=on_report, trained=b"x")
+
+
+def test_a_task_is_of_the_model_that_its_folder_is_called_by(data: Path, tmp_path: Path) -> None:
+    server = two_models(data, leasing("upload"))
+    assert device(server, data, tmp_path / "cache", tasks=3)[0] == 3
+    of = {report["task"]: report["model"] for report in server.reports}
+    assert [of[lease.task] for lease in server.leases] == [BASE, OTHER, BASE]
+    assert bytes(server.data["l-1"]) == (data / "b" / "text.txt").read_bytes()
+    assert {path.parent.name for path in (tmp_path / "cache").glob("models/*/adapter.safetensors")} == {
+        BASE,
+        OTHER,
+    }
+    # A fleet of one model is told nothing of models, as servers were that knew of no others.
+    alone = FakeServer(fleet_info(), on_report=leasing("upload"), trained=b"x")
+    (data / BASE[:12]).mkdir()
+    (data / "b" / "text.txt").rename(data / BASE[:12] / "text.txt")
+    (data / "b").rmdir()
+    device(alone, data, tmp_path / "cache2", tasks=2)
+    assert not any({"model", "held"} & report.keys() for report in alone.reports)
+
+
+def test_a_text_of_a_model_that_is_not_served_is_named(data: Path, tmp_path: Path) -> None:
+    server = two_models(data, leasing("upload"))
+    (data / "c").mkdir()
+    (data / "c" / "text.txt").write_text(TEXT)
+    with pytest.raises(FleetError, match=r"data/c: the fleet serves no model 'c', but a, b; give the folder"):
+        device(server, data, tmp_path / "cache")
+    assert not server.reports
+
+
+def test_private_data_of_a_model_that_fits_nowhere_are_refused_at_once(data: Path, tmp_path: Path) -> None:
+    server = two_models(data, leasing("upload"))
+    large = server.info.others[0].model_copy(update={"smallest_bytes": LIMIT + 1})
+    server.info = server.info.model_copy(update={"others": (large,)})
+
+    async def join(private: bool) -> int:
+        async with asyncio.timeout(60), client_of(server) as client:
+            abilities = Abilities(private=private)
+            return await run_device(client, data, tmp_path / "cache", LIMIT, 2, abilities=abilities)
+
+    with pytest.raises(
+        FleetError, match=r"--cache-mb: is 10, .* of the model b takes .* leave --private out"
+    ):
+        asyncio.run(join(private=True))
+    assert not server.reports
+    assert asyncio.run(join(private=False)) == 2
 
 
 def test_another_fleets_cache_or_server_is_refused(data: Path, tmp_path: Path) -> None:

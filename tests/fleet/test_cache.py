@@ -20,8 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emutune.errors import FleetError
-from emutune.fleet.device.cache import Cache, shards_of
+from emutune.fleet.device.cache import Cache
 from emutune.fleet.device.client import FleetClient
+from emutune.fleet.device.emulators import shards_of
+from emutune.fleet.protocol import ModelInfo
 
 
 def content(seed: int, size: int = 5000) -> bytes:
@@ -65,6 +67,13 @@ def stored(directory: Path) -> dict[str, bytes]:
     return {path.stem: path.read_bytes() for path in (directory / "shards").iterdir()}
 
 
+def named(directory: Path) -> list[dict[str, Any]]:
+    """Manifests of the emulators that the disk says are there, the last used first."""
+    path = directory / "held.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [row["emulator"] for row in rows if row["emulator"] is not None]
+
+
 def whole(emulator: dict[str, Any]) -> dict[str, bytes]:
     every = {sha256(piece): piece for piece in (OUTER, *LAYERS)}
     return {name: every[name] for name in shards_of(emulator)}
@@ -77,7 +86,7 @@ def test_an_emulator_survives_a_restart(tmp_path: Path) -> None:
     assert stored(tmp_path) == whole(SMALL)
 
     async def use(cache: Cache, client: FleetClient) -> None:
-        assert cache.current == SMALL
+        assert cache.emulators.whole == {BASE: SMALL}
         await cache.fetch(SMALL, client, quiet)
 
     run(tmp_path, server, use)
@@ -89,7 +98,7 @@ def test_only_what_is_missing_moves_and_what_is_not_needed_goes(tmp_path: Path) 
     run(tmp_path, server, fetching(SMALL, LARGE))
     assert server.moved == 3 * 5000 + 3 * 5000
     assert stored(tmp_path) == whole(LARGE)
-    assert json.loads((tmp_path / "current.json").read_text()) == LARGE
+    assert named(tmp_path) == [LARGE]
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -115,7 +124,7 @@ def test_transfers_end_whole_whatever_breaks(
         failing=[("GET", "/v1/shards/", status) for status in failing],
     )
     cache = run(directory, server, fetching(SMALL))
-    assert cache.current == SMALL
+    assert cache.emulators.whole == {BASE: SMALL}
     assert stored(directory) == whole(SMALL)
 
 
@@ -151,7 +160,7 @@ def test_a_damaged_shard_is_dropped_at_the_start_and_fetched_again(tmp_path: Pat
 
     async def use(cache: Cache, client: FleetClient) -> None:
         assert cache.dropped == [sha256(OUTER)]
-        assert cache.current is None
+        assert cache.emulators.used == {BASE: None}
         assert cache.missing(SMALL) == {sha256(OUTER): 5000}
         await cache.fetch(SMALL, client, quiet)
 
@@ -177,11 +186,8 @@ def test_the_quota_is_kept_at_every_moment(tmp_path: Path, limit: int) -> None:
             nonlocal most
             most = max(most, sum(path.stat().st_size for path in (tmp_path / "shards").iterdir()))
             # A manifest on disk is of an emulator that is there as a whole.
-            if (tmp_path / "current.json").exists():
-                assert (
-                    whole(json.loads((tmp_path / "current.json").read_text())).items()
-                    <= stored(tmp_path).items()
-                )
+            for emulator in named(tmp_path):
+                assert whole(emulator).items() <= stored(tmp_path).items()
 
         for emulator in (SMALL, LARGE, SMALL):
             await cache.fetch(emulator, client, watch)
@@ -231,7 +237,7 @@ def test_the_tokenizer_is_fetched_once_and_verified(tmp_path: Path) -> None:
     files = {"tokenizer.json": content(9), "tokenizer_config.json": b"{}"}
     info = fleet_info(tokenizer={name: sha256(text) for name, text in files.items()})
     server = FakeServer(info, files=files)
-    folder = tmp_path / "tokenizer"
+    folder = tmp_path / "models" / BASE / "tokenizer"
 
     async def use(cache: Cache, client: FleetClient) -> None:
         await cache.prepare(info, client)
@@ -242,7 +248,7 @@ def test_the_tokenizer_is_fetched_once_and_verified(tmp_path: Path) -> None:
     run(tmp_path, server, use)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert server.calls["GET /v1/tokenizer/tokenizer_config.json"] == 1
-    assert json.loads((tmp_path / "catalogue.json").read_text())["base"] == BASE
+    assert json.loads((folder.parent / "catalogue.json").read_text())["base"] == BASE
 
 
 def test_a_tokenizer_stays_within_its_directory(tmp_path: Path) -> None:
@@ -333,3 +339,109 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200_000
+
+
+# Several foundation models
+
+OTHER, THIRD = "c" * 64, "d" * 64
+# Of three models, no piece of which is of two.
+MODELS = {
+    base: [
+        manifest(f"{name}-{base[0]}", [content(10 * number + at) for at in pieces]) | {"base": base}
+        for name, pieces in (("small", (1, 2, 3)), ("large", (1, 2, 4, 5, 6)))
+    ]
+    for number, base in enumerate((BASE, OTHER, THIRD), 1)
+}
+PIECES = {
+    sha256(piece): piece
+    for number in (1, 2, 3)
+    for piece in (content(10 * number + at) for at in range(1, 7))
+}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(
+        st.tuples(st.sampled_from([*MODELS]), st.integers(0, 1), st.sets(st.sampled_from([*MODELS]))),
+        max_size=8,
+    ),
+    limit=st.integers(25_000, 70_000),
+)
+def test_emulators_of_several_models_stay_as_leases_say_and_the_quota_allows(
+    tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[str, int, set[str]]], limit: int
+) -> None:
+    """Against a list of emulators that is cut where it is too long, the last used first."""
+    directory = tmp_path_factory.mktemp("cache")
+    server = FakeServer(fleet_info(), shards=dict(PIECES))
+    expected: list[dict[str, Any]] = []
+    for base, size, keep in asked:
+        emulator = MODELS[base][size]
+        others = [one for one in expected if one["base"] in keep - {base}]
+        expected = [emulator]
+        room = limit - sum(shards_of(emulator).values())
+        for other in others:
+            room -= sum(shards_of(other).values())
+            if room < 0:
+                break
+            expected.append(other)
+
+        async def use(
+            cache: Cache, client: FleetClient, emulator: dict[str, Any] = emulator, keep: set[str] = keep
+        ) -> None:
+            def watch(done: int, total: int) -> None:
+                there = {path.stem: path.stat().st_size for path in (directory / "shards").iterdir()}
+                assert sum(there.values()) <= limit
+                assert all(shards_of(one).keys() <= there.keys() for one in named(directory))
+
+            await cache.fetch(emulator, client, watch, keep)
+
+        run(directory, server, use, limit)
+        assert named(directory) == expected
+        needed = {name for one in expected for name in shards_of(one)}
+        assert {path.stem for path in (directory / "shards").iterdir()} == needed
+
+
+def test_what_a_device_kept_that_knew_of_one_model_is_taken_over(tmp_path: Path) -> None:
+    server = FakeServer(fleet_info())
+    run(tmp_path, server, fetching(SMALL))
+    (tmp_path / "held.json").unlink()
+    (tmp_path / "current.json").write_text(json.dumps(SMALL))
+    (tmp_path / "catalogue.json").write_text("{}")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "adapter.safetensors").write_bytes(b"an adapter")
+    moved = server.moved
+
+    async def use(cache: Cache, client: FleetClient) -> None:
+        assert cache.emulators.whole == {BASE: SMALL}
+        await cache.prepare(server.info, client)
+        await cache.fetch(SMALL, client, quiet)
+        assert (await client.info()).models == (server.info,)
+
+    run(tmp_path, server, use)
+    run(tmp_path, server, fetching(LARGE, SMALL))
+    assert server.moved == moved + 3 * 5000 + 5000
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"held.json", "lock", "models", "shards"}
+    (tmp_path / "held.json").write_text("{")
+    run(tmp_path, server, fetching(SMALL))
+    assert named(tmp_path) == [SMALL]
+
+
+def test_models_that_are_not_served_any_more_are_forgotten(tmp_path: Path) -> None:
+    server = FakeServer(fleet_info(), shards=dict(PIECES))
+    other = ModelInfo(
+        **server.info.model_dump(include=set(ModelInfo.model_fields)) | {"base": OTHER, "model": "b"}
+    )
+    both = fleet_info(model="a", others=(other,))
+
+    async def use(cache: Cache, client: FleetClient) -> None:
+        await cache.prepare(both, client)
+        for base in (BASE, OTHER):
+            await cache.fetch(MODELS[base][0], client, quiet, MODELS)
+        assert [*cache.emulators.whole] == [OTHER, BASE]
+        assert {path.name for path in (tmp_path / "models").iterdir()} == {BASE, OTHER}
+        await cache.prepare(fleet_info(), client)
+        assert [*cache.emulators.used] == [BASE]
+        assert {path.name for path in (tmp_path / "models").iterdir()} == {BASE}
+
+    run(tmp_path, server, use)

@@ -197,7 +197,7 @@ def test_all_is_as_the_ledger_compares_it(fleet: Served) -> None:
     fill(fleet.ledger)
     seen, leases = overview(fleet), fleet.ledger.comparison()
     assert seen.totals == fleet.ledger.totals()
-    assert asdict(errors(leases)) == seen.errors.model_dump()
+    assert errors(leases) == seen.errors
     steps = compare_steps(leases)
     assert [asdict(step) for step in steps] == [
         {name: getattr(step, name) for name in asdict(steps[0])} for step in seen.steps
@@ -246,7 +246,7 @@ def test_what_was_refused_deleted_and_failed(fleet: Served) -> None:
 
 def test_the_fleet_itself(fleet: Served) -> None:
     seen = overview(fleet)
-    assert (seen.name, seen.policy, seen.scenario, seen.model.base) == (
+    assert (seen.name, seen.policy, seen.scenario, seen.models[0].base) == (
         "test",
         "fixed",
         "reference",
@@ -294,6 +294,19 @@ def test_what_a_training_device_does(fleet: Served) -> None:
         ("left", 900, 0.5),
         ("revoked", 900, 0.5),
     ]
+
+
+def test_what_is_held_and_trained_is_shown_with_its_model(fleet: Served) -> None:
+    add_devices(fleet.ledger, "ue3", "ue4")
+    fleet.ledger.begin_step(1, [decision(1, "ue3", base="c" * 64), decision(1, "ue4")])
+    for device in ("ue3", "ue4"):
+        fleet.ledger.transferred(f"1-{device}", 1.0, 900)
+    held = {device.name: device.cached and device.cached.base for device in overview(fleet).devices}
+    assert (held["ue3"], held["ue4"]) == ("c" * 64, "b" * 64)
+    with Reading(fleet.ledger.path) as reading, reading.moment():
+        detail = reading.step_detail(1)
+    assert detail is not None
+    assert [lease.base for lease in detail.leases] == ["c" * 64, None]
 
 
 def test_what_an_uploading_device_does(fleet: Served) -> None:
@@ -483,7 +496,7 @@ def test_a_step_is_read_again_only_when_a_lease_got_further(
             assert changed(ledger.close_lease, "3-ue2", "late") == [3]
             assert changed(ledger.end_step, 3, 1.0) == [3]
             assert changed(ledger.close_lease, "1-ue1", "late") == []
-            assert asdict(errors(ledger.comparison())) == reading.errors().model_dump()
+            assert errors(ledger.comparison()) == reading.errors()
 
 
 def test_nobody_writes_to_the_ledger_from_here(tmp_path: Path) -> None:
@@ -517,7 +530,7 @@ def test_a_server_without_dashboard_has_none(fleet: Served) -> None:
     from emutune.fleet.config import Limits
     from emutune.fleet.server.app import create_app
 
-    fleet.app = create_app(fleet.hub, fleet.asked, fleet.catalogue, fleet.work, Limits(), lambda *_: None)
+    fleet.app = create_app(fleet.hub, fleet.asked, {}, fleet.work, Limits(), lambda *_: None)
     assert ask(fleet, "/dashboard").status_code == 404
     assert ask(fleet, OVERVIEW).status_code == 404
 

@@ -97,7 +97,13 @@ def running(directory: Path, port: int = 0, steps_total: int = 3) -> Iterator[tu
             board = board_of(ledger, work / "uploads", steps_total, name="lab")
             hub = Hub(ledger, directory)
             app = create_app(
-                hub, AskedHere(ledger), directory / "catalogue", work, Limits(), lambda *_: None, board
+                hub,
+                AskedHere(ledger),
+                {"b" * 64: directory / "catalogue"},
+                work,
+                Limits(),
+                lambda *_: None,
+                board,
             )
             tls = self_made_certificate(directory / "tls", [])
             server = await serve(app, "127.0.0.1", port, tls.certificate, tls.key)

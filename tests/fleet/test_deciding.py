@@ -17,14 +17,14 @@ import pytest
 from faulty_fleet import alive
 from hypothesis import given
 from hypothesis import strategies as st
-from test_decide import CANDIDATES, PAPER, untrained
+from test_decide import CANDIDATES, PAPER, opened, untrained
 
 from emutune.errors import FleetError
 from emutune.fleet.local import COMMAND
 from emutune.fleet.server import deciding as module
-from emutune.fleet.server.choices import Candidate, Choice
-from emutune.fleet.server.decide import Decider, open_decider
-from emutune.fleet.server.deciding import ChildDecider, Decide, Open, Opening, Predict, answer_to, deciding
+from emutune.fleet.server.choices import Candidate, Choice, Opening
+from emutune.fleet.server.decide import Decider
+from emutune.fleet.server.deciding import ChildDecider, Decide, Open, Predict, answer_to, deciding
 from emutune.learning.configuration import TrainingConfig
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import load_scenario
@@ -49,7 +49,15 @@ def inline(opening: Opening = RANDOM) -> ChildDecider:
 
 
 positive = st.floats(1e-30, 1e30)
-candidates = st.builds(Candidate, positive, st.floats(-1, 1e4), positive, st.integers(0, 32), positive)
+candidates = st.builds(
+    Candidate,
+    st.sampled_from(["ue1", "ue2"]),
+    st.floats(-1, 1e4),
+    positive,
+    held=st.tuples(st.integers(0, 32)),
+    gain=st.none() | positive,
+    transmit_power_w=st.none() | positive,
+)
 
 
 @given(
@@ -61,22 +69,22 @@ def test_lines_carry_every_bit(given_: list[Candidate], step: int, moved: list[f
     async def steps() -> None:
         choices = await inline().decide(step, given_)
         assert choices == HERE.decide(step, given_)
-        forecasts = await inline().forecast(given_, choices, moved)
-        assert repr(forecasts) == repr(HERE.forecast(given_, choices, moved))
+        forecasts = await inline().forecast(step, given_, choices, moved)
+        assert repr(forecasts) == repr(HERE.forecast(step, given_, choices, moved))
 
     asyncio.run(steps())
 
 
-HERE = open_decider("random", PAPER, seed=3)
+HERE = opened("random", seed=3)
 
 
 def test_lines_carry_what_has_no_end() -> None:
     async def steps() -> None:
-        endless = [Candidate(math.inf, 1.0, math.inf, 0, 1.0), Candidate(1e-5, math.nan, 1.0, 0, 1.0)]
+        endless = [Candidate("ue1", 1.0, math.inf, gain=math.inf), Candidate("ue2", math.nan, 1.0, gain=1e-5)]
         choices = [Choice(True, 25), Choice(False, 25)]
-        forecasts = await inline().forecast(endless, choices, [math.inf, 1.0])
-        assert repr(forecasts) == repr(HERE.forecast(endless, choices, [math.inf, 1.0]))
-        assert not all(math.isfinite(value) for row in forecasts for value in vars(row).values())
+        forecasts = await inline().forecast(0, endless, choices, [math.inf, 1.0])
+        assert repr(forecasts) == repr(HERE.forecast(0, endless, choices, [math.inf, 1.0]))
+        assert not all(math.isfinite(value) for row in forecasts for value in (row.delay_s, row.perplexity))
 
     asyncio.run(steps())
 
@@ -117,7 +125,10 @@ def test_questions_are_refused_that_are_none() -> None:
         answer_to("{}")
     with pytest.raises(ValueError, match="choices"):
         answer_to(json.dumps({"kind": "predict", "opening": RANDOM.model_dump(), "candidates": []}))
-    assert Predict(opening=RANDOM, candidates=(), choices=(), bytes_to_move=()).kind == "predict"
+    assert (
+        Predict(opening=RANDOM, step=0, during=False, candidates=(), choices=(), bytes_to_move=()).kind
+        == "predict"
+    )
 
 
 BAD = {
@@ -132,7 +143,7 @@ def test_errors_of_a_policy_are_those_of_open_decider(tmp_path: Path) -> None:
     for policy, message in bad_policies(tmp_path).items():
         answer = answer_to(Open(opening=Opening(policy=policy, scenario=PAPER)).model_dump_json())
         with pytest.raises(Exception, match=message) as raised:
-            open_decider(policy, PAPER)
+            opened(policy)
         assert answer["error"] == str(raised.value)
 
 
@@ -150,16 +161,17 @@ def bad_policies(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_process_decides_as_this_one_whatever_kills_it(tmp_path: Path) -> None:
     untrained(tmp_path / "run", TrainingConfig())
-    here = open_decider(str(tmp_path / "run"), PAPER, seed=3)
+    here = opened(str(tmp_path / "run"), seed=3)
+    opening = Opening(policy=str(tmp_path / "run"), scenario=load_scenario("reference"), seed=3)
     moved = [1e6] * len(CANDIDATES)
     choices = here.decide(7, CANDIDATES)
 
     async def steps() -> int:
-        async with deciding(str(tmp_path / "run"), load_scenario("reference"), seed=3) as decider:
+        async with deciding(opening) as decider:
             assert decider.scenario == PAPER
             assert await decider.decide(7, CANDIDATES) == choices
-            assert await decider.forecast(CANDIDATES, choices, moved) == here.forecast(
-                CANDIDATES, choices, moved
+            assert await decider.forecast(7, CANDIDATES, choices, moved) == here.forecast(
+                7, CANDIDATES, choices, moved
             )
             first = decider.pid
             assert first is not None

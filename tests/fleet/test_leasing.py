@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from whole_fleet import DecidingHere, WholeFleet, catalogue_at
 from emutune.fleet.ledger import LeaseRow, Ledger
 from emutune.fleet.protocol import Result
 from emutune.fleet.server.choices import Candidate, Choice
+from emutune.fleet.server.families import Families
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.run import opened_ledger
 from emutune.tuning.catalogue import Catalogue
@@ -53,14 +55,15 @@ def steps_of(fleet: WholeFleet, policy: str, sharing: str | None = None, **confi
     for section, changes in config.items():
         part = getattr(fleet.config, section).model_copy(update=changes)
         fleet.config = fleet.config.model_copy(update={section: part})
-    decider = Noting(policy, fleet.decider.scenario, sharing)
+    shaped = fleet.config.shaping.enabled
+    decider = Noting(policy, fleet.decider.scenario, sharing=sharing, shaped=shaped)
     with opened_ledger(fleet.config) as ledger:
 
         async def begin(step: int, reported: dict[str, Any]) -> tuple[Candidate, ...]:
             for name in NAMES:
                 ledger.report(name, report(f"{name}-{step}").model_copy(update=reported))
-            pool = Measuring()
-            hub = Orchestrator(fleet.config, AskedHere(ledger), fleet.catalogue, decider, pool, pool)
+            pool, families = Measuring(), Families(decider.scenario, [fleet.catalogue])
+            hub = Orchestrator(fleet.config, AskedHere(ledger), families, decider, pool, pool)
             running = asyncio.create_task(hub.run())
             while ledger.last_step() < step:
                 await asyncio.wait([running], timeout=0.01)
@@ -91,22 +94,23 @@ def test_a_shaped_link_is_seen_as_it_was_in_the_step_before(
     with steps_of(fleet, policy, shaping={"byte_scale": 40.0, "time_scale": 8.0}) as (ledger, begin):
         for step in range(3):
             seen = begin(step)
-            assert len({candidate.gain for candidate in seen}) == len(NAMES)
             rows = ledger.step_leases(step)
+            known = [json.loads(row.situation) for row in rows]
+            assert len({each["gain"] for each in known}) == len(NAMES)
 
-            def rate_of(candidate: Candidate, row: LeaseRow) -> float:
+            def rate_of(each: dict[str, Any], row: LeaseRow) -> float:
                 # All transfers of a step share one band.
-                power, band = (candidate.transmit_power_w, 1e5) if row.at_server else (60.0 / len(NAMES), 1e6)
-                return rate(band, power, candidate.gain, len(NAMES))
+                power, band = (each["transmit_power_w"], 1e5) if row.at_server else (60.0 / len(NAMES), 1e6)
+                return rate(band, power, each["gain"], len(NAMES))
 
-            for candidate, row in zip(seen, rows, strict=True):
+            for candidate, each, row in zip(seen, known, rows, strict=True):
                 assert candidate.data_bytes == 40 * 1000
                 # What is predicted is predicted with what was seen, of bytes of the scenario.
-                seconds = 8 * 40 * row.predicted_bytes / rate_of(candidate, row)
+                seconds = 8 * 40 * row.predicted_bytes / rate_of(each, row)
                 assert row.predicted_delay_s == pytest.approx(seconds, rel=1e-4)
-            for candidate, row in zip(seen, before, strict=bool(before)):
+            for each, row in zip(known, before, strict=bool(before)):
                 # Eight seconds pass in one, and one byte stands for forty.
-                assert row.rate_bps == pytest.approx(8 / 40 * rate_of(candidate, row), rel=1e-4)
+                assert row.rate_bps == pytest.approx(8 / 40 * rate_of(each, row), rel=1e-4)
             before = finish(ledger, step)
 
 
@@ -121,14 +125,14 @@ def test_a_device_is_seen_as_it_reports_and_judged_by_what_is_held_back(
         held_back = 10 * (150.0 / untuned - 1)
         for candidate in begin(0):
             assert candidate.complexity == pytest.approx(held_back)
-            assert candidate.cached_layers == 0
+            assert candidate.held == (0,)
         before = finish(ledger, 0)
         kept = before[0]
         seen = begin(1, perplexity_ratio=1.5, emulator=kept.emulator_name)
         own = 10 * (1.5 * catalogue.find(1.0).perplexity / untuned - 1)
         for candidate, row in zip(seen, ledger.step_leases(1), strict=True):
             assert candidate.complexity == pytest.approx(own)
-            assert candidate.cached_layers == round(kept.retention * layers) > 0
+            assert candidate.held == (round(kept.retention * layers),) > (0,)
             assert row.predicted_bytes == 0
             # What will be measured is perplexity on the text that is held back.
             expected = quality.curve(kept.retention) * (held_back + 10) / 10
@@ -186,5 +190,5 @@ def test_a_real_link_of_which_nothing_is_known_is_that_of_the_middle(
     with steps_of(WholeFleet(tmp_path, catalogue), "fixed", shaping={"enabled": False}) as (ledger, begin):
         for candidate in begin(0):
             assert (candidate.uplink, candidate.downlink) == (None, None)
-            assert candidate.gain == pytest.approx(275.0**-2)
+            assert candidate.gain is None
         assert [row.gain for row in ledger.step_leases(0)] == pytest.approx([275.0**-2] * len(NAMES))

@@ -111,7 +111,7 @@ def test_connections_that_break_are_taken_up_again(tmp_path: Path) -> None:
                 shard = {"sha256": hashlib.sha256(BIG).hexdigest(), "bytes": len(BIG)}
                 emulator = {"base": "b" * 64, "name": "e", "outer": shard, "layers": [{"shard": shard}]}
                 await cache.fetch(emulator, client, lambda done, total: None)
-                assert cache.current == emulator
+                assert cache.emulators.whole == {emulator["base"]: emulator}
         assert cuts == []
 
     asyncio.run(go())

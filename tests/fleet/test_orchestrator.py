@@ -15,7 +15,7 @@ from emutune.errors import FleetError
 from emutune.fleet.device.abilities import Abilities
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Report
-from emutune.fleet.server.leasing import UntrainableError
+from emutune.fleet.server.families import UntrainableError
 from emutune.tuning.adapters import load_adapter
 from emutune.tuning.catalogue import Catalogue
 

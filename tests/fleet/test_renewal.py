@@ -330,7 +330,7 @@ def test_a_whole_server_looks_by_itself(tmp_path: Path, monkeypatch: pytest.Monk
         url = asyncio.get_running_loop().create_future()
         decider = DecidingHere("fixed", scenario_of(catalogue))
         running = asyncio.create_task(
-            run_server(fleet, catalogue, decider, started=url.set_result, judge=ThreadPool())
+            run_server(fleet, [catalogue], decider, started=url.set_result, judge=ThreadPool())
         )
         await asyncio.wait({running, url}, return_when=asyncio.FIRST_COMPLETED)
         port = urlsplit(url.result()).port

@@ -11,6 +11,7 @@ from device_models import TEXT, TRAINING, catalogue, emulator
 
 from emutune.errors import AdapterError, CatalogueError, DataError
 from emutune.fleet.device import work
+from emutune.fleet.device.emulators import model_folder
 from emutune.fleet.device.files import hash_file
 from emutune.fleet.protocol import Training
 from emutune.fleet.training import trainer_config
@@ -34,8 +35,9 @@ def cache(built: Catalogue, tmp_path: Path) -> Path:
     (directory / "shards").mkdir(parents=True)
     for sha256 in built.find(0.5).shards:
         shutil.copy(built.shard_path(sha256), directory / "shards")
-    shutil.copytree(built.directory / "tokenizer", directory / "tokenizer")
-    shutil.copy(built.directory / "catalogue.json", directory)
+    home = model_folder(directory, built.info.base)
+    shutil.copytree(built.directory / "tokenizer", home / "tokenizer")
+    shutil.copy(built.directory / "catalogue.json", home)
     return directory
 
 
@@ -70,7 +72,6 @@ def test_training_helps_and_the_adapter_says_what_it_is(
     plug_in({index: stack[positions[index]] for index in manifest.layer_map}, manifest, values)
     test = split_blocks(pack(TEXT, tokenizer), TRAINING.block)["test"]
     assert perplexity(model, test) == pytest.approx(made.after, rel=1e-5)
-    work.check_adapter(cache, tmp_path / "work" / work.ADAPTER)
 
 
 def test_a_run_that_was_stopped_ends_in_the_same_adapter(
@@ -159,6 +160,3 @@ def test_what_cannot_be_trained_is_refused(built: Catalogue, cache: Path, text: 
     text.write_text("too short")
     with pytest.raises(DataError, match="10 blocks"):
         work.train_adapter(cache, manifest, text, TRAINING, tmp_path / "w")
-    (tmp_path / "no.safetensors").write_bytes(b"no adapter")
-    with pytest.raises(AdapterError):
-        work.check_adapter(cache, tmp_path / "no.safetensors")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 from directories import catalogue_of, generated_text
@@ -23,8 +23,9 @@ from emutune.fleet.device.client import Backoff, FleetClient
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.security import read_credentials
 from emutune.fleet.server.app import create_app
-from emutune.fleet.server.choices import Candidate, Choice, Forecast
+from emutune.fleet.server.choices import Candidate, Choice, Forecast, Opening
 from emutune.fleet.server.decide import open_decider
+from emutune.fleet.server.families import Families
 from emutune.fleet.server.ledger_thread import LedgerThread
 from emutune.fleet.server.orchestrator import Orchestrator
 from emutune.fleet.server.run import Links, enrol_device
@@ -65,7 +66,6 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 work.train_adapter = alone(work.train_adapter)
 work.perplexity_ratio = alone(work.perplexity_ratio)
-work.check_adapter = alone(work.check_adapter)
 
 
 class ThreadPool:
@@ -81,19 +81,15 @@ class ThreadPool:
 class DecidingHere:
     """Decides in this process."""
 
-    def __init__(
-        self, policy: str, scenario: Scenario, sharing: Literal["equal", "none"] | None = None
-    ) -> None:
-        self._decider = open_decider(policy, scenario, sharing=sharing)
+    def __init__(self, policy: str, scenario: Scenario, **opening: Any) -> None:
+        self._decider = open_decider(Opening(policy=policy, scenario=scenario, **opening))
         self.scenario = self._decider.scenario
 
     async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         return self._decider.decide(step, candidates)
 
-    async def forecast(
-        self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
-    ) -> list[Forecast]:
-        return self._decider.forecast(candidates, choices, bytes_to_move)
+    async def forecast(self, *question: Any) -> list[Forecast]:
+        return self._decider.forecast(*question)
 
 
 def catalogue_at(folder: Path) -> Catalogue:
@@ -103,17 +99,31 @@ def catalogue_at(folder: Path) -> Catalogue:
     return catalogue_of(folder)
 
 
-def scenario_of(catalogue: Catalogue) -> Scenario:
-    layers = len(catalogue.info.middle)
-    return load_scenario(
-        "reference",
-        [
-            f"model.layers={layers}",
-            f'model.base="{catalogue.info.base}"',
-            f"retention.min={1 / layers}",
-            "retention.max=1.0",
-        ],
+def two_catalogues(folder: Path) -> tuple[Catalogue, Catalogue]:
+    """Emulators of two tiny models, which are called alpha and beta."""
+    return (
+        catalogue_of(folder / "one", name="alpha"),
+        catalogue_of(folder / "other", "llama", name="beta"),
     )
+
+
+def scenario_of(catalogue: Catalogue, *others: Catalogue, cache_gb: float | None = None) -> Scenario:
+    """A world of the models of catalogues, which are as large as the first there."""
+    layers = len(catalogue.info.middle)
+    changes = [
+        f"model.layers={layers}",
+        f'model.base="{catalogue.info.base}"',
+        f"retention.min={1 / layers}",
+        "retention.max=1.0",
+    ]
+    if others:
+        rows = ", ".join(
+            f'{{size_gb=0.003179968, layers={len(other.info.middle)}, base="{other.info.base}"}}'
+            for other in others
+        )
+        cache = "" if cache_gb is None else f", cache_gb={cache_gb}"
+        changes.append(f"families={{persistence=0.5, others=[{rows}]{cache}}}")
+    return load_scenario("reference", changes)
 
 
 @dataclass
@@ -157,6 +167,15 @@ class Carrier(httpx2.AsyncBaseTransport):
             task.cancel()
 
 
+def write_texts(data: Path, seed: int, others: Sequence[str] = (), words: int = 1200) -> None:
+    """A device's text of the first model, and one of each other."""
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "text.txt").write_text(generated_text(words, seed=seed))
+    for number, name in enumerate(others, 1):
+        (data / name).mkdir()
+        (data / name / "text.txt").write_text(generated_text(words, seed=seed + 100 * number))
+
+
 class WholeFleet:
     """Server and devices in one process.
 
@@ -166,13 +185,22 @@ class WholeFleet:
 
     now = staticmethod(utc_now)
 
-    def __init__(self, folder: Path, catalogue: Catalogue, *, count: int = 3, policy: str = "fixed") -> None:
-        self.folder, self.catalogue = folder, catalogue
+    def __init__(
+        self,
+        folder: Path,
+        catalogue: Catalogue,
+        *others: Catalogue,
+        count: int = 3,
+        policy: str = "fixed",
+        cache_gb: float | None = None,
+    ) -> None:
+        self.folder, self.catalogue, self.others = folder, catalogue, others
         folder.mkdir(exist_ok=True)
         file = folder / "fleet.toml"
         file.write_text(FLEET.format(count=count))
         self.config: FleetConfig = load_fleet(file)
-        self.decider = DecidingHere(policy, scenario_of(catalogue))
+        scenario = scenario_of(catalogue, *others, cache_gb=cache_gb)
+        self.decider = DecidingHere(policy, scenario, shaped=self.config.shaping.enabled)
         self.carrier = Carrier()
         held_back = self.config.server.directory / "held_back"
         held_back.mkdir(parents=True)
@@ -181,8 +209,7 @@ class WholeFleet:
     def add_device(self, name: str, words: int = 1200) -> None:
         enrol_device(self.config, name, self.folder / f"{name}.json")
         data = self.folder / name / "data"
-        data.mkdir(parents=True)
-        (data / "text.txt").write_text(generated_text(words, seed=int(name[2:])))
+        write_texts(data, int(name[2:]), [other.directory.name for other in self.others], words)
 
     @asynccontextmanager
     async def server(self) -> Any:
@@ -190,11 +217,12 @@ class WholeFleet:
         with ExitStack() as stack:
             ledger = stack.enter_context(LedgerThread(self.config.server.directory / LEDGER, self.now))
             pool = ThreadPool()
-            hub = Orchestrator(self.config, ledger, self.catalogue, self.decider, pool, pool)
+            families = Families(self.decider.scenario, [self.catalogue, *self.others])
+            hub = Orchestrator(self.config, ledger, families, self.decider, pool, pool)
             self.carrier.app = create_app(
                 hub,
                 ledger,
-                self.catalogue.directory,
+                {family.base: family.catalogue.directory for family in families},
                 self.config.server.directory,
                 self.config.limits,
                 Links().bucket,

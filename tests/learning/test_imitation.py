@@ -17,7 +17,7 @@ from emutune.learning.configuration import TrainingConfig
 from emutune.learning.imitation import imitate
 from emutune.learning.ppo import initial_state
 from emutune.learning.training import train_seed
-from emutune.policies import register_policy
+from emutune.policies import policy_pytree
 from emutune.scenario import load_scenario
 from emutune.step import Plan, Situation, plan_of_wish
 from emutune.study.evaluate import evaluate_policy, held_out_episodes
@@ -30,7 +30,7 @@ CONFIG = TrainingConfig(
 )
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Simple:
     """Uploads what is complex, and wants an emulator that grows with the data otherwise."""

@@ -42,7 +42,7 @@ def test_paper_scenario_holds_the_numbers_of_the_paper(paper: Scenario) -> None:
             "distance_m": {"min": 50.0, "max": 500.0},
         },
         "tasks": {"data_mb": {"min": 300.0, "max": 500.0}, "complexity": {"min": 1.0, "max": 10.0}},
-        "model": {"size_gb": 10.8, "layers": 32},
+        "model": {"size_gb": 10.8, "layers": 32, "shared_gb": 0.0},
         "retention": {"min": 0.2, "max": 0.8, "hold_tolerance": 0.0},
         "radio": {
             "uplink_bandwidth_hz": 1e5,
@@ -429,10 +429,13 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="file permissions are not enforced in the same way")
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The refusal comes from the file system; root may read everything, so it is staged.
-    def refuse(*_: object) -> str:
-        raise PermissionError(13, "Permission denied")
+    path, read = tmp_path / "locked.toml", Path.read_text
 
-    path = tmp_path / "locked.toml"
+    def refuse(each: Path, *how: str, **named: str) -> str:
+        if each == path:
+            raise PermissionError(13, "Permission denied")
+        return read(each, *how, **named)
+
     path.touch()
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(ScenarioError, match=r"locked\.toml.*cannot be read: Permission denied"):

@@ -72,9 +72,11 @@ def recipe(*methods: Any, **changes: Any) -> Recipe:
     return Recipe(methods=methods or ("layer_drop",), **ENDS | changes)
 
 
-def catalogue_of(directory: Path, architecture: str = "gpt2", made: Recipe | None = None) -> Catalogue:
-    """A catalogue and, beside it, the model directory it was built from."""
+def catalogue_of(
+    directory: Path, architecture: str = "gpt2", made: Recipe | None = None, name: str = "catalogue"
+) -> Catalogue:
+    """A catalogue of that name and, beside it, the model directory it was built from."""
     source = directory / "model"
     if not source.exists():
         model_directory(source, architecture)
-    return build_catalogue(source, directory / "catalogue", made or recipe(), text=TEXT)
+    return build_catalogue(source, directory / name, made or recipe(), text=TEXT)

@@ -47,11 +47,10 @@ def test_emulators_assembled_and_cut_are_equal(architecture: str, tmp_path: Path
 
 def test_emulators_are_nested_and_grow(architecture: str, tmp_path: Path) -> None:
     catalogue = catalogue_of(tmp_path, architecture)
-    order = catalogue.info.importance
-    assert order is not None
+    middle, spared = {*catalogue.info.middle}, catalogue.info.spared
     emulators = catalogue.emulators()
     for count, emulator in enumerate(emulators, 1):
-        assert emulator.kept == tuple(sorted(order[:count]))
+        assert emulator.kept == tuple(sorted(middle - {*spared[: len(middle) - count]}))
     for small, large in itertools.pairwise(emulators):
         assert small.bytes < large.bytes
         assert small.shards.items() < large.shards.items()

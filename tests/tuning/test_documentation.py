@@ -12,7 +12,7 @@ import pytest
 
 from emutune.errors import DataError
 from emutune.tuning import documentation
-from emutune.tuning.documentation import TASKS, reference_text, task_text
+from emutune.tuning.documentation import REFERENCE, REFERENCE_CODE, TASKS, reference_text, task_text
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_task_holds_its_packages_docstrings(tasks, reference, task, name):
 def test_tasks_are_kept_from_the_reference(reference, tasks):
     root = documentation._library()
     for task in TASKS:
-        docstrings = list(documentation._docstrings(root / task))
+        docstrings = list(documentation._texts(root / task, REFERENCE))
         assert len(docstrings) > 50
         long = {text for text in docstrings if len(text) > 150}
         assert not [text for text in long if text in reference]
@@ -112,6 +112,16 @@ def test_tests_and_installed_packages_stay_out(tmp_path, monkeypatch):
     # Where the task's own package has tests, they are no part of the task.
     write("xml/tests/other.py", "other")
     assert task_text("xml") == "unwanted\n\nInner of unwanted"
+
+
+def test_the_model_of_code_reads_the_librarys_sources_and_none_of_its_tasks():
+    text = reference_text(REFERENCE_CODE)
+    assert "class OrderedDict(dict):" in text
+    for task in TASKS:
+        source = task_text(task, REFERENCE_CODE)
+        long = [part for part in source.split("\n\n") if len(part) > 600]
+        assert len(long) > 5
+        assert not [part for part in long if part in text]
 
 
 def test_the_root_may_lie_under_a_directory_named_tests(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from tuning_models import ARCHITECTURES, HEADS, LAYERS, MASK_TOKEN, VOCABULARY, WIDTH, tokens
 
 from emutune.tuning import head_loss
-from emutune.tuning.head_loss import training_loss
-from emutune.tuning.layers import layer_stack
-from emutune.tuning.perplexity import is_masked, token_losses
+from emutune.tuning.head_loss import taught_loss, training_loss
+from emutune.tuning.layers import keep_layers, layer_stack
+from emutune.tuning.perplexity import is_masked, predictions, token_losses
 
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
 
@@ -117,3 +117,23 @@ def test_head_with_a_bias_counts_it() -> None:
     function = training_loss(model)
     assert is_in_pieces(function)
     torch.testing.assert_close(function(tokens(), 0), token_losses(model, tokens()).mean())
+
+
+@pytest.mark.parametrize("piece", [7, 256])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_taught_loss_and_gradients_are_those_against_all_predictions(
+    name: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_loss, "_PIECE_TOKENS", piece)
+    teacher = with_frozen_head(ARCHITECTURES[name]())
+    student = keep_layers(teacher, range(LAYERS - 2))
+    found = taught_loss(student, teacher, MASK_TOKEN)(tokens(), 5)
+    wanted, _ = predictions(teacher, tokens(), mask_token=MASK_TOKEN, seed=5)
+    said, _ = predictions(student, tokens(), mask_token=MASK_TOKEN, seed=5)
+    # The definition, in place of the library's function.
+    expected = -(wanted.detach().softmax(dim=1) * said.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(found, expected)
+    got = gradients(student, found)
+    assert len(got) == len(list(layer_stack(student).parameters()))
+    for parameter, gradient in gradients(student, expected).items():
+        torch.testing.assert_close(got[parameter], gradient, rtol=1e-3, atol=1e-5)

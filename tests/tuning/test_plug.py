@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from directories import TEXT, catalogue_of
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from emutune.errors import AdapterError, UsageError
-from emutune.tuning.adapters import AdapterManifest, attach, plug_in, save_adapter
+from emutune.tuning.adapters import AdapterManifest, attach, load_adapter, plug_in, save_adapter
 from emutune.tuning.catalogue import Catalogue
 from emutune.tuning.foundation import load_model, open_foundation
 from emutune.tuning.layers import layer_stack
@@ -108,4 +109,35 @@ def test_refusals(built: tuple[Path, Catalogue], tmp_path: Path) -> None:
         plug(model, adapter, model, TEXT)
     with pytest.raises(AdapterError, match="was tuned on the model"):
         plug("reference", adapter, tmp_path / "out", TEXT)
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_lora_onto_the_whole_model(built: tuple[Path, Catalogue], tmp_path: Path) -> None:
+    model, catalogue = built
+    expected = saved(catalogue, model, tmp_path / "adapter.safetensors", "lora", 0.02)
+    plug(model, tmp_path / "adapter.safetensors", tmp_path / "out", form="peft")
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    untouched = whole(input_ids=TOKENS).logits
+    loaded = PeftModel.from_pretrained(whole, str(tmp_path / "out")).eval()
+    found = loaded(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, untouched, rtol=1e-3, atol=1e-3)
+    changed = {name for name, _ in loaded.named_parameters() if "lora_" in name}
+    assert len(changed) == len(load_adapter(tmp_path / "adapter.safetensors")[1])
+
+
+@pytest.mark.parametrize("kind", ["layers", "bottleneck"])
+def test_what_peft_cannot_hold_is_refused(built: tuple[Path, Catalogue], kind: str, tmp_path: Path) -> None:
+    model, catalogue = built
+    saved(catalogue, model, tmp_path / "adapter.safetensors", kind, 0.02)
+    with pytest.raises(
+        AdapterError, match=f"is of kind {kind}, which PEFT cannot hold; tune with --adapter lora"
+    ):
+        plug(model, tmp_path / "adapter.safetensors", tmp_path / "out", form="peft")
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 class Place:
     """Options of what a device works on and with, where it keeps it, and for how long."""
 
-    data: Annotated[Path, typer.Option(help="Directory of texts to tune on, *.txt in UTF-8.")]
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of texts to tune on, *.txt in UTF-8; MODEL/*.txt, where there are several."
+        ),
+    ]
     cache: Annotated[Path, typer.Option(help="Directory of what the device keeps.")] = Path("device")
     cache_mb: Annotated[int, typer.Option(min=1, help="The most that emulators may take there, MB.")] = 4096
     memory_gb: Annotated[
@@ -35,6 +40,12 @@ class Place:
     private: Annotated[
         bool, typer.Option("--private", help="The data never leave this device: train here, or not at all.")
     ] = False
+    transmit_watts: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Power that sending takes, W.")
+    ] = None
+    compute_watts: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Power that training takes, W.")
+    ] = None
     tasks: Annotated[
         int | None,
         typer.Option(min=1, help="Leave the fleet after so many; stay until it ends, if not given."),
@@ -87,7 +98,7 @@ async def _run(client: FleetClient, place: Place, stage: Callable[..., None]) ->
             place.cache_mb * 1_000_000,
             place.tasks,
             Telling(stage, _printed),
-            Abilities(memory, place.private),
+            Abilities(memory, place.private, place.transmit_watts, place.compute_watts),
         )
 
 

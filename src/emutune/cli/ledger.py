@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,10 +63,11 @@ def ledger(
         last = opened.last_step()
         shown = opened.last_steps(_LEASES_SHOWN) if chosen is None else range(last + 1)[chosen]
         leases, totals, trained = opened.comparison(shown), opened.totals(), opened.trained()
+        models = opened.models()
     compared, apart = compare_steps(leases), errors(leases)
     left_out = totals["steps"] - len(compared)
     print("measured/predicted; z = 1: the server trains, z = 0: a device, with retention E")
-    print_table(_HEADINGS, [_cells(lease) for lease in leases])
+    print_table(_HEADINGS, [_cells(lease, models) for lease in leases])
     if left_out:
         print(
             f"{left_out:,} of {totals['steps']:,} steps are not printed; --steps A:B chooses, --steps : prints all"
@@ -83,6 +85,7 @@ def ledger(
         json_file,
         {
             "leases": [asdict(lease) | {"trained_by": lease.trained_by} for lease in leases],
+            "models": [{"base": base, "name": name} for base, name in models.items()],
             "steps": [asdict(step) for step in compared],
             "steps_left_out": left_out,
             "totals": totals,
@@ -147,9 +150,9 @@ def _slice(text: str) -> slice:
     return slice(first, last)
 
 
-def _cells(lease: Comparison) -> tuple[str, ...]:
-    """A lease as a row of the table."""
-    name = f"{lease.step} {lease.device}"
+def _cells(lease: Comparison, models: Mapping[str | None, str]) -> tuple[str, ...]:
+    """A lease as a row of the table, with the name of its foundation model where there are several."""
+    name = f"{lease.step} {lease.device}" + (f" {models[lease.base]}" if len(models) > 1 else "")
     if lease.kind == "stop":
         return name, "stop", "", "", "", lease.state
     return (

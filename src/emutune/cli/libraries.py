@@ -21,6 +21,7 @@ def expect_libraries(extra: Extra, command: str) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
     }.items():
         os.environ.setdefault(name, value)
 

@@ -10,6 +10,7 @@ import typer
 from emutune.cli import (
     calibrate,
     catalogue,
+    devices,
     examine,
     fleet,
     join,
@@ -44,6 +45,7 @@ for command in (
     serve.revoke,
     join.join,
     fleet.fleet,
+    devices.devices,
 ):
     app.command()(command)
 app.add_typer(ledger.group, name="ledger")

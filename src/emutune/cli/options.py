@@ -28,7 +28,9 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write the figures to this file.")
 ]
 CatalogueArgument = Annotated[Path, typer.Argument(metavar="CATALOGUE", help="A catalogue's directory.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A model directory, or: reference.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory, a GGUF file, or: reference.")
+]
 Data = Annotated[Path, typer.Option(help="The task's text, UTF-8.")]
 Learning = Annotated[int, typer.Option(min=1, help="Training steps.")]
 RecipeName = Annotated[str | None, typer.Option(help="Of which emulators; those built last if not given.")]

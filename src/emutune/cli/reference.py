@@ -1,4 +1,4 @@
-"""The commands under ``emutune reference``: the small foundation model that emutune ships, and its tasks."""
+"""The commands under ``emutune reference``: the small foundation models that emutune ships, and their tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from emutune.cli.options import JsonFile
 from emutune.cli.terminal import advance, going_on, stage_bar, write_json
 from emutune.files import replacing, saving
 
-reference = typer.Typer(help="The small foundation model that emutune ships.", no_args_is_help=True)
+reference = typer.Typer(help="The small foundation models that emutune ships.", no_args_is_help=True)
+
+
+Code = Annotated[bool, typer.Option("--code", help="Of the model of code, instead of the one of English.")]
 
 
 @reference.command("build")
@@ -21,16 +24,18 @@ def build_reference(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps; those of the shipped model.")
     ] = None,
+    code: Code = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train the reference model from Python's own documentation."""
+    """Train a reference model from Python's own documentation, or from its library's code."""
     quiet_libraries("tuning", "reference build")
-    from emutune.tuning.reference import REFERENCE_TRAINING, train_reference
+    from emutune.tuning.reference import TRAININGS, train_reference
 
-    config = REFERENCE_TRAINING if steps is None else REFERENCE_TRAINING.model_copy(update={"steps": steps})
+    model = _name(code)
+    config = TRAININGS[model] if steps is None else TRAININGS[model].model_copy(update={"steps": steps})
     with going_on(out), stage_bar() as stage:
         trained = train_reference(
-            out, config, lambda progress: advance(stage, "training", progress, config.steps)
+            out, config, lambda progress: advance(stage, "training", progress, config.steps), model
         )
     print(f"perplexity {trained.perplexity:.2f} on held-back text after {trained.progress.step} steps; {out}")
     write_json(
@@ -40,7 +45,9 @@ def build_reference(
 
 @reference.command("tasks")
 def write_tasks(
-    out: Annotated[Path, typer.Option(help="Directory of the text files.")], json_file: JsonFile = None
+    out: Annotated[Path, typer.Option(help="Directory of the text files.")],
+    code: Code = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Write the texts of the downstream tasks: packages of the standard library that the model has not seen."""
     from emutune.tuning.documentation import TASKS, task_text
@@ -49,9 +56,15 @@ def write_tasks(
     with saving("--out", out):
         out.mkdir(parents=True, exist_ok=True)
         for name in TASKS:
-            path, text = out / f"{name}.txt", task_text(name)
+            path, text = out / f"{name}.txt", task_text(name, _name(code))
             with replacing(path) as aside:
                 aside.write_text(text, "utf-8")
             sizes[name] = len(text)
             print(f"{path}: {len(text):,} characters")
     write_json(json_file, sizes)
+
+
+def _name(code: bool) -> str:
+    from emutune.tuning.documentation import REFERENCE, REFERENCE_CODE
+
+    return REFERENCE_CODE if code else REFERENCE

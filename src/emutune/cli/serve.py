@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,12 @@ FleetArgument = Annotated[
 
 def serve(
     fleet: FleetArgument,
-    catalogue: Annotated[Path, typer.Option(help="The emulators: a catalogue's directory.")],
+    catalogue: Annotated[
+        list[Path],
+        typer.Option(
+            help="The emulators: a catalogue's directory; one for each model of the scenario, in order."
+        ),
+    ],
     policy: Annotated[
         str, typer.Option(help="A run's directory, or a rule: best_fixed, hold, lookahead, all_server, ...")
     ],
@@ -34,7 +40,9 @@ def serve(
     prepare_jax()
     from emutune.fleet.config import LEDGER, load_fleet
     from emutune.fleet.loop import run
+    from emutune.fleet.server.choices import opening_of
     from emutune.fleet.server.deciding import deciding
+    from emutune.fleet.server.families import model_names
     from emutune.fleet.server.logs import log_to_stderr
     from emutune.fleet.server.run import run_server
     from emutune.scenario import load_scenario
@@ -44,16 +52,16 @@ def serve(
     config = load_fleet(fleet)
     if port is not None:
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    scenario, opened = load_scenario(config.scenario), open_inventory(catalogue)
+    scenario, opened = load_scenario(config.scenario), [open_inventory(one) for one in catalogue]
     ledger = config.server.directory / LEDGER
 
     async def serving() -> None:
-        async with deciding(policy, scenario, retention, config.shaping.seed, config.sharing) as decider:
+        async with deciding(opening_of(config, policy, scenario, retention)) as decider:
             await run_server(
                 config,
                 opened,
                 decider,
-                started=lambda url: _announce(config.name, url, config.server.directory),
+                started=lambda url: _announce(config.name, url, config.server.directory, model_names(opened)),
                 stepped=lambda step: print(f"step {step + 1} of {config.steps.count} ended", flush=True),
                 policy=_policy_name(policy, retention),
             )
@@ -63,8 +71,10 @@ def serve(
     print(f"all steps are done; emutune ledger {ledger}")
 
 
-def _announce(name: str, url: str, directory: Path) -> None:
+def _announce(name: str, url: str, directory: Path, models: Sequence[str]) -> None:
     print(f"serving {name} at {url}", flush=True)
+    if len(models) > 1:
+        print(f"models: {', '.join(models)}; folders of texts are called so", flush=True)
     announce_dashboard(url, directory)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -112,20 +112,26 @@ def tune(
 def plug(
     model: ModelArgument,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="From emutune tune.")],
-    out: Annotated[Path, typer.Option(help="A new directory, which transformers loads.")],
+    out: Annotated[Path, typer.Option(help="A new directory, which transformers or PEFT loads.")],
     data: Annotated[
         Path | None, typer.Option(help="Text to evaluate on; a worse model is not written.")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--as", help="model, or peft for the adapter alone (of kind lora).")
+    ] = "model",
     json_file: JsonFile = None,
 ) -> None:
     """Write the foundation model with an adapter plugged in, once it was evaluated."""
     quiet_libraries("tuning", "plug")
+    from emutune.tuning.plugging import FORMS
     from emutune.tuning.plugging import plug as run_plug
     from emutune.tuning.text import read_text
 
+    chosen(form, "--as", FORMS)
+    wanted: Any = form
     with interruptible(f"{out} was not written"), stage_bar() as stage:
         stage("evaluating", 0, 1)
-        plugged = run_plug(model, adapter, out, None if data is None else read_text(data))
+        plugged = run_plug(model, adapter, out, None if data is None else read_text(data), wanted)
     print(f"perplexity {plugged.before:.2f} before, {plugged.after:.2f} plugged in; written to {out}")
     write_json(json_file, {**plugged._asdict(), "out": str(out)})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from statistics import median
 from typing import Literal
@@ -14,12 +14,16 @@ class Comparison:
     """A lease, predicted and measured; None where nothing was predicted or measured.
 
     Attributes:
+        base: hash of the task's foundation model; None for the fleet's first.
         at_server: z = 1.
         predicted_bytes, measured_bytes: payload that the device moved.
-        predicted_delay_s, measured_delay_s: of that transfer, in seconds.
+        predicted_delay_s, measured_delay_s: of that transfer and, where training takes time, of training, in seconds.
+        predicted_training_s, measured_training_s: of training alone.
+        predicted_joules, measured_joules: that the device spends; 0 where energy is not counted.
         predicted_perplexity, measured_perplexity: of the whole model with the adapter plugged in.
         perplexity_before: of the whole model without it.
         adapter_sha256: of the adapter that was trained.
+        situation: what was known of the device when it was decided, as JSON; see ``Decision``.
         reason: why the lease failed, in the words of the server or of the device.
     """
 
@@ -27,6 +31,7 @@ class Comparison:
     device: str
     lease: str
     task: str
+    base: str | None
     kind: Literal["train", "upload", "stop"]
     state: str
     at_server: bool
@@ -39,11 +44,16 @@ class Comparison:
     measured_bytes: int | None
     predicted_delay_s: float
     measured_delay_s: float | None
+    predicted_training_s: float
+    measured_training_s: float | None
+    predicted_joules: float
+    measured_joules: float | None
     predicted_perplexity: float | None
     measured_perplexity: float | None
     perplexity_before: float | None
     adapter_sha256: str | None
     accepted: bool | None
+    situation: str = "{}"
     reason: str = ""
 
     @property
@@ -56,10 +66,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class StepComparison:
-    """The delay of a step, which is that of its slowest transfer (Eq. 8), in seconds.
+    """The delay of a step, which is that of its slowest device (Eq. 8), in seconds.
 
     Attributes:
-        measured_delay_s: None unless every transfer that was to take time has been measured: of the others alone
+        measured_delay_s: None unless all that was to take time has been measured: of the others alone
             it would be compared with a prediction about all.
         error_percent: how far the measured delay is from the predicted one; None where either is missing.
     """
@@ -76,12 +86,15 @@ class Errors:
 
     Attributes:
         delay_percent, steps: over the steps whose delay was predicted and measured; how many those are.
+        energy_percent, devices: over the leases that were to take energy and did.
         bytes_percent, transfers: over the leases that were to move bytes and did.
         perplexity_percent, evaluations: over the leases whose adapter was evaluated.
     """
 
     delay_percent: float | None
     steps: int
+    energy_percent: float | None
+    devices: int
     bytes_percent: float | None
     transfers: int
     perplexity_percent: float | None
@@ -94,10 +107,11 @@ class Deviations:
 
     Attributes:
         delays: one a step.
-        sizes, perplexities: at most one a lease.
+        energies, sizes, perplexities: at most one a lease.
     """
 
     delays: tuple[float, ...]
+    energies: tuple[float, ...]
     sizes: tuple[float, ...]
     perplexities: tuple[float, ...]
 
@@ -116,6 +130,7 @@ def deviations(rows: Sequence[Comparison]) -> Deviations:
     """How far each measurement of some whole steps is from what was predicted."""
     return Deviations(
         _there(step.error_percent for step in compare_steps(rows)),
+        _there(error_percent(row.predicted_joules, row.measured_joules) for row in rows),
         _there(error_percent(row.predicted_bytes, row.measured_bytes) for row in rows),
         _there(error_percent(row.predicted_perplexity, row.measured_perplexity) for row in rows),
     )
@@ -123,11 +138,10 @@ def deviations(rows: Sequence[Comparison]) -> Deviations:
 
 def medians(parts: Sequence[Deviations]) -> Errors:
     """The medians over several parts of a fleet's steps together."""
-    delays, sizes, perplexities = (
-        [value for part in parts for value in getattr(part, name)]
-        for name in ("delays", "sizes", "perplexities")
+    delays, energies, sizes, perplexities = (
+        [value for part in parts for value in getattr(part, field.name)] for field in fields(Deviations)
     )
-    return Errors(*_median(delays), *_median(sizes), *_median(perplexities))
+    return Errors(*_median(delays), *_median(energies), *_median(sizes), *_median(perplexities))
 
 
 def error_percent(predicted: float | None, measured: float | None) -> float | None:

@@ -71,6 +71,9 @@ class Steps(_Section):
 
     Attributes:
         count: steps, after which the devices are told to stop.
+        episode: how many belong together, for which energy has a budget; as many as the scenario has tasks, if not
+            given.
+        fresh: every task is tuned from nothing, as in the simulator, instead of from the adapter in service.
         devices: how many reports a step waits for; all enrolled devices that did not leave, if not given.
         gather_s: a step that has at least one report starts after so long without the others; no longer does it wait
             for what is judged or measured.
@@ -78,6 +81,8 @@ class Steps(_Section):
     """
 
     count: int = Field(default=50, ge=1, le=1_000_000)
+    episode: int | None = Field(default=None, ge=1, le=100_000)
+    fresh: bool = False
     devices: int | None = Field(default=None, ge=1)
     gather_s: Positive = 30.0
     deadline_s: Positive = 600.0
@@ -114,18 +119,25 @@ class Acceptance(_Section):
     """Whether an adapter enters service: only if the whole model does not get worse on held-back text.
 
     Attributes:
-        held_back: folder with the text of each device, ``NAME.txt``, and of all others, ``default.txt``; Python's
-            documentation where there is neither. The folder ``held_back`` in the server's directory if not given.
+        held_back: folder with the text of each device and model, ``DEVICE/MODEL.txt``, or ``DEVICE.txt`` for the first
+            model, and of all others, ``default.txt``; Python's documentation where there is none. The folder
+            ``held_back`` in the server's directory if not given.
     """
 
     held_back: Path | None = None
 
-    def text_of(self, device: str) -> Path | None:
-        """The text that an adapter of a device is judged on; None stands for Python's documentation."""
+    def text_of(self, device: str, model: str = "", first: bool = True) -> Path | None:
+        """The text that an adapter of a device is judged on; None stands for Python's documentation.
+
+        Args:
+            device: whose.
+            model: what the adapter's foundation model is called.
+            first: that is the fleet's first.
+        """
         if self.held_back is None:
             return None
-        candidates = (self.held_back / f"{device}.txt", self.held_back / "default.txt")
-        return next((path for path in candidates if path.is_file()), None)
+        names = [f"{device}/{model}.txt", *([f"{device}.txt"] if first else []), "default.txt"]
+        return next((path for name in names if (path := self.held_back / name).is_file()), None)
 
 
 class ServerTraining(_Section):
@@ -186,7 +198,8 @@ class FleetConfig(_Section):
     """What ``FLEET.toml`` says.
 
     Attributes:
-        scenario: the world that rules decide in and links are shaped by; a learned policy brings its own.
+        scenario: the world that rules decide in and links are shaped by, by name or by its file, seen from the fleet's;
+            a learned policy brings its own.
     """
 
     name: str = Field(pattern="^[0-9A-Za-z][0-9A-Za-z -]{0,63}$")
@@ -201,6 +214,11 @@ class FleetConfig(_Section):
     jobs: JobLimits = JobLimits()
     limits: Limits = Limits()
     keep: Keep = Keep()
+
+    @property
+    def time_scale(self) -> float:
+        """Seconds of the scenario in one second."""
+        return self.shaping.time_scale if self.shaping.enabled else 1.0
 
     @property
     def sharing(self) -> Literal["equal", "none"] | None:
@@ -248,4 +266,6 @@ def _seen_from(config: FleetConfig, folder: Path) -> FleetConfig:
     acceptance = acceptance.model_copy(
         update={"held_back": directory / "held_back" if held_back is None else folder / held_back}
     )
-    return config.model_copy(update={"server": server, "acceptance": acceptance})
+    beside = folder / config.scenario
+    scenario = str(beside) if beside.is_file() else config.scenario
+    return config.model_copy(update={"server": server, "acceptance": acceptance, "scenario": scenario})

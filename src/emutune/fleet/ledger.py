@@ -7,9 +7,10 @@ marks may arrive in any order. Rows are ordered by their ids; the wall clock is 
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from emutune.errors import LedgerError
 from emutune.fleet.comparison import Comparison
 from emutune.fleet.database import first_problem
-from emutune.fleet.figures import Figures, flag
+from emutune.fleet.figures import MODELS, Figures, flag
 from emutune.fleet.members import Members
 from emutune.fleet.protocol import Lease, Result
 from emutune.fleet.rows import AuditRow, Closed, Decision, DeviceRow, Kind, LeaseRow, State, Transfer
@@ -55,10 +56,9 @@ class Ledger(Members, Figures):
                 (key, value),
             )
 
-    def meta(self, key: str) -> str | None:
-        """A fact that was noted, or None."""
-        row = self._one("SELECT value FROM meta WHERE key = ?", key)
-        return None if row is None else str(row["value"])
+    def set_models(self, names: Mapping[str | None, str]) -> None:
+        """Note what the foundation models of the fleet are called, by their hashes; that of the first is None."""
+        self.set_meta(MODELS, json.dumps([[base, name] for base, name in names.items()]))
 
     # Steps and leases
 
@@ -213,6 +213,10 @@ class Ledger(Members, Figures):
             lease, "transferred_s = ?, transferred_bytes = ?", "transferred_bytes IS NULL", seconds, bytes
         )
 
+    def trained_for(self, lease: str, seconds: float) -> bool:
+        """Training took so many seconds of the scenario; True the first time, and the first time counts."""
+        return self._mark(lease, "training_s = ?", "training_s IS NULL", seconds)
+
     def adapter(self, lease: str, sha256: str, bytes: int) -> bool:
         """An adapter was trained under a lease; True the first time.
 
@@ -225,8 +229,8 @@ class Ledger(Members, Figures):
     def evaluation(self, lease: str, before: float, after: float, accepted: bool) -> bool:
         """The whole model was evaluated with the lease's adapter; True the first time, and the first time counts.
 
-        An accepted adapter is thereby the one in service, in the place of the one that it was compared with, even if
-        it comes late and that one is of a newer lease.
+        An accepted adapter is thereby the one of its model in service, in the place of the one that it was compared
+        with, even if it comes late and that one is of a newer lease.
 
         Args:
             lease: whose adapter.
@@ -237,7 +241,7 @@ class Ledger(Members, Figures):
         return self._mark(
             lease,
             "before = ?, after = ?, accepted = ?, judged = 1 + ifnull((SELECT max(judged) FROM leases AS other"
-            " WHERE other.device = leases.device AND other.accepted = 1), 0)",
+            " WHERE other.device = leases.device AND other.base IS leases.base AND other.accepted = 1), 0)",
             "accepted IS NULL",
             _finite(before),
             _finite(after),
@@ -275,12 +279,17 @@ class Ledger(Members, Figures):
             below=below,
         )
 
-    def in_service(self, device: str) -> str | None:
-        """SHA-256 of the adapter that serves a device: the last that was accepted."""
+    def in_service(self, device: str, base: str | None = None) -> str | None:
+        """SHA-256 of the adapter of a model that serves a device: the last that was accepted.
+
+        Args:
+            device: which.
+            base: hash of the foundation model; None for the fleet's first.
+        """
         row = self._one(
-            "SELECT adapter_sha256 FROM leases WHERE device = ? AND accepted = 1"
+            "SELECT adapter_sha256 FROM leases WHERE device = ? AND base IS ? AND accepted = 1"
             " AND adapter_sha256 IS NOT NULL ORDER BY judged DESC LIMIT 1",
-            device,
+            *(device, base),
         )
         return None if row is None else str(row["adapter_sha256"])
 
@@ -303,9 +312,10 @@ class Ledger(Members, Figures):
         """Whether an adapter is in service somewhere, or was still in service or judged since some moment."""
         # Of one that was accepted, the lease counts whose adapter took its place; there is none if it is in service.
         row = self._one(
-            "SELECT 1 FROM leases LEFT JOIN leases AS next ON next.device = leases.device AND next.accepted = 1"
-            " AND next.judged = (SELECT min(judged) FROM leases AS later WHERE later.device = leases.device"
-            " AND later.accepted = 1 AND later.judged > leases.judged) WHERE leases.adapter_sha256 = ?"
+            "SELECT 1 FROM leases LEFT JOIN leases AS next ON next.device = leases.device AND next.base IS leases.base"
+            " AND next.accepted = 1 AND next.judged = (SELECT min(judged) FROM leases AS later"
+            " WHERE later.device = leases.device AND later.base IS leases.base AND later.accepted = 1"
+            " AND later.judged > leases.judged) WHERE leases.adapter_sha256 = ?"
             " AND CASE leases.accepted WHEN 1 THEN next.id IS NULL OR next.closed_at IS NULL OR next.closed_at >= ?"
             " ELSE leases.closed_at IS NULL OR leases.closed_at >= ? END",
             *(sha256, *[since.astimezone(UTC).isoformat(timespec="milliseconds")] * 2),

@@ -179,7 +179,7 @@ def run_local_fleet(
     source: str | Path,
     config: FleetConfig,
     devices: Sequence[LocalDevice],
-    catalogue: Path,
+    catalogues: Sequence[Path],
     policy: str,
     started: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -189,7 +189,7 @@ def run_local_fleet(
         source: the fleet's file, as the server is to read it.
         config: what it says.
         devices: who takes part.
-        catalogue: the emulators.
+        catalogues: the emulators, of each foundation model.
         policy: a run's directory, or a rule's name.
         started: told the server's URL once it answers.
 
@@ -203,7 +203,8 @@ def run_local_fleet(
     logs = config.server.directory / "logs"
     write_documentation_tasks(config, devices)
     enrol_missing(config, devices, url)
-    serve = [*COMMAND, "serve", str(source), "--catalogue", str(catalogue), "--policy", policy]
+    emulators = [word for catalogue in catalogues for word in ("--catalogue", str(catalogue))]
+    serve = [*COMMAND, "serve", str(source), *emulators, "--policy", policy]
     with processes() as running:
         server = start([*serve, "--port", str(port)], logs / "server.log")
         running.append(server)

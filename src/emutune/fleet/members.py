@@ -145,6 +145,13 @@ class Members(Database):
         )
         return [(row["device"], self._read(Report, row["message"])) for row in rows]
 
+    def last_reports(self) -> dict[str, Report]:
+        """What each device reported last."""
+        rows = self._all(
+            "SELECT device, message FROM reports WHERE id IN (SELECT max(id) FROM reports GROUP BY device)"
+        )
+        return {row["device"]: self._read(Report, row["message"]) for row in rows}
+
     def report_of(self, device: str, task: str) -> Report:
         """What a device reported about a task.
 

@@ -136,7 +136,24 @@ _LONG = (
     )
     """,
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG)
+_FAMILIES = (
+    # Hash of the foundation model; none for the fleet's first, which all leases were of before there were others.
+    "ALTER TABLE leases ADD COLUMN base TEXT",
+    # A device has an adapter of each model in service.
+    "DROP INDEX leases_accepted",
+    "CREATE INDEX leases_accepted ON leases (device, base, judged) WHERE accepted = 1",
+)
+_CHARGES = (
+    # Training and energy beside the transfer, and what was known when it was decided.
+    "ALTER TABLE leases ADD COLUMN predicted_training_s REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE leases ADD COLUMN transfer_w REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE leases ADD COLUMN training_w REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE leases ADD COLUMN situation TEXT NOT NULL DEFAULT '{}'",
+    "ALTER TABLE leases ADD COLUMN training_s REAL",
+    # Of the curve alone, before it was corrected by how adapters got on.
+    "ALTER TABLE leases ADD COLUMN curve_perplexity REAL",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES, _ADAPTERS, _LONG, _FAMILIES, _CHARGES)
 VERSION = len(MIGRATIONS)
 
 

@@ -19,8 +19,8 @@ from emutune.fleet.figures import Figures
 
 # Of the old steps: all but those that somebody goes on with. Those are the last step, steps
 # with a lease that is not over, and of every device the last lease of all, the last to train, the last of each
-# kind whose bytes moved, and the one whose adapter is in service. A report goes with the lease of its task, and not
-# before.
+# kind whose bytes moved, and the one of each model whose adapter is in service. A report goes with the lease of its
+# task, and not before.
 _OLD = """
     SELECT number FROM steps WHERE ended_at IS NOT NULL AND {old} AND number NOT IN (
         SELECT max(number) FROM steps
@@ -30,8 +30,7 @@ _OLD = """
             SELECT (SELECT max(id) FROM leases WHERE device = name) FROM devices
             UNION SELECT (SELECT max(id) FROM leases WHERE device = name AND kind = 'train') FROM devices
             UNION SELECT max(id) FROM leases WHERE transferred_bytes > 0 GROUP BY device, kind
-            UNION SELECT (SELECT id FROM leases WHERE device = name AND accepted = 1 ORDER BY judged DESC LIMIT 1)
-                FROM devices
+            UNION SELECT id FROM (SELECT id, max(judged) FROM leases WHERE accepted = 1 GROUP BY device, base)
         )
     )
 """

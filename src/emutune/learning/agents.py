@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from emutune.learning.architectures import ARCHITECTURES, Inputs
 from emutune.learning.configuration import NetworkKind, TrainingConfig
 from emutune.learning.networks import Network, PerUe, Which
-from emutune.policies import register_policy
+from emutune.policies import policy_pytree
 from emutune.step import Plan, Situation, plan_of_wish, possible_case
 from emutune.world import World, cached_retention
 
@@ -74,7 +74,7 @@ def retention_log_probability(means: PerUe, log_std: Float[Array, ""], unclipped
     return -0.5 * scores**2 - log_std - 0.5 * math.log(2 * math.pi)
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class LearnedPolicy:
     """What training yields: decides greedily, the likelier case and the mean retention."""

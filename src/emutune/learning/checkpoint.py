@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from emutune.errors import CheckpointError, ScenarioError
 from emutune.files import replacing
 from emutune.learning.configuration import Settings
+from emutune.learning.learners import read_settings
 from emutune.scenario import Scenario, dump_scenario, parse_scenario
 
 FORMAT_VERSION = "1"
 State = TypeVar("State")
-_SETTINGS: TypeAdapter[Settings] = TypeAdapter(Settings)
 
 
 class CheckpointHeader(NamedTuple):
@@ -70,7 +70,7 @@ def read_header(path: Path) -> CheckpointHeader:
     try:
         return CheckpointHeader(
             parse_scenario(metadata["scenario"]),
-            _SETTINGS.validate_json(metadata["config"]),
+            read_settings(metadata["config"]),
             int(metadata["seed"]),
         )
     except (KeyError, ValueError, ValidationError, ScenarioError) as error:

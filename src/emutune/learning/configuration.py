@@ -17,7 +17,25 @@ def _usual_width(fields: dict[str, Any]) -> int:
     return 64 if fields.get("network") == "flat" else 32
 
 
-class TrainingConfig(BaseModel):
+class Settings(BaseModel):
+    """What any learner's settings have in common; those of one's own are a subclass.
+
+    Attributes:
+        algorithm: the name of the learner.
+        teacher: the policy that training begins with, by name, or none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: str = ""
+    teacher: str = "none"
+
+    def total_steps(self, ues: int, tasks: int) -> int:
+        """Environment steps of a training, for a fleet of so many UEs and episodes of so many tasks."""
+        raise NotImplementedError
+
+
+class TrainingConfig(Settings):
     """Hyperparameters of HMPPO and IPPO; the defaults are those of every published number.
 
     Attributes:
@@ -45,8 +63,6 @@ class TrainingConfig(BaseModel):
         teacher: policy that the actors imitate before they learn on their own.
         fleets: fewest and most UEs of the fleets that ``"sized"`` networks learn to serve.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     algorithm: Algorithm = "hmppo"
     network: NetworkKind = "set"
@@ -77,7 +93,7 @@ class TrainingConfig(BaseModel):
         return self.updates(tasks) * self.environments * tasks
 
 
-class GuidedConfig(BaseModel):
+class GuidedConfig(Settings):
     """How guided lookahead learns.
 
     Attributes:
@@ -92,8 +108,6 @@ class GuidedConfig(BaseModel):
         learning_rate: Adam's step at the start of each round; it falls linearly to zero.
         validation: episodes that decide what is kept; fewer in fleets above 24 UEs.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     algorithm: Literal["guided"] = "guided"
     teacher: Literal["lookahead"] = "lookahead"
@@ -117,6 +131,3 @@ class GuidedConfig(BaseModel):
     def validation_for(self, ues: int) -> int:
         """Episodes that decide what is kept."""
         return max(16, min(self.validation, 24 * self.validation // ues))
-
-
-Settings = TrainingConfig | GuidedConfig

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from emutune.errors import UsageError
-from emutune.learning.configuration import GuidedConfig
+from emutune.learning.configuration import GuidedConfig, Settings
 from emutune.learning.descent import descend
 from emutune.learning.learner import Record, wanted_teacher
 from emutune.learning.networks import Network, PerUe, create_network, set_outputs
 from emutune.learning.rollout import one_axis
-from emutune.policies import LaterPrices, Lookahead, Policy, Step, plan_lookahead, play, register_policy
+from emutune.policies import LaterPrices, Lookahead, Policy, Step, plan_lookahead, play, policy_pytree
 from emutune.policies.worth import Later
 from emutune.scenario import Scenario
 from emutune.step import Plan, Situation, marginal_charges
@@ -37,7 +37,7 @@ _COEFFICIENTS = 7
 _SHARES = (0.15, 0.3, 0.6, 1.0)
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Guided:
     """Lookahead whose worth of caches is corrected by a network.
@@ -195,6 +195,7 @@ def _play(world: World, policy: Guided, key: Key[Array, ""]) -> tuple[Samples, F
 class GuidedLearner:
     """``Learner`` of corrections, by the round; it records what the best policy so far returns on validation."""
 
+    settings: ClassVar[type[Settings]] = GuidedConfig
     programs: ClassVar[tuple[Any, ...]] = (validate, learn_round)
 
     def __init__(self, scenario: Scenario, config: GuidedConfig, seed: int) -> None:

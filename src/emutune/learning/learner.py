@@ -21,11 +21,13 @@ class Learner(Protocol[State]):
     was made of determine all that follows.
 
     Attributes:
+        settings: the class of its settings, which all have defaults.
         programs: what is compiled anew for every scenario and configuration.
         length: updates or rounds of the whole learning; each leaves a record.
         steps_each: environment steps of one.
     """
 
+    settings: ClassVar[type[Settings]]
     programs: ClassVar[tuple[Any, ...]]
     length: int
     steps_each: int

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from emutune.learning import imitation
 from emutune.learning.agents import LearnedPolicy, create_actors
-from emutune.learning.configuration import TrainingConfig
+from emutune.learning.configuration import Settings, TrainingConfig
 from emutune.learning.hmppo import critic_plan
 from emutune.learning.imitation import imitate
 from emutune.learning.learner import Record, wanted_teacher
@@ -76,6 +76,7 @@ def run_updates(
 class PolicyLearner:
     """``Learner`` of both agents' networks."""
 
+    settings: ClassVar[type[Settings]] = TrainingConfig
     programs: ClassVar[tuple[Any, ...]] = (run_updates, *imitation.PROGRAMS)
 
     def __init__(self, scenario: Scenario, config: TrainingConfig, seed: int) -> None:

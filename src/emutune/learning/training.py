@@ -18,25 +18,17 @@ from emutune.errors import CheckpointError
 from emutune.files import replacing
 from emutune.learning.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from emutune.learning.configuration import Settings
-from emutune.learning.guided import GuidedLearner
 from emutune.learning.learner import Learner
-from emutune.learning.ppo import PolicyLearner
+from emutune.learning.learners import LEARNERS, find_learner
 from emutune.policies import Policy
 from emutune.scenario import Scenario
 
 Progress = Callable[[int], None]
 
 
-LEARNERS: dict[str, type[Learner[Any]]] = {
-    "hmppo": PolicyLearner,
-    "ippo": PolicyLearner,
-    "guided": GuidedLearner,
-}
-
-
 def learner_of(header: CheckpointHeader) -> Learner[Any]:
     """What learns in a scenario, as a configuration says, from a seed."""
-    return LEARNERS[header.config.algorithm](*header)
+    return find_learner(header.config.algorithm)(*header)
 
 
 def train_seed(
@@ -149,7 +141,7 @@ def _make_room(scenario: Scenario, config: Settings) -> None:
     Each training's are thousands of memory maps, of which a process on Linux has 65,530; a sweep that kept all of
     them would end after some twenty configurations in ``LLVM compilation error``.
     """
-    for learner in LEARNERS.values():
+    for learner in (*LEARNERS.values(), find_learner(config.algorithm)):
         for program in learner.programs:
             program.clear_cache()
 

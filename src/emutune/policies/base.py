@@ -34,7 +34,7 @@ class Policy(Protocol):
         ...
 
 
-def register_policy(kind: type[Kind]) -> type[Kind]:
+def policy_pytree(kind: type[Kind]) -> type[Kind]:
     """Class decorator that makes a frozen dataclass a pytree; fields marked static are not traced.
 
     ``jax.tree_util.register_dataclass`` will not do: the structures it makes of two classes with the same

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.policies.search import Point, ascend, levels_of, mean_return, patiences_s, scorer
 from emutune.scenario import Scenario
 from emutune.step import Plan, Situation, at_server, plan_of_wish, possible_case, possible_levels
@@ -25,7 +25,7 @@ _TABLE_UES = 16
 _SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class CountTable:
     """UEs that hold a usable emulator use it. Of the others, those with the fastest uploads upload.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from emutune.errors import UsageError
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.policies.measure import draw_episodes, run_episodes
 from emutune.policies.search import SEARCH_STREAM, levels_of
 from emutune.scenario import Scenario
@@ -17,7 +17,7 @@ from emutune.step import Plan, Situation, plan_of_wish
 from emutune.world import World, build_world
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class AllServer:
     """Every UE uploads its data at every step; no emulator is ever sent where data may leave."""
@@ -29,7 +29,7 @@ class AllServer:
         return plan_of_wish(world.rules, situation, jnp.ones(shape, bool), largest)
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Fixed:
     """Every UE trains locally with one retention: it downloads once and holds what it has."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.policies.search import Point, ascend, levels_of, mean_return, patiences_s, scorer
 from emutune.scenario import Scenario
 from emutune.step import Plan, Situation, plan_of_wish
@@ -16,7 +16,7 @@ from emutune.step.options import whole_training_s
 from emutune.world import World, cached_retention
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Hold:
     """A UE that holds an emulator of its task's family uses it.

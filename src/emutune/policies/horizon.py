@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from emutune.errors import UsageError
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.policies.expected import Expectation, link_shares
 from emutune.policies.kinds import kind_of
 from emutune.policies.lookahead import Lookahead, plan_lookahead, present_step, search_prices
@@ -31,7 +31,7 @@ from emutune.world import World, build_world
 STEPS = 3
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Horizon:
     """Decides by a linear programme over the next steps; see ``plan_horizon``.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.step import Situation
 from emutune.world import World
 from emutune.world.devices import Same, Some, SpreadLaw
@@ -24,7 +24,7 @@ _GAINS, _FEWER_GAINS = 9, 4
 _SECONDS, _JOULES, _MEMORIES = 9, 5, 6
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Kinds:
     """Points of each axis, rising.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.policies.choices import list_options
 from emutune.policies.joint import assign
 from emutune.policies.kinds import Kind, Kinds, every_kind, kind_of, locate, make_kinds
@@ -35,7 +35,7 @@ _RENTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 _FEWER_EPISODES = 16
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Lookahead:
     """Decides by ``worth``, a table that ``plan_lookahead`` makes.

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Key
 
-from emutune.policies.base import register_policy
+from emutune.policies.base import policy_pytree
 from emutune.step import Plan, Situation, plan_of_wish
 from emutune.world import World
 
 
-@register_policy
+@policy_pytree
 @dataclass(frozen=True)
 class Random:
     """A fair coin for z, and E uniform over the retention bounds."""

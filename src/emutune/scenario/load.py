@@ -13,6 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from emutune.errors import ScenarioError, TraceError
+from emutune.plugins import entry_names, load_entry
 from emutune.scenario.schema import Scenario
 from emutune.scenario.trace import mean_rates, read_trace
 
@@ -26,16 +27,18 @@ def shipped_scenarios() -> list[str]:
 
 
 def load_scenario(source: str | Path, overrides: Iterable[str] = ()) -> Scenario:
-    """Load a shipped scenario by name, or a scenario file by path.
+    """Load a shipped scenario by name, one that an installed package offers, or a scenario file by path.
 
     Args:
-        source: the name of a shipped scenario (``"paper"``) or the path of a TOML file.
+        source: the name of a shipped scenario (``"paper"``) or of one that a package offers under the entry points
+            ``emutune.scenarios``, as a ``Scenario`` or a file's path; or the path of a TOML file.
         overrides: assignments such as ``"fleet.ues=9"``, applied before validation.
 
     Raises:
         ScenarioError: the file is missing or unreadable, or a value is invalid.
     """
-    return parse_scenario(_read(source), overrides=overrides, source=str(source))
+    text, place = scenario_text(source)
+    return parse_scenario(text, overrides=overrides, source=place)
 
 
 def parse_scenario(text: str, *, overrides: Iterable[str] = (), source: str = "scenario") -> Scenario:
@@ -63,10 +66,27 @@ def dump_scenario(scenario: Scenario) -> str:
     return "\n".join(_toml_lines(scenario.model_dump(exclude_none=True), ())).strip() + "\n"
 
 
-def _read(source: str | Path) -> str:
+def scenario_text(source: str | Path) -> tuple[str, str]:
+    """A scenario as TOML text, and where it stands: by its name, or by its path.
+
+    Raises:
+        ScenarioError: there is none, or it cannot be read.
+    """
     name = str(source)
     if name in shipped_scenarios():
-        return (resources.files("emutune.scenario") / "library" / f"{name}.toml").read_text("utf-8")
+        return (resources.files("emutune.scenario") / "library" / f"{name}.toml").read_text("utf-8"), name
+    if name in entry_names("emutune.scenarios"):
+        offered = load_entry("emutune.scenarios", name)
+        if isinstance(offered, Scenario):
+            return dump_scenario(offered), name
+        if not isinstance(offered, str | Path):
+            raise ScenarioError(f"scenario {name!r}: its package offers {offered!r}, no Scenario and no path")
+        source = offered
+    return _file_text(source), str(source)
+
+
+def _file_text(source: str | Path) -> str:
+    name = str(source)
     try:
         return Path(source).read_text("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ from emutune.scenario.sections import (
 
 
 class Model(NamedTuple):
-    """One family's model: size, whole layers, fewest and most layers of an emulator, curve, parameters."""
+    """One family's model: sizes, whole layers, fewest and most layers of an emulator, curve, parameters, hash."""
 
     size_gb: float
     layers: int
@@ -39,10 +39,12 @@ class Model(NamedTuple):
     most: int
     curve: Curve
     parameters_billion: float | None = None
+    shared_gb: float = 0.0
+    base: str | None = None
 
     def emulator_gb(self, layers: int) -> float:
         """Size of the emulator of so many layers."""
-        return self.size_gb * layers / self.layers
+        return self.shared_gb + self.size_gb * layers / self.layers
 
 
 def _with_curves(
@@ -100,6 +102,8 @@ class Scenario(Section):
                 *self._levels(one),
                 curve or self.quality.curve,
                 one.parameters_billion,
+                one.shared_gb,
+                one.base,
             )
             for one, curve in _with_curves(self.model, others)
         )
@@ -144,9 +148,8 @@ class Scenario(Section):
     def _levels(self, one: FoundationModel | Family) -> tuple[int, int]:
         fewest, most = self._levels_between_bounds(one.layers)
         if self.cache_gb is not None:
-            most = min(
-                most, math.floor(min(self.cache_gb / one.size_gb, 1.0) * one.layers + 1e-9 * one.layers)
-            )
+            room = min((self.cache_gb - one.shared_gb) / one.size_gb, 1.0)
+            most = min(most, math.floor(room * one.layers + 1e-9 * one.layers))
         return fewest, most
 
     def _levels_between_bounds(self, layers: int) -> tuple[int, int]:

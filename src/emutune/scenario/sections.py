@@ -96,12 +96,16 @@ class FoundationModel(Section):
     """The model whose emulators the UEs hold.
 
     Attributes:
+        size_gb: of the layers that emulators are made of, the whole model's.
+        shared_gb: of what every emulator has beside its layers, such as embeddings and adapter layers; with delta
+            download it is sent to who holds no emulator of the family.
         parameters_billion: what training has to compute with; wanted where there is ``computation``.
         base: hash of the real model that the scenario was measured on; a fleet with another one is refused.
     """
 
     size_gb: Positive
     layers: Count
+    shared_gb: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)] = 0.0
     parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
     base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
@@ -235,13 +239,15 @@ class Family(Section):
     """A foundation model beside the one in ``model``.
 
     Attributes:
-        parameters_billion: what training has to compute with; wanted where there is ``computation``.
+        size_gb, shared_gb, parameters_billion, base: see ``FoundationModel``.
         curve: its perplexity against retention, where that differs from ``quality.curve``.
     """
 
     size_gb: Positive
     layers: Count
+    shared_gb: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)] = 0.0
     parameters_billion: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] | None = None
+    base: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     curve: Curve | None = None
 
 

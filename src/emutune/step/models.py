@@ -27,6 +27,7 @@ class Models:
         low: layers of the smallest emulator.
         high: layers of the largest emulator.
         bits: that a level takes in a cache.
+        shared_bits: of them, what every level has beside its layers.
         memory_bits: that a level takes in memory, rising.
         missing_bits: that are sent for level k (last axis) to a UE that holds another level; one row for all of
             those where whole emulators are sent, else a row for each.
@@ -40,6 +41,7 @@ class Models:
     low: Int[Array, "families"]
     high: Int[Array, "families"]
     bits: Float[Array, "families levels"]
+    shared_bits: Float[Array, "families"]
     memory_bits: Float[Array, "families levels"]
     missing_bits: Float[Array, "families held levels"]
     tflop_per_bit: Float[Array, "families levels"]
@@ -55,11 +57,11 @@ class Models:
     @property
     def layer_bits(self) -> Float[Array, "families"]:
         """Size of one layer of each family."""
-        return self.bits[:, 1]
+        return self.bits[:, 1] - self.shared_bits
 
     @property
     def whole_bits(self) -> Float[Array, "families"]:
-        """Size of each whole model."""
+        """Size of the layers of each whole model."""
         return self.layer_bits * self.layers
 
     @property
@@ -79,7 +81,8 @@ def build_models(scenario: Scenario, dtype: DTypeLike = jnp.float32) -> Models:
     levels = np.arange(max(model.most for model in models) + 1)
     layers = np.array([model.layers for model in models])
     share = levels / layers[:, None]
-    bits = 8e9 * np.array([[model.size_gb] for model in models]) * share
+    shared = 8e9 * np.array([[model.shared_gb] for model in models])
+    bits = np.where(levels == 0, 0.0, shared + 8e9 * np.array([[model.size_gb] for model in models]) * share)
     missing = bits[:, None, :]
     if scenario.delta_download:
         missing = np.maximum(bits[:, None, :] - bits[..., None], 0.0)
@@ -96,6 +99,7 @@ def build_models(scenario: Scenario, dtype: DTypeLike = jnp.float32) -> Models:
         low=whole([model.fewest for model in models]),
         high=whole([model.most for model in models]),
         bits=real(bits),
+        shared_bits=real(shared[:, 0]),
         memory_bits=real(bits),
         missing_bits=real(missing),
         tflop_per_bit=real(whole_tflop[:, None] * share),

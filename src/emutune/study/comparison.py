@@ -15,16 +15,17 @@ from emutune.bounds import certified_bounds
 from emutune.errors import UsageError
 from emutune.files import make_writable
 from emutune.learning.configuration import GuidedConfig, Settings, TrainingConfig
+from emutune.learning.learners import find_learner, learner_names
 from emutune.learning.teachers import teacher_of
 from emutune.learning.training import train_seeds
 from emutune.policies import Policy, Random
-from emutune.policies.registry import RULES, baseline_policy
+from emutune.policies.registry import RULES, baseline_policy, find_policy, policy_names
 from emutune.scenario import Scenario, dump_scenario
 from emutune.study.evaluate import decision_time_ms, evaluate_policy, held_out_episodes
 from emutune.study.statistics import bootstrap_interval, interquartile_mean
 from emutune.world import Episode, Summary
 
-LEARNED = {
+LEARNED: dict[str, TrainingConfig] = {
     "ippo": TrainingConfig(algorithm="ippo"),
     "hmppo": TrainingConfig(),
 }
@@ -58,6 +59,8 @@ STUDIES: dict[str, Settings] = {
     "hmppo_as_printed": TrainingConfig(baseline="as_printed"),
 }
 
+_RULES = {rule.name for rule in RULES}
+
 Progress = Callable[[str], None]
 
 
@@ -82,16 +85,19 @@ def expand_policy_names(names: str, scenario: Scenario) -> list[str]:
     stays of use, and the rules that plan for other tasks only take time.
 
     Raises:
-        UsageError: a name is unknown.
+        UsageError: a name is unknown, or a policy of one's own cannot be imported.
     """
-    known = [*(rule.name for rule in RULES), *LEARNED, *STUDIES]
+    known = [*policy_names(), *LEARNED, *STUDIES, *learner_names()]
     everything = [*(rule.name for rule in RULES if not rule.slow), *LEARNED, "hmppo_ranked", "guided"]
     if scenario.families is None and not scenario.has_devices:
         everything = [*(rule.name for rule in RULES if not rule.plans), *LEARNED]
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
-        if name != "all" and name not in known:
-            raise UsageError(f"policies: no policy {name!r}; choose all or from {', '.join(known)}")
+        if name != "all" and name not in _RULES and not training_config(name) and find_policy(name) is None:
+            raise UsageError(
+                f"policies: no policy {name!r}; choose all or from {', '.join(known)}, "
+                "or name your own as file.py:Class"
+            )
         chosen += everything if name == "all" else [name]
     return list(dict.fromkeys(chosen))
 
@@ -154,10 +160,12 @@ def training_config(name: str, steps: int | None = None) -> Settings | None:
     """How a policy of a comparison is trained; None for one that needs no training.
 
     Args:
-        name: of the policy.
+        name: of the policy, or of a learner of one's own, with the defaults of its settings.
         steps: environment steps instead of the default; guided lookahead has rounds instead.
     """
-    config = LEARNED.get(name) or STUDIES.get(name)
+    config = (LEARNED | STUDIES).get(name)
+    if config is None and name in learner_names():
+        config = find_learner(name).settings()
     if steps is None or not isinstance(config, TrainingConfig):
         return config
     return config.model_copy(update={"steps": steps})

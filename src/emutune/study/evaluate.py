@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 
 from emutune.policies import Policy
 from emutune.policies.measure import draw_episodes, run_episodes
+from emutune.policies.own import plain_failures
 from emutune.scenario import Scenario
 from emutune.world import Episode, Summary, build_world, observe, reset
 
@@ -28,9 +29,14 @@ def held_out_key(index: int) -> Key[Array, ""]:
 
 
 def evaluate_policy(scenario: Scenario, policy: Policy, episodes: Episode) -> Summary:
-    """Run a policy through a batch of episodes; NumPy arrays in double precision."""
-    found = run_episodes(build_world(scenario), policy, episodes)
-    summary: Summary = jax.tree.map(lambda part: np.asarray(part, np.float64), found)
+    """Run a policy through a batch of episodes; NumPy arrays in double precision.
+
+    Raises:
+        UsageError: a policy of one's own raised, or decided something that is no decision.
+    """
+    with plain_failures(policy):
+        found = run_episodes(build_world(scenario), policy, episodes)
+        summary: Summary = jax.tree.map(lambda part: np.asarray(part, np.float64), found)
     return summary
 
 
@@ -40,10 +46,11 @@ def decision_time_ms(scenario: Scenario, policy: Policy, repeats: int = 50) -> f
     key = jax.random.key(0)
     situation = observe(world, reset(key, world))
     decide = jax.jit(lambda world, policy, situation, key: policy.decide(world, situation, key))
-    jax.block_until_ready(decide(world, policy, situation, key))
     times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    with plain_failures(policy):
         jax.block_until_ready(decide(world, policy, situation, key))
-        times.append(time.perf_counter() - started)
+        for _ in range(repeats):
+            started = time.perf_counter()
+            jax.block_until_ready(decide(world, policy, situation, key))
+            times.append(time.perf_counter() - started)
     return float(np.median(times) * 1e3)

@@ -64,7 +64,7 @@ def link_budget(scenario: Scenario) -> dict[str, Any]:
 
 def _carried(scenario: Scenario, link: _Link) -> dict[str, float]:
     """Ratios, rates and delays of a UE that has the bands to itself, at its median gain."""
-    radio, model = scenario.radio, scenario.model
+    radio, model = scenario.radio, scenario.models[0]
     low, high = scenario.level_bounds
     noise = 10 ** ((radio.noise_dbm_per_hz - 30) / 10)
     up_hz, down_hz = radio.uplink_bandwidth_hz, radio.downlink_bandwidth_hz
@@ -82,8 +82,8 @@ def _carried(scenario: Scenario, link: _Link) -> dict[str, float]:
         "uplink_mbps": up / 1e6,
         "downlink_mbps": down / 1e6,
         "upload_s": 8e6 * data_mb / up,
-        "smallest_emulator_s": 8e9 * model.size_gb * low / model.layers / down,
-        "largest_emulator_s": 8e9 * model.size_gb * high / model.layers / down,
+        "smallest_emulator_s": 8e9 * model.emulator_gb(low) / down,
+        "largest_emulator_s": 8e9 * model.emulator_gb(high) / down,
     }
 
 

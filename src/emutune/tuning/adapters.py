@@ -32,6 +32,7 @@ from emutune.tuning.layers import empty_copy
 from emutune.tuning.sublayers import find_sublayers, linear_maps, widths_of
 
 __all__ = [
+    "LORA_SCALE",
     "AdapterManifest",
     "Kind",
     "adapter_form",
@@ -46,7 +47,8 @@ __all__ = [
     "start_from",
 ]
 
-_LORA_SCALE = 2
+# Of its alpha to its rank.
+LORA_SCALE = 2
 
 
 def attach(layers: Mapping[int, nn.Module], kind: Kind, width: int, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -86,7 +88,7 @@ def _attach_lora(layer: nn.Module, width: int) -> None:
     maps = linear_maps(layer)
     transposed = any(isinstance(linear, Conv1D) for linear in maps.values())
     config = LoraConfig(
-        r=width, lora_alpha=_LORA_SCALE * width, target_modules=list(maps), fan_in_fan_out=transposed
+        r=width, lora_alpha=LORA_SCALE * width, target_modules=list(maps), fan_in_fan_out=transposed
     )
     inject_adapter_in_model(config, layer)
 

@@ -86,7 +86,7 @@ class Catalogue(Inventory):
         Raises:
             CatalogueError: the file cannot be written.
         """
-        folder = self.directory / "shards"
+        folder = self.shards
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{os.getpid()}.partial"
         with _writing(aside):
@@ -151,26 +151,30 @@ class Catalogue(Inventory):
         layers = list(layer_stack(model))
         for position, entry in enumerate(emulator.layers):
             if entry.shard != whole[entry.index].shard:
-                layers[position] = self._layer(entry, layers[position], full.device)
+                layers[position] = self.layer(entry, layers[position])
         replace_stack(model, stack_name(model), layers)
         return model
 
-    def _layer(self, entry: LayerEntry, like: nn.Module, device: torch.device) -> nn.Module:
-        layer = empty_copy(like)
+    def layer(self, entry: LayerEntry, like: nn.Module) -> nn.Module:
+        """A layer of an emulator, where the layer of the whole model is that it stands for."""
+        layer, device = empty_copy(like), next(like.parameters()).device
         prepare_layer(layer, entry, self.heads)
-        load_tensors(
-            layer, self.load_shard(entry.shard.sha256), compute_dtype(device), f"layer {entry.index}"
-        )
+        tensors, what = self.load_shard(entry.shard.sha256), f"layer {entry.index}"
+        load_tensors(layer, tensors, compute_dtype(device), what)
         return layer.requires_grad_(False).to(device).eval()
 
 
-def open_catalogue(directory: str | Path) -> Catalogue:
+def open_catalogue(directory: str | Path, shards: Path | None = None) -> Catalogue:
     """Open a catalogue.
+
+    Args:
+        directory: where it is.
+        shards: the folder of its shards, if that is elsewhere.
 
     Raises:
         CatalogueError: there is none, or its description is damaged.
     """
-    return Catalogue(Path(directory), read_info(directory))
+    return Catalogue(Path(directory), read_info(directory), shards)
 
 
 def prepare_layer(layer: nn.Module, entry: LayerEntry, heads: int) -> None:

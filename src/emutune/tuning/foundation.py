@@ -30,10 +30,14 @@ from emutune.tuning.checkpoint import (
     weight_entry,
     weight_files,
 )
+from emutune.tuning.documentation import REFERENCE, REFERENCE_CODE
+from emutune.tuning.gguf_file import is_gguf, unpacked
 from emutune.tuning.layers import layer_stack, shorten_config, stack_name
 
-REFERENCE = "reference"
-_SHIPPED = Path(__file__).parent / "reference_model"
+_SHIPPED = {
+    REFERENCE: Path(__file__).parent / "reference_model",
+    REFERENCE_CODE: Path(__file__).parent / "reference_code_model",
+}
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
@@ -68,14 +72,14 @@ def open_foundation(source: str | Path) -> Foundation:
     """Find every weight of a model directory as ``transformers`` would, without reading one.
 
     Args:
-        source: a directory in the Hugging Face format with safetensors weights, sharded or not, or
-            ``"reference"`` for the small model that emutune ships.
+        source: a directory in the Hugging Face format with safetensors weights, sharded or not, a GGUF file, or
+            ``"reference"`` or ``"reference-code"`` for the small models that emutune ships.
 
     Raises:
         ModelError: the directory, its configuration or a weight is missing, damaged or quantised, or the
             architecture is not a stack of layers.
     """
-    directory = _SHIPPED if str(source) == REFERENCE else Path(source)
+    directory = _directory(source)
     config = _read_config(directory)
     model = skeleton(config)
     stack = stack_name(model)
@@ -105,6 +109,12 @@ def open_foundation(source: str | Path) -> Foundation:
         else:
             outer[name] = found[name]
     return Foundation(directory, config, stack, outer, layers, entry)
+
+
+def _directory(source: str | Path) -> Path:
+    if str(source) in _SHIPPED:
+        return _SHIPPED[str(source)]
+    return unpacked(source) if is_gguf(source) and not Path(source).is_dir() else Path(source)
 
 
 def _settle_ties(found: dict[str, Stored], tied: Mapping[str, str]) -> set[str]:

@@ -12,6 +12,8 @@ from emutune.tuning.adapter_manifest import AdapterManifest, Asked, Kind, Shape,
 from emutune.tuning.manifest import Emulator
 
 BASE = "base"
+# The recipe of the levels that were chosen among the emulators of all others.
+FRONTIER = "frontier"
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -26,6 +28,7 @@ class CatalogueInfo(BaseModel):
         text: SHA-256 of the calibration text.
         importance: the middle layers by falling importance, once measured: the emulator that keeps k of
             them keeps the first k.
+        spared: the middle layers in the order in which they can be spared by the loss, as far as it was needed yet.
         recipe: of the emulators built last.
         adapters: by the kinds of adapter that the adapter layers can take, the shapes of its tensors by their names,
             in which ``WIDTH`` stands for its width; empty on a device, which needs none.
@@ -41,6 +44,7 @@ class CatalogueInfo(BaseModel):
     top: int
     text: str
     importance: tuple[int, ...] | None = None
+    spared: tuple[int, ...] = ()
     recipe: str = ""
     adapters: dict[Kind, dict[str, Shape]] = {}
 
@@ -56,15 +60,22 @@ class CatalogueInfo(BaseModel):
 
 
 class Inventory:
-    """A catalogue directory as somebody sees it who hands its files out; see ``open_inventory``."""
+    """A catalogue directory as somebody sees it who hands its files out; see ``open_inventory``.
 
-    def __init__(self, directory: Path, info: CatalogueInfo) -> None:
+    Args:
+        directory: where it is.
+        info: its description.
+        shards: the folder of its shards; ``shards`` in its directory if not given.
+    """
+
+    def __init__(self, directory: Path, info: CatalogueInfo, shards: Path | None = None) -> None:
         self.directory = directory
         self.info = info
+        self.shards = directory / "shards" if shards is None else shards
 
     def shard_path(self, sha256: str) -> Path:
         """Where a shard is."""
-        return self.directory / "shards" / f"{sha256}.safetensors"
+        return self.shards / f"{sha256}.safetensors"
 
     def manifest_path(self, name: str) -> Path:
         """Where an emulator's manifest is."""
@@ -82,11 +93,12 @@ class Inventory:
     def emulators(self, recipe: str | None = None) -> list[Emulator]:
         """The emulators of a recipe, of the one built last if not given, by rising retention."""
         wanted = self.info.recipe if recipe is None else recipe
+        return [emulator for emulator in self.all_emulators() if emulator.recipe == wanted]
+
+    def all_emulators(self) -> list[Emulator]:
+        """Those of all recipes, by rising retention, the whole model among them."""
         found = [_read(path, Emulator) for path in (self.directory / "emulators").glob("*.json")]
-        return sorted(
-            (emulator for emulator in found if emulator.recipe == wanted),
-            key=lambda emulator: emulator.retention,
-        )
+        return sorted(found, key=lambda emulator: (emulator.retention, emulator.name))
 
     def find(self, retention: float, recipe: str | None = None) -> Emulator:
         """The emulator whose retention is nearest.

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Method = Literal["layer_drop", "prune", "distill", "quantize"]
 METHODS: tuple[Method, ...] = ("layer_drop", "prune", "distill", "quantize")
-Order = Literal["importance", "uniform"]
+Order = Literal["loss", "importance", "uniform"]
 
 
 class _Frozen(BaseModel):
@@ -35,7 +35,7 @@ class LayerEntry(_Frozen):
     index: int = Field(ge=0)
     shard: Shard
     widths: Widths | None = None
-    bits: Literal[4, 8] | None = None
+    bits: Literal[3, 4, 8] | None = None
 
 
 class Emulator(_Frozen):

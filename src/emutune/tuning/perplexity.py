@@ -41,13 +41,25 @@ def token_losses(
     Returns:
         Tensor (predicted tokens,).
     """
+    logits, targets = predictions(model, tokens, mask_token=mask_token, seed=seed)
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+def predictions(
+    model: PreTrainedModel, tokens: Tensor, *, mask_token: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What a model says about every token that it has to predict, see ``token_losses``.
+
+    Returns:
+        Logits in single precision, (predicted tokens, vocabulary), and the tokens, int64 (predicted tokens,).
+    """
     if is_masked(model):
         hidden = _hidden(tokens, seed)
         assert mask_token is not None
         logits = model(input_ids=torch.where(hidden, mask_token, tokens)).logits
-        return functional.cross_entropy(logits[hidden].float(), tokens[hidden], reduction="none")
+        return logits[hidden].float(), tokens[hidden]
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
 
 
 def _hidden(tokens: Tensor, seed: int) -> Tensor:
@@ -70,7 +82,7 @@ def perplexity(
     # A streamed model's parameters are nowhere between two calls.
     device: Any = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     vocabulary = model.config.get_text_config().vocab_size
-    batch = max(1, min(batch, _LOGITS_AT_ONCE // (blocks.length * vocabulary)))
+    batch = rows_at_once(blocks.length, vocabulary, batch)
     with evaluating(model):
         for first in range(0, len(blocks), batch):
             rows = blocks.rows(slice(first, first + batch)).to(device)
@@ -78,6 +90,11 @@ def perplexity(
             total += float(losses.double().sum())
             count += losses.numel()
     return math.exp(min(total / count, _LARGEST_EXPONENT))
+
+
+def rows_at_once(length: int, vocabulary: int, most: int) -> int:
+    """How many rows of tokens go through a model at once, so that their logits take 64 MiB or those of one row."""
+    return max(1, min(most, _LOGITS_AT_ONCE // (length * vocabulary)))
 
 
 @contextmanager

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from emutune.errors import AdapterError, UsageError
 from emutune.tuning import bottleneck
@@ -27,11 +28,22 @@ from emutune.tuning.adapters import (
 )
 from emutune.tuning.checkpoint import Stored
 from emutune.tuning.documentation import reference_text
-from emutune.tuning.foundation import base_hash, load_model, load_tokenizer, open_foundation, read_tensors
+from emutune.tuning.foundation import (
+    Foundation,
+    base_hash,
+    load_model,
+    load_tokenizer,
+    open_foundation,
+    read_tensors,
+)
 from emutune.tuning.layers import layer_stack, stack_name
+from emutune.tuning.peft_directory import check_peft_holds, write_peft
 from emutune.tuning.perplexity import is_masked, perplexity
 from emutune.tuning.plugged_files import write_directory
 from emutune.tuning.text import block_length, pack, split_blocks
+
+Form = Literal["model", "peft"]
+FORMS: tuple[Form, ...] = ("model", "peft")
 
 _CODE = '''"""{architecture} with bottleneck adapters, for AutoModel...from_pretrained(..., trust_remote_code=True)."""
 
@@ -55,7 +67,9 @@ class Plugged(NamedTuple):
     after: float
 
 
-def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) -> Plugged:
+def plug(
+    source: str | Path, adapter: Path, out: Path, text: str | None = None, form: Form = "model"
+) -> Plugged:
     """Write a model with an adapter plugged in, once it is known to work.
 
     Whole layers and LoRA become plain weights. Bottlenecks cannot; a directory with them carries the code
@@ -67,15 +81,18 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
         out: a new directory: the model's own files, with the tensors that the adapter changes in their number types.
         text: what to evaluate on; a model that is worse on it than before is not written. Python's
             documentation, which only has to give a finite perplexity, if not given.
+        form: a model directory, or with ``peft`` one with the adapter alone, which must be LoRA, in PEFT's form.
 
     Raises:
-        AdapterError: the adapter belongs to another model, or makes this one worse.
+        AdapterError: the adapter belongs to another model, makes this one worse, or is none that PEFT can hold.
         UsageError: the directory exists already, or cannot be written.
     """
     out = out.absolute() if out.name in ("", "..") else out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already and not empty; choose another directory")
     manifest, values = load_adapter(adapter)
+    if form == "peft":
+        check_peft_holds(manifest)
     foundation = open_foundation(source)
     tokenizer, length = (
         load_tokenizer(foundation.directory, foundation.config),
@@ -88,14 +105,8 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
     layers = {index: layer_stack(model)[index] for index in manifest.layer_map}
     places = {index: bottleneck_places(layer) for index, layer in layers.items()}
     plug_in(layers, manifest, values)
-    for layer in layers.values():
-        merge_lora(layer)
-    # What is evaluated is what is written: rounded to the number type of each tensor.
-    replaced = {
-        where: tensors
-        for index, layer in layers.items()
-        for where, tensors in _rounded(layer, foundation.layers[index]).items()
-    }
+    # What is evaluated is what is written.
+    replaced = {} if form == "peft" else _merged(layers, foundation)
     after = perplexity(model, blocks["test"], mask_token=tokenizer.mask_token_id)
     if not math.isfinite(after) or (text is not None and after > before):
         raise AdapterError(
@@ -103,10 +114,27 @@ def plug(source: str | Path, adapter: Path, out: Path, text: str | None = None) 
             "it longer or at a higher retention"
         )
     with _writing(out) as aside:
-        write_directory(foundation, replaced, aside)
+        if form == "peft":
+            transposed = any(isinstance(module, Conv1D) for module in model.modules())
+            write_peft(aside, manifest, values, stack_name(model), transposed=transposed, base=str(source))
+        else:
+            write_directory(foundation, replaced, aside)
         if manifest.kind == "bottleneck":
             _add_code(model, manifest, places, aside)
     return Plugged(before, after)
+
+
+def _merged(
+    layers: Mapping[int, nn.Module], foundation: Foundation
+) -> dict[tuple[Path, str], dict[str, Tensor]]:
+    """The tensors that an adapter changed, plain and rounded to the number types of the model's; see ``_rounded``."""
+    for layer in layers.values():
+        merge_lora(layer)
+    return {
+        where: tensors
+        for index, layer in layers.items()
+        for where, tensors in _rounded(layer, foundation.layers[index]).items()
+    }
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The small foundation model that emutune ships, and how it is trained from Python's own documentation."""
+"""The small foundation models that emutune ships, and how they are trained from Python's own documentation and code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from emutune.tuning.documentation import reference_text
+from emutune.tuning.documentation import REFERENCE, REFERENCE_CODE, reference_text
 from emutune.tuning.layers import keep_layers
 from emutune.tuning.perplexity import perplexity, token_losses
 from emutune.tuning.text import Blocks, pack, split_blocks
@@ -32,6 +32,14 @@ REFERENCE_TRAINING = TrainerConfig(
 )
 
 
+# Of code there is more, and it is more alike.
+TRAININGS = {
+    REFERENCE: REFERENCE_TRAINING,
+    REFERENCE_CODE: REFERENCE_TRAINING.model_copy(update={"steps": 1200}),
+}
+_LAYERS_OF = {REFERENCE: _LAYERS, REFERENCE_CODE: 10}
+
+
 def build_tokenizer(text: str, vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on a text."""
     tokenizer = Tokenizer(models.BPE())
@@ -47,14 +55,17 @@ def build_tokenizer(text: str, vocabulary: int = _VOCABULARY) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, bos_token=_END)
 
 
-def build_model(seed: int = 0) -> GPT2LMHeadModel:
-    """The untrained reference model: GPT-2's architecture, 12 layers of width 128, 2.9 million parameters."""
+def build_model(seed: int = 0, model: str = REFERENCE) -> GPT2LMHeadModel:
+    """An untrained reference model: GPT-2's architecture of width 128.
+
+    The model of English has 12 layers and 2.9 million parameters, that of code 10 and 2.5 million.
+    """
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=_VOCABULARY,
         n_positions=BLOCK,
         n_embd=_WIDTH,
-        n_layer=_LAYERS,
+        n_layer=_LAYERS_OF[model],
         n_head=4,
         bos_token_id=0,
         eos_token_id=0,
@@ -76,30 +87,34 @@ def train_reference(
     directory: Path,
     config: TrainerConfig = REFERENCE_TRAINING,
     report: Callable[[Progress], None] | None = None,
+    model: str = REFERENCE,
 ) -> TrainedReference:
-    """Train the reference model and write it to a directory in the transformers format, in half precision.
+    """Train a reference model and write it to a directory in the transformers format, in half precision.
 
     Raises:
         CheckpointError: the directory cannot be written, or holds the checkpoint of another run.
     """
-    text = reference_text()
+    text = reference_text(model)
     tokenizer = build_tokenizer(text)
     splits = split_blocks(pack(text, tokenizer), BLOCK)
-    model = build_model(config.seed)
+    network = build_model(config.seed, model)
+    layers = _LAYERS_OF[model]
 
     def loss(tokens: Tensor, step: int) -> Tensor:
         torch.manual_seed(config.seed * 1_000_003 + step)
-        return token_losses(keep_layers(model, _some_layers(config.seed, step)).train(), tokens).mean()
+        return token_losses(
+            keep_layers(network, _some_layers(config.seed, step, layers)).train(), tokens
+        ).mean()
 
     progress = train(
-        dict(model.named_parameters()),
+        dict(network.named_parameters()),
         loss,
         _batches(splits["train"], config),
         config,
-        Bookkeeping(directory, "reference model", report),
-        score=lambda: perplexity(model, splits["validation"]),
+        Bookkeeping(directory, f"{model} model", report),
+        score=lambda: perplexity(network, splits["validation"]),
     )
-    half = model.eval().half()
+    half = network.eval().half()
     half.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     forget(directory)
@@ -110,8 +125,8 @@ def _batches(blocks: Blocks, config: TrainerConfig) -> Callable[[int], Tensor]:
     return lambda number: blocks.batch(number, config.batch, config.seed)
 
 
-def _some_layers(seed: int, step: int) -> list[int]:
+def _some_layers(seed: int, step: int, layers: int = _LAYERS) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    skipped = torch.rand(_LAYERS, generator=generator) < _SKIP_PROBABILITY
-    fixed: Any = {*range(_ALWAYS_KEPT), *range(_LAYERS - _ALWAYS_KEPT, _LAYERS)}
-    return [index for index in range(_LAYERS) if index in fixed or not skipped[index]]
+    skipped = torch.rand(layers, generator=generator) < _SKIP_PROBABILITY
+    fixed: Any = {*range(_ALWAYS_KEPT), *range(layers - _ALWAYS_KEPT, layers)}
+    return [index for index in range(layers) if index in fixed or not skipped[index]]

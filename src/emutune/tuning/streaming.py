@@ -14,6 +14,8 @@ from emutune.tuning.foundation import load_tensors
 from emutune.tuning.layers import layer_stack, stack_name
 
 Load = Callable[[], Mapping[str, Tensor]]
+# Told of a layer's position, its input and output, (rows, length, width) each, and what runs it on another input.
+Watch = Callable[[int, Tensor, Tensor, Callable[[Tensor], Tensor]], None]
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def streamed(
     outer: Load,
     layers: Sequence[Load],
     *,
-    watch: Callable[[int, Tensor, Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[PreTrainedModel]:
     """A model without memory that loads each part when its turn comes and lets go of it afterwards.
 
@@ -30,15 +32,16 @@ def streamed(
         model: from ``skeleton``; is without memory again after the block.
         outer: loads the tensors outside the layer stack, by their names in the model.
         layers: loads the tensors of each layer, by their names inside the layer.
-        watch: told of every layer's position, input and output, (rows, length, width) each.
+        watch: told of every layer.
     """
     stack = stack_name(model)
     tied = model.all_tied_weights_keys
     handles = []
     for position, (layer, load) in enumerate(zip(layer_stack(model), layers, strict=True)):
-        handles += _stream(layer, load)
         if watch is not None:
+            # Before the hook that lets go of the layer, so that it can run again.
             handles.append(layer.register_forward_hook(_watcher(position, watch), with_kwargs=True))
+        handles += _stream(layer, load)
     for name, module in model.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
         if own and not name.startswith(stack + "."):
@@ -71,9 +74,20 @@ def _stream(module: nn.Module, load: Load) -> list[Any]:
     return [module.register_forward_pre_hook(fill), module.register_forward_hook(drop)]
 
 
-def _watcher(position: int, watch: Callable[[int, Tensor, Tensor], None]) -> Callable[..., None]:
-    def see(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-        before = arguments[0] if arguments else named["hidden_states"]
-        watch(position, before, output[0] if isinstance(output, tuple) else output)
+def _watcher(position: int, watch: Watch) -> Callable[..., None]:
+    def see(layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        first, *others = arguments if arguments else [named["hidden_states"]]
+
+        def again(hidden: Tensor) -> Tensor:
+            if arguments:
+                return _hidden(layer.forward(hidden, *others, **named))
+            return _hidden(layer.forward(**{**named, "hidden_states": hidden}))
+
+        watch(position, first, _hidden(output), again)
 
     return see
+
+
+def _hidden(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states

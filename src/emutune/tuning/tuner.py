@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,13 +23,16 @@ from emutune.tuning.adapters import (
     save_adapter,
     start_from,
 )
-from emutune.tuning.catalogue import Catalogue
+from emutune.tuning.catalogue import BASE, Catalogue
+from emutune.tuning.doubts import doubt, misled, warn_misled
 from emutune.tuning.head_loss import training_loss
 from emutune.tuning.layers import layer_stack
 from emutune.tuning.manifest import Emulator
 from emutune.tuning.perplexity import perplexity
 from emutune.tuning.text import Blocks, block_length, pack, split_blocks
 from emutune.tuning.trainer import CHECKPOINT, Bookkeeping, Progress, TrainerConfig, train
+
+log = logging.getLogger(__name__)
 
 Where = Literal["device", "server"]
 ServerModel = Literal["full", "cached"]
@@ -186,6 +190,8 @@ class Bench:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
                 return loss(tokens.to(device), step)
 
+        if (why := doubt(self.emulator, self.catalogue.base())) is not None:
+            log.warning("%s", why)
         before, emulator_before = self.measure(self.full), self.measure(model)
         progress = train(
             parameters,
@@ -195,6 +201,8 @@ class Bench:
             Bookkeeping(directory, purpose, report),
             score=lambda: self.measure(self.full, "validation"),
         )
+        if self.emulator.name != BASE and misled(progress.losses, progress.scores):
+            warn_misled(self.emulator, progress.scores)
         accepted = progress.best_step > 0
         if not accepted:
             copy_values(parameters, untouched)

@@ -31,7 +31,7 @@ from emutune.tuning.sublayers import weight_of
 MIDDLE = range(1, LAYERS - 1)
 HALF_ROUNDING = 2.0**-11
 widths = st.integers(1, 3 * GROUP)
-bits_of = st.sampled_from([4, 8])
+bits_of = st.sampled_from([3, 4, 8])
 
 
 def linear_map(inputs: int, outputs: int, *, transposed: bool = False, spread: float = 1.0) -> nn.Module:
@@ -86,7 +86,7 @@ def test_result_and_gradient_are_those_of_the_dequantised_map(
     torch.testing.assert_close(given_to.grad, dense_given.grad)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_rows_of_equal_weights_are_kept(bits: Bits) -> None:
     linear = nn.Linear(70, 3)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_rows_of_equal_weights_are_kept(bits: Bits) -> None:
     torch.testing.assert_close(quantized_map(linear, bits).weight, linear.weight.detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("bits", "share"), [(8, 0.26), (4, 0.142)])
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.26), (4, 0.142), (3, 0.111)])
 def test_stored_bytes_fall(bits: Bits, share: float) -> None:
     linear = linear_map(512, 256)
     quantized = quantized_map(linear, bits)
@@ -102,7 +102,7 @@ def test_stored_bytes_fall(bits: Bits, share: float) -> None:
     assert sum(t.nbytes for t in (*quantized.buffers(), *quantized.parameters())) == stored_bytes(quantized)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_training_through_a_quantised_map_keeps_no_dense_weight(bits: Bits) -> None:
     quantized = quantized_map(linear_map(96, 80), bits)
     kept: list[Tensor] = []
@@ -118,7 +118,7 @@ def test_training_through_a_quantised_map_keeps_no_dense_weight(bits: Bits) -> N
     assert not any(parameter.requires_grad for parameter in quantized.parameters())
 
 
-@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.04), (4, 0.5)])
+@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.04), (4, 0.5), (3, 1.0)])
 def test_a_model_with_quantised_layers_says_nearly_the_same(
     model: PreTrainedModel, bits: Bits, allowed: float
 ) -> None:
@@ -141,7 +141,7 @@ def test_other_parameters_are_shared(model: PreTrainedModel) -> None:
     assert all(quantized[name] is whole[name] for name in norms)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_an_adapter_learns_through_quantised_layers(model: PreTrainedModel, bits: Bits) -> None:
     stack = layer_stack(model)
     model.requires_grad_(False)
@@ -151,7 +151,7 @@ def test_an_adapter_learns_through_quantised_layers(model: PreTrainedModel, bits
     assert all(parameter.grad is not None for parameter in stack[0].parameters())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
 def test_a_quantised_layer_survives_a_file(
     model: PreTrainedModel, tmp_path: Path, bits: Bits, pruned: bool
@@ -173,7 +173,7 @@ def test_a_quantised_layer_survives_a_file(
 
 def test_another_number_of_bits_is_refused() -> None:
     with pytest.raises(UsageError, match="bits"):
-        quantize_layer(nn.Sequential(nn.Linear(2, 2)), 3)  # type: ignore[arg-type]
+        quantize_layer(nn.Sequential(nn.Linear(2, 2)), 5)  # type: ignore[arg-type]
 
 
 def test_a_layer_that_is_quantised_already_is_refused() -> None:

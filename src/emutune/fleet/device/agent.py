@@ -14,7 +14,7 @@ from emutune.fleet.device.cache import Cache
 from emutune.fleet.device.client import POLL_S, FleetClient, RefusedError
 from emutune.fleet.device.errand import Errand
 from emutune.fleet.device.key import device_key
-from emutune.fleet.device.state import Arrival, Memory, Task, Work, check_texts
+from emutune.fleet.device.state import Arrival, Memory, Task, Work, check_texts, model_of, texts_of
 from emutune.fleet.device.telling import Telling
 from emutune.fleet.protocol import FleetInfo, Lease, Report, Result
 from emutune.fleet.security import secret_sha256
@@ -39,7 +39,8 @@ async def run_device(
 
     Args:
         client: the connection, with the device's credentials.
-        data: directory of texts; the tasks take the files that end with ``.txt``, by name, round robin.
+        data: directory of texts; the tasks take the files that end with ``.txt``, by name, round robin. They are of
+            the fleet's first model, and those in a folder of the model that is called so.
         cache: directory of everything that the device keeps.
         cache_bytes: the most that shards may take there.
         tasks: how many to do before the device leaves the fleet; None to go on until the server ends it.
@@ -69,14 +70,15 @@ class Device:
         self.abilities = abilities
         credentials = client.credentials
         self.memory = Memory(cache.directory / "state.json", credentials.fleet, credentials.device)
-        self.info: FleetInfo | None = None
+        self.info: FleetInfo
         self._ratios: dict[tuple[str, str], float | None] = {}
 
     async def join(self) -> None:
         """Enrol, and get ready to train.
 
         Raises:
-            FleetError: the fleet is another one, or its smallest emulator does not fit where it must.
+            FleetError: the fleet is another one or does not serve the model of a text, or the smallest emulator does
+                not fit where it must.
         """
         # On disk before the first task, so that the cache is this device's from now on.
         self.memory.change()
@@ -92,8 +94,12 @@ class Device:
                 f"{self.client.url}: is the fleet {self.info.name!r}, the credentials are for "
                 f"{self.client.credentials.fleet!r}; give that fleet's address, or credentials of this one"
             )
-        self.abilities.check(self.info)
+        wanted = {(model := model_of(self.data, path, self.info)).base: model for path in texts_of(self.data)}
+        self.abilities.check(wanted.values(), self.cache.limit)
         await self.cache.prepare(self.info, self.client)
+        task = self.memory.state.task
+        if task is not None and task.model is None:
+            self.memory.change(task=task.model_copy(update={"model": self.info.base}))
         self.telling.remark(f"joined {self.info.name} as {self.client.credentials.device}")
 
     async def run(self, tasks: int | None) -> int:
@@ -117,7 +123,7 @@ class Device:
     async def _next_lease(self) -> Lease:
         """Report the task at hand and wait for what to do about it."""
         self.telling.stage("waiting for a lease", 0, 1, "")
-        task = await self.memory.written(self.telling.remark, lambda: self.memory.task(self.data))
+        task = await self.memory.written(self.telling.remark, lambda: self.memory.task(self.data, self.info))
         while True:
             # Again after every wait: a server that lost its last moments then knows of the task.
             await self.client.report(await self._report(task))
@@ -125,20 +131,27 @@ class Device:
                 return lease
 
     async def _report(self, task: Task) -> Report:
-        current = self.cache.current
+        base, used = task.model or self.info.base, self.cache.emulators.used
+        current, several = used.get(base), len(self.info.models) > 1
         return Report(
             task=task.task,
             data_bytes=task.bytes,
             data_sha256=task.sha256,
             perplexity_ratio=None if current is None else await self._ratio(task, current),
             emulator=None if current is None else current["name"],
+            model=base if several else None,
+            held=tuple((base, None if one is None else one["name"]) for base, one in used.items())
+            if several
+            else (),
             cache_bytes=self.cache.limit,
             memory_bytes=self.abilities.memory_bytes,
             private=self.abilities.private,
+            transmit_w=self.abilities.transmit_w,
+            compute_w=self.abilities.compute_w,
         )
 
     async def _ratio(self, task: Task, current: dict[str, Any]) -> float | None:
-        key = (task.task, current["name"])
+        key = (task.task, f"{current['base']} {current['name']}")
         if key not in self._ratios:
             self._ratios = {key: await self._measured_ratio(task, current)}
         return self._ratios[key]

@@ -1,9 +1,8 @@
-"""A device's cache: the shards of one emulator, whole and verified, within a quota.
+"""A device's cache: the shards of emulators, whole and verified, within a quota.
 
 CACHE/shards/<sha256>.safetensors   verified when they arrived, and again at every start
 CACHE/shards/<sha256>.partial       what has arrived of a shard
-CACHE/current.json                  manifest of the emulator that is there as a whole
-CACHE/catalogue.json, tokenizer/    of the foundation model, for ``emutune.tuning.catalogue``
+CACHE/held.json, models/<base>/     see ``emutune.fleet.device.emulators``
 CACHE/lock                          held while a device uses the cache
 """
 
@@ -14,7 +13,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,43 +22,24 @@ from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, Field, ValidationError
 
 from emutune.errors import FleetError
 from emutune.fleet.device.client import FleetClient
+from emutune.fleet.device.emulators import Emulators, model_folder, shards_of
 from emutune.fleet.device.files import (
     PartialFile,
     hash_file,
-    remove_durably,
     replace_durably,
     write_durably,
 )
 from emutune.fleet.disk import no_room
-from emutune.fleet.protocol import FleetInfo, Sha256
+from emutune.fleet.protocol import FleetInfo, ModelInfo
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(safetensors|partial)")
 _DAMAGED_AT_MOST = 4
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 Progress = Callable[[int, int], None]
-
-
-class _Shard(BaseModel):
-    sha256: Sha256
-    bytes: int = Field(ge=1)
-
-
-class _Layer(BaseModel):
-    shard: _Shard
-
-
-class _Manifest(BaseModel):
-    """What of an emulator's manifest concerns a cache; the rest needs torch to be read."""
-
-    base: Sha256
-    name: str = Field(min_length=1, max_length=200)
-    outer: _Shard
-    layers: list[_Layer] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -79,40 +59,21 @@ class _Wanted:
     path: Path
 
 
-def shards_of(emulator: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of each distinct shard of an emulator, by its SHA-256.
-
-    Args:
-        emulator: its manifest, as JSON of ``emutune.tuning.manifest.Emulator``.
-
-    Raises:
-        FleetError: it is no manifest.
-    """
-    try:
-        manifest = _Manifest.model_validate(emulator)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FleetError(f"emulator.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return {
-        shard.sha256: shard.bytes for shard in (manifest.outer, *(layer.shard for layer in manifest.layers))
-    }
-
-
 class Cache:
     """A cache directory. Open it with ``async with``, which checks every shard.
 
     Attributes:
-        directory: where it is; laid out as a catalogue without manifests.
+        directory: where it is.
         limit: the most bytes that shards, whole and partial, may take.
         held: bytes of the verified shards, by SHA-256.
-        current: manifest of the emulator that is there as a whole.
+        emulators: those that are there as a whole.
         dropped: shards that were found damaged.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
         self.held: dict[str, int] = {}
-        self.current: dict[str, Any] | None = None
+        self.emulators = Emulators(directory)
         self.dropped: list[str] = []
         self._folder = directory / "shards"
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache")
@@ -133,7 +94,7 @@ class Cache:
         """Hash every shard and drop the damaged ones; returns those."""
         dropped = await self._in_thread(self._scan)
         self.dropped += dropped
-        self.current = self._read_current()
+        self.emulators.read(self.held)
         return dropped
 
     def missing(self, emulator: Mapping[str, Any]) -> dict[str, int]:
@@ -145,15 +106,19 @@ class Cache:
         sizes = (_size(self._partial(sha256)) for sha256 in self.missing(emulator))
         return sum(sizes)
 
-    async def fetch(self, emulator: Mapping[str, Any], client: FleetClient, progress: Progress) -> None:
-        """Hold an emulator: fetch what is missing, then forget what it does not need.
+    async def fetch(
+        self, emulator: Mapping[str, Any], client: FleetClient, progress: Progress, keep: Collection[str] = ()
+    ) -> None:
+        """Hold an emulator: fetch what is missing, then forget what neither it nor those that stay need.
 
-        What it does not need goes before, if there is no room for both.
+        What is to be forgotten goes before, if there is no room for all, and of the emulators that were to stay those
+        used longest ago.
 
         Args:
             emulator: its manifest.
             client: where shards come from.
             progress: told the bytes that are there, and all that were missing.
+            keep: bases of the other models whose emulators stay.
 
         Raises:
             FleetError: the emulator is larger than the cache, the disk is full, or the server sends
@@ -163,51 +128,72 @@ class Cache:
         if sum(needed.values()) > self.limit:
             raise FleetError(
                 f"--cache-mb: the emulator has {sum(needed.values())} bytes, the cache may have {self.limit}; "
-                f"give at least {_megabytes(sum(needed.values()))}"
+                f"give at least {megabytes(sum(needed.values()))}"
             )
         with self._writing():
-            self._make_room(needed)
+            self._make_room(needed, self._kept(emulator, keep))
             missing = self.missing(emulator)
             total, done = sum(missing.values()), 0
             for sha256, size in missing.items():
                 await self._fetch_shard(client, sha256, size, partial(_told, progress, done, total))
                 done += size
-            if self.current != emulator:
-                write_durably(self._current, json.dumps(emulator))
-                self.current = dict(emulator)
-            self._forget(set(self.held) - set(needed))
+            self.emulators.use(dict(emulator))
+            self._forget(set(self.held).difference(needed, *self._kept(emulator, keep)))
+
+    def _kept(self, emulator: Mapping[str, Any], keep: Collection[str]) -> list[set[str]]:
+        """Shards of the emulators of other models that are to stay, the last used first."""
+        return [
+            set(shards_of(other))
+            for base, other in self.emulators.whole.items()
+            if base in keep and base != emulator["base"]
+        ]
 
     async def prepare(self, info: FleetInfo, client: FleetClient) -> None:
-        """Hold the model's description and tokenizer, as a catalogue has them.
+        """Hold the description and the tokenizer of every model, as a catalogue has them.
 
         Raises:
-            FleetError: the cache cannot hold the smallest emulator, or the files cannot be written.
+            FleetError: the cache cannot hold the smallest emulator of any, or the files cannot be written.
         """
-        if info.smallest_bytes > self.limit:
+        smallest = min(model.smallest_bytes for model in info.models)
+        if smallest > self.limit:
             raise FleetError(
-                f"--cache-mb: the smallest emulator of the fleet {info.name!r} has {info.smallest_bytes} bytes, the "
-                f"cache may have {self.limit}; give at least {_megabytes(info.smallest_bytes)}"
+                f"--cache-mb: the smallest emulator of the fleet {info.name!r} has {smallest} bytes, the "
+                f"cache may have {self.limit}; give at least {megabytes(smallest)}"
             )
+        with self._writing():
+            self.emulators.serve([model.base for model in info.models])
+            for model in info.models:
+                await self._prepare_model(model, "" if model is info else f"?model={model.base}", client)
+            self._tidy({model.base for model in info.models})
+
+    def _tidy(self, bases: Collection[str]) -> None:
+        """Delete what is of models that are not served, and where a device kept things that knew of one."""
+        for folder in (self.directory / "models").iterdir():
+            if folder.name not in bases:
+                shutil.rmtree(folder, ignore_errors=True)
+        for name in ("catalogue.json", "adapter.safetensors"):
+            (self.directory / name).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / "tokenizer", ignore_errors=True)
+
+    async def _prepare_model(self, model: ModelInfo, asked: str, client: FleetClient) -> None:
         described = {
             "format_version": "1",
-            "base": info.base,
-            "config": info.config,
-            "layers": info.layers,
-            "bottom": info.bottom,
-            "top": info.top,
+            "base": model.base,
+            "config": model.config,
+            "layers": model.layers,
+            "bottom": model.bottom,
+            "top": model.top,
             "text": "",
         }
-        with self._writing():
-            write_durably(self.directory / "catalogue.json", json.dumps(described, indent=1))
-            if self.current is not None and self.current["base"] != info.base:
-                self._forget_current()
-            folder = self.directory / "tokenizer"
-            folder.mkdir(exist_ok=True)
-            for path in folder.iterdir():
-                if path.name not in info.tokenizer:
-                    path.unlink()
-            for name, sha256 in info.tokenizer.items():
-                await self._fetch_tokenizer_file(folder, name, sha256, client)
+        home = model_folder(self.directory, model.base)
+        folder = home / "tokenizer"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(home / "catalogue.json", json.dumps(described, indent=1))
+        for path in folder.iterdir():
+            if path.name not in model.tokenizer:
+                path.unlink()
+        for name, sha256 in model.tokenizer.items():
+            await self._fetch_tokenizer_file(folder, name, sha256, asked, client)
 
     async def fetch_adapter(self, client: FleetClient, lease: str, path: Path, wait_s: float) -> str | None:
         """Fetch the adapter of a lease to a file; its SHA-256, or None if there is none within some time."""
@@ -220,14 +206,16 @@ class Cache:
             replace_durably(aside, path)
         return sha256
 
-    async def _fetch_tokenizer_file(self, folder: Path, name: str, sha256: str, client: FleetClient) -> None:
+    async def _fetch_tokenizer_file(
+        self, folder: Path, name: str, sha256: str, asked: str, client: FleetClient
+    ) -> None:
         if Path(name).name != name or name in ("", ".", ".."):
             raise FleetError(f"tokenizer: the server names a file {name!r}, which is no plain name")
         path = folder / name
         if path.is_file() and (await self._in_thread(lambda: hash_file(path)))[0] == sha256:
             return
         aside = self.directory / "tokenizer.partial"
-        await self._download(client, _Wanted(f"/v1/tokenizer/{name}", sha256, None, aside, path))
+        await self._download(client, _Wanted(f"/v1/tokenizer/{name}{asked}", sha256, None, aside, path))
 
     async def _fetch_shard(
         self, client: FleetClient, sha256: str, size: int, grown: Callable[[int], None]
@@ -263,8 +251,8 @@ class Cache:
             f"{wanted.route}: arrived damaged {_DAMAGED_AT_MOST} times; check the server's catalogue and this disk"
         )
 
-    def _make_room(self, needed: Mapping[str, int]) -> None:
-        """Forget what an emulator does not need, if quota or disk cannot hold both."""
+    def _make_room(self, needed: Mapping[str, int], kept: list[set[str]]) -> None:
+        """Forget what an emulator does not need, if quota or disk cannot hold all."""
         for path in self._folder.glob("*.partial"):
             if path.stem not in needed or path.stem in self.held:
                 path.unlink()
@@ -272,13 +260,12 @@ class Cache:
         arriving = sum(missing.values()) - sum(_size(self._partial(sha256)) for sha256 in missing)
         over = sum(self.held.values()) + sum(missing.values()) - self.limit
         over = max(over, arriving - shutil.disk_usage(self._folder).free)
-        spare = sorted(set(self.held) - set(needed), key=lambda sha256: -self.held[sha256])
         leaving: set[str] = set()
-        for sha256 in spare:
+        for some in self._spare(needed, kept):
             if over <= 0:
                 break
-            over -= self.held[sha256]
-            leaving.add(sha256)
+            over -= sum(self.held[sha256] for sha256 in some)
+            leaving |= some
         self._forget(leaving)
         free = shutil.disk_usage(self._folder).free
         if arriving > free:
@@ -286,24 +273,18 @@ class Cache:
                 f"--cache {self.directory}: {arriving} bytes have to arrive, the disk has {free} free; free some space"
             ) from no_room()
 
+    def _spare(self, needed: Mapping[str, int], kept: list[set[str]]) -> Iterator[set[str]]:
+        """What may go, one after another: what nobody needs by its size, then emulators, longest unused first."""
+        loose = set(self.held).difference(needed, *kept)
+        yield from ({sha256} for sha256 in sorted(loose, key=lambda sha256: -self.held[sha256]))
+        for last in reversed(range(len(kept))):
+            yield kept[last].difference(needed, *kept[:last])
+
     def _forget(self, leaving: set[str]) -> None:
-        if self.current is not None and leaving & set(shards_of(self.current)):
-            self._forget_current()
+        self.emulators.give_up(leaving)
         for sha256 in leaving:
             self._whole(sha256).unlink(missing_ok=True)
             self.held.pop(sha256, None)
-
-    def _forget_current(self) -> None:
-        # Before its shards: a manifest on disk is of an emulator that is there.
-        remove_durably(self._current)
-        self.current = None
-
-    def _read_current(self) -> dict[str, Any] | None:
-        try:
-            emulator: dict[str, Any] = json.loads(self._current.read_text("utf-8"))
-            return emulator if not self.missing(emulator) else None
-        except (OSError, ValueError, FleetError):
-            return None
 
     def _scan(self) -> list[str]:
         held: dict[str, int] = {}
@@ -344,10 +325,6 @@ class Cache:
                 f"--cache {self.directory}: cannot be used ({error.strerror or error}); {remedy}"
             ) from error
 
-    @property
-    def _current(self) -> Path:
-        return self.directory / "current.json"
-
     def _whole(self, sha256: str) -> Path:
         return self._folder / f"{sha256}.safetensors"
 
@@ -366,5 +343,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _megabytes(size: int) -> int:
+def megabytes(size: int) -> int:
+    """The whole number of MB that holds so many bytes."""
     return -(-size // 1_000_000)

@@ -16,7 +16,9 @@ from emutune.errors import CatalogueError, EmutuneError, FleetError
 from emutune.fleet import disk
 from emutune.fleet.device.cache import Cache
 from emutune.fleet.device.client import POLL_S, FleetClient, RefusedError
+from emutune.fleet.device.emulators import model_folder
 from emutune.fleet.device.files import hash_file
+from emutune.fleet.device.pace import Pace
 from emutune.fleet.device.state import Answer, Memory, Task, Work, unchanged
 from emutune.fleet.device.telling import Telling
 from emutune.fleet.protocol import Lease, Result, Transferred
@@ -146,6 +148,7 @@ class Errand:
             emulator,
             self.client,
             lambda done, total: self.telling.progress("fetching the emulator", done, total),
+            self.lease.keep,
         )
 
     async def _start(self, folder: Path) -> Path | None:
@@ -154,7 +157,7 @@ class Errand:
         if start is None:
             return None
         path = folder / "start.safetensors"
-        for known in (path, self.cache.directory / "adapter.safetensors"):
+        for known in (path, self._newest):
             if known.is_file() and hash_file(known)[0] == start:
                 return known
         for _ in range(_DAMAGED_AT_MOST):
@@ -167,9 +170,10 @@ class Errand:
         from emutune.fleet.device import work
 
         stopping, training = threading.Event(), self.lease.training
+        pace = Pace(self.lease.training_s, training.steps, stopping)
 
         def report(progress: Any) -> None:
-            if stopping.is_set():
+            if not pace.keep(progress):
                 raise _StoppedError
             remark = f"loss {progress.losses[-1]:.3f}"
             self.telling.progress("training", progress.step, training.steps, remark)
@@ -211,9 +215,16 @@ class Errand:
             raise FleetError(f"task {self.lease.task}: is none of this device's; was its cache deleted?")
         return task
 
+    @property
+    def _newest(self) -> Path:
+        """Where the newest adapter of the task's model outlives its lease."""
+        base = self._task().model
+        assert base is not None
+        return model_folder(self.cache.directory, base) / "adapter.safetensors"
+
     def _keep(self, adapter: Path) -> None:
-        """Keep the newest adapter where it outlives its lease."""
-        kept = self.cache.directory / "adapter.safetensors"
+        kept = self._newest
+        kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(kept.name + ".partial")
         shutil.copyfile(adapter, aside)
         aside.replace(kept)

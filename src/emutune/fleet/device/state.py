@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from emutune.errors import FleetError
 from emutune.fleet import disk
 from emutune.fleet.device.files import hash_file, write_durably
-from emutune.fleet.protocol import Lease, Result, Transferred
+from emutune.fleet.protocol import FleetInfo, Lease, ModelInfo, Result, Transferred
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A machine without a clock of its own starts in 1970.
@@ -35,12 +35,14 @@ class Task(_Remembered):
 
     Attributes:
         task: its name in the protocol.
-        file: name of its text in the data directory.
+        file: its text, seen from the data directory.
+        model: hash of the foundation model that it is of; None if it was made when there was one.
         bytes, sha256: of that file when the task was made.
     """
 
     task: str
     file: str
+    model: str | None = None
     bytes: int = Field(ge=1)
     sha256: str
 
@@ -152,18 +154,20 @@ class Memory:
                 remark(str(error))
                 await asyncio.sleep(disk.LOOK_AGAIN_S)
 
-    def task(self, data: Path) -> Task:
+    def task(self, data: Path, info: FleetInfo) -> Task:
         """The task at hand; if there is none, one is made of the next text, by name and round robin.
 
         Raises:
-            FleetError: there is no text.
+            FleetError: there is no text, or it is of a model that the fleet does not serve.
         """
-        if self.state.task is None:
+        known = self.state.task
+        if known is None or known.model not in (None, *(model.base for model in info.models)):
             texts = texts_of(data)
             path = texts[self.state.number % len(texts)]
             sha256, size = _hashed(path)
             name = f"{self.state.nonce}-{self.state.number}-{sha256[:12]}"
-            task = Task(task=name, file=path.name, bytes=size, sha256=sha256)
+            file, model = path.relative_to(data).as_posix(), model_of(data, path, info).base
+            task = Task(task=name, file=file, model=model, bytes=size, sha256=sha256)
             self.change(task=task, number=self.state.number + 1)
         assert self.state.task is not None
         return self.state.task
@@ -180,18 +184,20 @@ class Memory:
 
 
 def texts_of(data: Path) -> list[Path]:
-    """The texts of a data directory, by name.
+    """The texts of a data directory and of the folders in it, by their own names.
 
     Raises:
-        FleetError: there is none, or one is empty or not UTF-8.
+        FleetError: there is none, or one cannot be read.
     """
     try:
-        texts = sorted(path for path in data.iterdir() if path.suffix == ".txt" and path.is_file())
+        folders = [data, *(path for path in data.iterdir() if path.is_dir())]
+        inside = [path for folder in folders for path in folder.iterdir()]
+        texts = [path for path in inside if path.suffix == ".txt" and path.is_file()]
     except OSError as error:
         raise FleetError(f"--data {data}: cannot be read: {error.strerror}; give a directory") from error
     if not texts:
         raise FleetError(f"--data {data}: holds no text; put files with names that end with .txt there")
-    return texts
+    return sorted(texts, key=lambda path: (path.name, path))
 
 
 def check_texts(data: Path) -> None:
@@ -210,6 +216,25 @@ def check_texts(data: Path) -> None:
             raise FleetError(f"--data {path}: not UTF-8 text; convert it, or take it away") from error
         if blank:
             raise FleetError(f"--data {path}: holds no text; write some into it, or take it away")
+
+
+def model_of(data: Path, text: Path, info: FleetInfo) -> ModelInfo:
+    """The foundation model that a text is of: the one whose name its folder has, the first where it has none.
+
+    Raises:
+        FleetError: the fleet serves no model of that name.
+    """
+    if text.parent == data:
+        return info
+    folder = text.parent.name
+    named = {name: model for model in info.models for name in (model.base[:12], model.called)}
+    if folder not in named:
+        names = ", ".join(model.called for model in info.models)
+        raise FleetError(
+            f"--data {text.parent}: the fleet serves no model {folder!r}, but {names}; give the folder such a name, or "
+            f"put its texts directly into {data}, where they are of {info.called}"
+        )
+    return named[folder]
 
 
 def unchanged(data: Path, task: Task) -> Path:

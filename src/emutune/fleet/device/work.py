@@ -14,14 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
 from emutune.errors import CatalogueError, CheckpointError, DataError
+from emutune.fleet.device.emulators import model_folder
 from emutune.fleet.device.files import hash_file, write_durably
 from emutune.fleet.protocol import Perplexity, Seconds, Sha256, Training
 from emutune.fleet.training import trainer_config
 from emutune.tuning.adapters import (
     attach,
-    check_belongs,
     copy_values,
-    load_adapter,
     save_adapter,
     start_from,
 )
@@ -71,7 +70,7 @@ def train_adapter(
     there, it returns at once.
 
     Args:
-        cache: the shards, laid out as a catalogue.
+        cache: directory of a ``Cache``.
         manifest: of the emulator, as JSON.
         text: the task's file; of what training needs of it eight of ten blocks train, one chooses the state, one is
             measured.
@@ -119,7 +118,7 @@ def perplexity_ratio(cache: Path, manifest: dict[str, Any], text: Path) -> float
     """Perplexity of an emulator on a task's text, over that on the calibration text.
 
     Args:
-        cache: the shards, laid out as a catalogue.
+        cache: directory of a ``Cache``.
         manifest: of the emulator, as JSON.
         text: the task's file, of whose held-back blocks a few from all over are measured.
 
@@ -142,28 +141,18 @@ def perplexity_ratio(cache: Path, manifest: dict[str, Any], text: Path) -> float
     return measured / emulator.perplexity
 
 
-def check_adapter(cache: Path, path: Path) -> None:
-    """Refuse a file that is no adapter of the cache's model.
-
-    Raises:
-        AdapterError: it is none, or of another model.
-    """
-    info = open_catalogue(cache).info
-    manifest, _ = load_adapter(path)
-    check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
-
-
 def _opened(cache: Path, manifest: dict[str, Any]) -> tuple[Catalogue, Emulator]:
-    catalogue = open_catalogue(cache)
     try:
         emulator = Emulator.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         raise CatalogueError(f"emulator.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if emulator.base != catalogue.info.base:
+    home = model_folder(cache, emulator.base)
+    if not home.is_dir():
         raise CatalogueError(
-            f"emulator {emulator.name}: is of the model {emulator.base[:12]}, the fleet's is {catalogue.info.base[:12]}"
+            f"emulator {emulator.name}: is of the model {emulator.base[:12]}, which the fleet does not serve"
         )
+    catalogue = open_catalogue(home, cache / "shards")
     indices = {entry.index for entry in emulator.layers}
     if not indices.issuperset(catalogue.info.adapter_layers):
         raise CatalogueError(f"emulator {emulator.name}: lacks some of the adapter layers")

@@ -13,27 +13,25 @@ from emutune.tuning.inventory import CatalogueInfo
 
 @dataclass(frozen=True)
 class Adapters:
-    """A directory of adapters.
-
-    Attributes:
-        directory: where they are; must exist before one is kept.
-        info: of the model that they belong to.
-    """
+    """A directory of adapters, which must exist before one is kept."""
 
     directory: Path
-    info: CatalogueInfo
 
     def path(self, sha256: str) -> Path:
         """Where an adapter is."""
         return self.directory / f"{sha256}.safetensors"
 
-    def keep(self, path: Path) -> str:
+    def keep(self, path: Path, info: CatalogueInfo) -> str:
         """Move an adapter to where it is named by its content; returns its SHA-256.
+
+        Args:
+            path: its file.
+            info: of the foundation model that it is to belong to.
 
         Raises:
             AdapterError: it belongs to another model, or to other layers.
         """
-        manifest, info = read_manifest(path), self.info
+        manifest = read_manifest(path)
         check_belongs(manifest, base=info.base, layers=info.layers, layer_map=info.adapter_layers)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ _BYTES: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
 def create_app(
     hub: Hub,
     ledger: AskLedger,
-    catalogue_directory: Path,
+    catalogues: Mapping[str, Path],
     work: Path,
     limits: Limits,
     bucket_of: BucketOf,
@@ -50,7 +51,7 @@ def create_app(
             copies before the ledger says that they are complete; adapters as
             ``work/adapters/SHA256.safetensors``.
         ledger: knows the devices' keys.
-        catalogue_directory: whose shards and tokenizer are served.
+        catalogues: by the hash of each foundation model the directory whose shards and tokenizer are served.
         work: of uploads and adapters; made if it does not exist.
         limits: of what is taken.
         bucket_of: the link that a device's shards for a lease go over; None if it is not shaped.
@@ -66,7 +67,7 @@ def create_app(
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.fleet = routes.Shared(hub, ledger, catalogue_directory, work, limits, bucket_of)
+    app.state.fleet = routes.Shared(hub, ledger, catalogues, work, limits, bucket_of)
     app.state.connections = Connections(limits, ledger)
     app.add_middleware(routes.Using, places=app.state.fleet.places)
     refusals.install(app, ledger)

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from emutune.errors import FleetError
-from emutune.fleet.server.choices import Candidate, Choice, Forecast
-from emutune.fleet.server.links import plain_law
+from emutune.fleet.server.choices import Candidate, Choice, Forecast, Opening
+from emutune.fleet.server.drawn import Draws
 from emutune.learning.agents import LearnedPolicy
 from emutune.learning.training import load_policy
 from emutune.policies import Policy
+from emutune.policies.own import plain_failures
 from emutune.policies.registry import baseline_policy
 from emutune.scenario import Scenario
 from emutune.step import (
+    Models,
     Plan,
     Situation,
     at_server,
     downlink_bps,
-    empty_cache,
     on_ue,
     possible_case,
     possible_plan,
-    situation_of,
+    put_in_cache,
     uplink_bps,
 )
 from emutune.step.link import downlink_gain, parts, uplink_gain
 from emutune.step.taken import share
-from emutune.world import World, build_world
+from emutune.world import Carried, World, build_world, situation_at
+from emutune.world.dynamics import during as situation_during
 
 # More than any radio carries, and little enough for the ratio to be a number in single precision.
 _MOST_BITS_PER_HZ = 50.0
@@ -45,36 +49,34 @@ class Decider:
     Args:
         scenario: the world that the policy knows.
         policy: what decides.
-        seed: of policies that draw.
+        seed: of policies that draw, and of what is drawn for devices.
+        shaped: whether links, speeds and who has a task are drawn from the scenario's laws.
+        episode: how many steps belong together; as many as the scenario has tasks if not given.
 
     Raises:
-        FleetError: the scenario is one of several foundation models, of devices that differ in what a fleet
-            does not know of its own, or of links that a fleet cannot have.
+        FleetError: the scenario is one of downloads that devices share.
     """
 
-    def __init__(self, scenario: Scenario, policy: Policy, seed: int = 0) -> None:
-        if scenario.families is not None:
-            raise FleetError(
-                f"scenario {scenario.name!r}: has several foundation models, but a fleet serves one; use a policy "
-                "for a scenario without the section families"
-            )
-        for section in ("computation", "energy"):
-            if getattr(scenario, section) is not None:
-                raise FleetError(
-                    f"scenario {scenario.name!r}: has the section {section}, which devices of a fleet do not "
-                    "report; use a policy for a scenario without it"
-                )
+    def __init__(
+        self,
+        scenario: Scenario,
+        policy: Policy,
+        seed: int = 0,
+        *,
+        shaped: bool = False,
+        episode: int | None = None,
+    ) -> None:
         if scenario.download is not None and scenario.download.multicast:
             raise FleetError(
                 f"scenario {scenario.name!r}: has download.multicast, but a fleet sends each device its own layers "
                 "over its own connection; set download.multicast = false"
             )
-        plain_law(scenario)
         self.scenario = scenario
-        world = build_world(scenario)
+        world = build_world(with_episode(scenario, episode))
         # Whatever the scenario says, devices have limits.
         self._world = replace(world, rules=replace(world.rules, limits_memory=True))
-        self._policy = policy
+        self._draws = Draws(self._world, seed)
+        self.policy, self._shaped = policy, shaped
         self._key = jax.random.key(seed)
 
     def world(self, ues: int) -> World:
@@ -85,19 +87,30 @@ class Decider:
         """One choice a device; the same for the same step and candidates."""
         world = _with_bands(self.world(len(candidates)), candidates)
         key = jax.random.fold_in(self._key, step)
-        progress = (step % world.tasks) / world.tasks
-        plan = _decide(world, self._policy, _situation(world, progress, candidates), key)
-        return [Choice(bool(z), int(k)) for z, k in zip(*map(np.asarray, plan), strict=True)]
+        with plain_failures(self.policy):
+            found = _decide(world, self.policy, self._situation(world, step, candidates), key)
+            plan, stays = jax.device_get(found)
+        return [
+            Choice(bool(z), int(k), tuple(map(int, np.flatnonzero(kept))))
+            for z, k, kept in zip(*plan, stays, strict=True)
+        ]
 
     def forecast(
-        self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
+        self,
+        step: int,
+        candidates: Sequence[Candidate],
+        choices: Sequence[Choice],
+        bytes_to_move: Sequence[float],
+        during: bool = False,
     ) -> list[Forecast]:
         """What the system model predicts.
 
         Args:
+            step: which.
             candidates: as they were decided for.
             choices: what was decided.
             bytes_to_move: of the scenario, over each device's link: data, or what it lacks of an emulator.
+            during: at the gains that links are shaped to in the step, instead of those that are known before it.
         """
         world = _with_bands(self.world(len(candidates)), candidates)
         plan = Plan(
@@ -105,26 +118,45 @@ class Decider:
             jnp.asarray([choice.layers for choice in choices], jnp.int32),
         )
         bits = 8 * jnp.asarray(bytes_to_move, jnp.float32)
-        situation, measured = _situation(world, 0.0, candidates), _measured(candidates)
-        rates, delays, perplexities = _forecast(world, situation, measured, plan, bits)
+        situation = self._situation(world, step, candidates, during)
+        found = _forecast(world, situation, _measured(candidates), plan, bits)
+        parts, known = (jax.tree.map(np.asarray, each) for each in (found, situation))
         return [
-            Forecast(float(rate), float(delay), float(value))
-            for rate, delay, value in zip(rates, delays, perplexities, strict=True)
+            Forecast(
+                **{name: part.item(row) for name, part in parts._asdict().items()}, situation=_row(known, row)
+            )
+            for row in range(len(candidates))
         ]
 
+    def _situation(
+        self, world: World, step: int, candidates: Sequence[Candidate], during: bool = False
+    ) -> Situation:
+        """What is known of devices: what they reported, and what is drawn for them."""
+        number, row = divmod(step, world.tasks)
+        episode = self._draws.episode(number, [candidate.device for candidate in candidates])
+        now = jnp.asarray(row)
+        drawn = situation_at(world, episode, now, _carried(world, candidates))
+        if during:
+            drawn = situation_during(episode, now, drawn)
+        if not self._shaped:
+            drawn = _of_real_devices(world, drawn)
+        return _reported(world, drawn, candidates)
 
-def open_decider(
-    policy: str,
-    scenario: Scenario,
-    retention: float | None = None,
-    seed: int = 0,
-    sharing: Literal["equal", "none"] | None = None,
-) -> Decider:
+
+def with_episode(scenario: Scenario, steps: int | None) -> Scenario:
+    """A scenario whose episodes have so many steps; its own if None."""
+    if steps is None:
+        return scenario
+    return scenario.model_copy(update={"fleet": scenario.fleet.model_copy(update={"tasks": steps})})
+
+
+def open_decider(opening: Opening) -> Decider:
     """A decider for a run's directory, or for a rule's name, in its scenario or with links shared otherwise.
 
     Raises:
         FleetError: the policy is unknown, or its networks take a fixed number of UEs.
     """
+    scenario, policy = opening.scenario, opening.policy
     checkpoint = checkpoint_of(policy)
     if checkpoint is not None:
         learned, header = load_policy(checkpoint)
@@ -133,9 +165,10 @@ def open_decider(
                 f"--policy {policy}: its networks are flat, for exactly {header.scenario.fleet.ues} "
                 "UEs, but devices come and go; train with --network set"
             )
-        return Decider(_with_sharing(header.scenario, sharing), learned, seed)
-    scenario = _with_sharing(scenario, sharing)
-    return Decider(scenario, baseline_policy(policy, scenario, retention), seed)
+        scenario = header.scenario
+    scenario = _with_sharing(scenario, opening.sharing)
+    chosen = learned if checkpoint is not None else baseline_policy(policy, scenario, opening.retention)
+    return Decider(scenario, chosen, opening.seed, shaped=opening.shaped, episode=opening.episode)
 
 
 def _with_sharing(scenario: Scenario, sharing: Literal["equal", "none"] | None) -> Scenario:
@@ -159,12 +192,18 @@ def checkpoint_of(policy: str) -> Path | None:
 
 
 @jax.jit
-def _decide(world: World, policy: Policy, situation: Situation, key: jax.Array) -> Plan:
+def _decide(
+    world: World, policy: Policy, situation: Situation, key: jax.Array
+) -> tuple[Plan, Bool[jax.Array, "ues families"]]:
+    """A plan, and the other models of which each device that trains keeps its emulator."""
     plan = policy.decide(world, situation, key)
     # What a device that uploads would train with is of use where the server may not take its data.
     local = Plan(jnp.zeros_like(plan.at_server), plan.layers)
     there = possible_case(world.rules, situation, plan.at_server)
-    return Plan(there, possible_plan(world.rules, situation, local).layers)
+    layers = possible_plan(world.rules, situation, local).layers
+    held, _ = put_in_cache(world.rules, situation.held, situation.age, situation.family, layers)
+    others = jnp.arange(held.shape[-1]) != situation.family[..., None]
+    return Plan(there, layers), (held > 0) & others & ~there[..., None]
 
 
 class _Measured(NamedTuple):
@@ -175,11 +214,20 @@ class _Measured(NamedTuple):
     downward_s: jax.Array
 
 
+class _Parts(NamedTuple):
+    """Of every device; see ``Forecast``."""
+
+    rate_bps: jax.Array
+    transfer_s: jax.Array
+    training_s: jax.Array
+    transfer_w: jax.Array
+    training_w: jax.Array
+    perplexity: jax.Array
+
+
 @jax.jit
-def _forecast(
-    world: World, situation: Situation, measured: _Measured, plan: Plan, bits: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rate of every link in use, delay and perplexity of every device, when so many bits are moved."""
+def _forecast(world: World, situation: Situation, measured: _Measured, plan: Plan, bits: jax.Array) -> _Parts:
+    """What every device's choice comes to when so many bits are moved."""
     rules, links = world.rules, world.rules.links
     sends, loads = plan.at_server & (bits > 0), ~plan.at_server & (bits > 0)
     downward = downlink_bps(links, situation.downlink_gain)
@@ -195,7 +243,15 @@ def _forecast(
     loaders = jnp.maximum(parts(links, jnp.sum(loads, dtype=jnp.float32)), 1.0)
     upward = uplink_bps(links, power_w, situation.gain, uploaders)
     latency_s = jnp.where(sends, measured.upward_s, 0.0) + jnp.where(loads, measured.downward_s, 0.0)
-    return jnp.where(sends, upward, downward / loaders), taken.delay_s + latency_s, taken.perplexity
+    counts = 1.0 if rules.uses_energy else 0.0
+    return _Parts(
+        rate_bps=jnp.where(sends, upward, downward / loaders),
+        transfer_s=taken.upload_s + taken.download_s + latency_s,
+        training_s=taken.training_s,
+        transfer_w=counts * jnp.where(plan.at_server, situation.transmit_power_w, rules.receive_w),
+        training_w=counts * jnp.where(plan.at_server, 0.0, situation.compute_w),
+        perplexity=taken.perplexity,
+    )
 
 
 def _measured(candidates: Sequence[Candidate]) -> _Measured:
@@ -222,39 +278,77 @@ def _rates(candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
     return up, down
 
 
-def _situation(world: World, progress: float, candidates: Sequence[Candidate]) -> Situation:
-    """What devices reported; a fleet knows of one foundation model and of no other differences yet."""
-    _, age = empty_cache(world.rules, len(candidates))
-    links, told, power_w = (
-        world.rules.links,
-        _column(candidates, "gain"),
-        _column(candidates, "transmit_power_w"),
+def _carried(world: World, candidates: Sequence[Candidate]) -> Carried:
+    """What devices hold, and have spent."""
+    nothing, rising = [0] * world.rules.models.families, range(world.rules.models.families)
+    held = [candidate.held or nothing for candidate in candidates]
+    # Where a device keeps one emulator, none makes room for being old.
+    age = [(world.rules.several and candidate.age) or rising for candidate in candidates]
+    spent_j = _single([candidate.spent_j for candidate in candidates])
+    return Carried(jnp.asarray(held, jnp.int32), jnp.asarray(age, jnp.int32), spent_j)
+
+
+def _of_real_devices(world: World, drawn: Situation) -> Situation:
+    """Nothing is known of a real link before it has moved something, and whoever reports a task has one."""
+    middle, everywhere = world.radio.middle_gain, jnp.ones_like(drawn.gain)
+    return drawn._replace(
+        gain=middle * everywhere,
+        downlink_gain=middle * everywhere,
+        active=jnp.ones_like(drawn.active),
+        distance_m=world.radio.place.distance_m.mean() * everywhere,
+        approach_m=0 * everywhere,
     )
+
+
+def _reported(world: World, drawn: Situation, candidates: Sequence[Candidate]) -> Situation:
+    """A situation with what devices reported, and what was measured, in the place of what was drawn."""
+    links = world.rules.links
+    power_w = _told(candidates, "transmit_power_w", drawn.transmit_power_w)
+    tflops = _told(candidates, "tflops", drawn.tflops)
+    gain, downlink = (_told(candidates, "gain", each) for each in (drawn.gain, drawn.downlink_gain))
     up, down = _rates(candidates)
-    held = jnp.asarray([[candidate.cached_layers] for candidate in candidates], jnp.int32)
-    return situation_of(
-        progress=jnp.asarray(progress, jnp.float32),
-        complexity=_column(candidates, "complexity"),
-        data_bits=8 * _column(candidates, "data_bytes"),
+    # A faster device than was thought takes as much energy for an operation.
+    compute_w = drawn.compute_w * jnp.where(tflops == drawn.tflops, 1.0, tflops / drawn.tflops)
+    return drawn._replace(
+        family=jnp.asarray([candidate.family for candidate in candidates], jnp.int32),
+        complexity=_single([candidate.complexity for candidate in candidates]),
+        data_bits=8 * _single([candidate.data_bytes for candidate in candidates]),
         transmit_power_w=power_w,
-        gain=jnp.where(up > 0, _single(uplink_gain(links, np.asarray(power_w), up)), told),
-        downlink_gain=jnp.where(down > 0, _single(downlink_gain(links, down)), told),
-        memory_bits=_largest_bits(world, candidates),
+        gain=jnp.where(up > 0, _single(uplink_gain(links, np.asarray(power_w), _there(up))), gain),
+        downlink_gain=jnp.where(down > 0, _single(downlink_gain(links, _there(down))), downlink),
+        tflops=tflops,
+        compute_w=_told(candidates, "compute_w", compute_w),
+        memory_bits=_largest_bits(world.rules.models, candidates),
         private=jnp.asarray([candidate.private for candidate in candidates]),
-        held=held,
-        age=age,
     )
 
 
-def _largest_bits(world: World, candidates: Sequence[Candidate]) -> jax.Array:
+def _largest_bits(models: Models, candidates: Sequence[Candidate]) -> jax.Array:
     """What the largest emulator that each device can train with takes by the scenario."""
-    bits = world.rules.models.memory_bits[0]
-    return bits[jnp.asarray([min(candidate.most_layers, len(bits) - 1) for candidate in candidates])]
+    most = [min(candidate.most_layers, models.most) for candidate in candidates]
+    return models.memory_bits[jnp.asarray([candidate.family for candidate in candidates]), jnp.asarray(most)]
 
 
-def _single(values: np.ndarray) -> jax.Array:
+def _there(rates: np.ndarray) -> np.ndarray:
+    """Rates that have a gain, in the place of those that were not measured too."""
+    return np.where(rates > 0, rates, 1.0)
+
+
+def _told(candidates: Sequence[Candidate], name: str, otherwise: jax.Array) -> jax.Array:
+    """What was told of each device, or else something."""
+    values = [getattr(candidate, name) for candidate in candidates]
+    told = jnp.asarray([value is not None for value in values])
+    return jnp.where(told, _single([value or 0.0 for value in values]), otherwise)
+
+
+def _single(values: Sequence[float] | np.ndarray) -> jax.Array:
     return jnp.asarray(values, jnp.float32)
 
 
-def _column(candidates: Sequence[Candidate], name: str) -> jax.Array:
-    return jnp.asarray([getattr(candidate, name) for candidate in candidates], jnp.float32)
+def _row(situation: Situation, device: int) -> dict[str, Any]:
+    """One device's part of a situation, as JSON has words for it: what is infinite limits nothing."""
+    parts = {
+        name: part.item() if part.ndim == 0 else part[device].tolist()
+        for name, part in situation._asdict().items()
+    }
+    return {name: part for name, part in parts.items() if isinstance(part, list) or math.isfinite(part)}

@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from emutune.errors import FleetError
 from emutune.fleet.server.child import ATTEMPTS, Child, answer_lines, errors_as_answers
-from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
-from emutune.fleet.server.links import middle_gain
+from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast, Opening
 from emutune.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -33,26 +32,6 @@ _DIED = f"--policy: the process that decides died {ATTEMPTS} times; look above f
 class _Message(BaseModel):
     # Forecasts may be infinite, which JSON has no word for.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-class Opening(_Message):
-    """Which policy decides, and where.
-
-    Attributes:
-        policy: a run's directory, or a rule's name.
-        scenario: the world of rules; a learned policy brings its own.
-        retention: of the rule ``fixed``.
-        seed: of policies that draw.
-        sharing: of links, where that is not as the scenario says.
-        content: SHA-256 of the policy's file as it was first read, "" for a rule; None before that.
-    """
-
-    policy: str
-    scenario: Scenario
-    retention: float | None = None
-    seed: int = 0
-    sharing: Literal["equal", "none"] | None = None
-    content: str | None = None
 
 
 class Open(_Message):
@@ -76,6 +55,8 @@ class Predict(_Message):
 
     kind: Literal["predict"] = "predict"
     opening: Opening
+    step: int
+    during: bool
     candidates: tuple[Candidate, ...]
     choices: tuple[Choice, ...]
     bytes_to_move: tuple[float, ...]
@@ -102,14 +83,22 @@ class ChildDecider:
     async def decide(self, step: int, candidates: Sequence[Candidate]) -> list[Choice]:
         """See ``Deciding.decide``."""
         question = Decide(opening=self._opening, step=step, candidates=tuple(candidates))
-        return [Choice(**row) for row in (await _asked(self._child, question))["choices"]]
+        rows = (await _asked(self._child, question))["choices"]
+        return [Choice(row["at_server"], row["layers"], tuple(row["keep"])) for row in rows]
 
     async def forecast(
-        self, candidates: Sequence[Candidate], choices: Sequence[Choice], bytes_to_move: Sequence[float]
+        self,
+        step: int,
+        candidates: Sequence[Candidate],
+        choices: Sequence[Choice],
+        bytes_to_move: Sequence[float],
+        during: bool = False,
     ) -> list[Forecast]:
         """See ``Deciding.forecast``."""
         question = Predict(
             opening=self._opening,
+            step=step,
+            during=during,
             candidates=tuple(candidates),
             choices=tuple(choices),
             bytes_to_move=tuple(bytes_to_move),
@@ -118,27 +107,13 @@ class ChildDecider:
 
 
 @asynccontextmanager
-async def deciding(
-    policy: str,
-    scenario: Scenario,
-    retention: float | None = None,
-    seed: int = 0,
-    sharing: Literal["equal", "none"] | None = None,
-) -> AsyncIterator[ChildDecider]:
+async def deciding(opening: Opening) -> AsyncIterator[ChildDecider]:
     """A policy in a process that ends with the block, and is started again if it dies before.
-
-    Args:
-        policy: a run's directory, or a rule's name.
-        scenario: the world of rules; a learned policy brings its own.
-        retention: of the rule ``fixed``; the largest allowed if not given.
-        seed: of policies that draw.
-        sharing: of links, where that is not as the scenario says.
 
     Raises:
         FleetError: the policy is unknown, damaged, or not one for a fleet.
     """
     child = Child("emutune.fleet.server.deciding", quiet=False)
-    opening = Opening(policy=policy, scenario=scenario, retention=retention, seed=seed, sharing=sharing)
     try:
         answer = await _asked(child, Open(opening=opening))
         known = Scenario.model_validate_json(answer["scenario"])
@@ -149,8 +124,8 @@ async def deciding(
 
 async def warm_up(decider: Deciding, ues: int) -> None:
     """Compile for so many devices, which takes longer than a step should wait."""
-    candidates = [Candidate(middle_gain(decider.scenario), 1.0, 1.0, 0, 1.0)] * ues
-    await decider.forecast(candidates, await decider.decide(0, candidates), [1.0] * ues)
+    candidates = [Candidate(f"device {number}", 1.0, 1.0) for number in range(ues)]
+    await decider.forecast(0, candidates, await decider.decide(0, candidates), [1.0] * ues)
 
 
 async def _asked(child: Child, question: Open | Decide | Predict) -> dict[str, Any]:
@@ -177,7 +152,9 @@ def _answer(question: Open | Decide | Predict) -> dict[str, Any]:
     decider = opened.decider_of(len(question.candidates))
     if question.kind == "decide":
         return {"choices": [asdict(row) for row in decider.decide(question.step, question.candidates)]}
-    rows = decider.forecast(question.candidates, question.choices, question.bytes_to_move)
+    rows = decider.forecast(
+        question.step, question.candidates, question.choices, question.bytes_to_move, question.during
+    )
     return {"forecasts": [asdict(row) for row in rows]}
 
 
@@ -208,8 +185,7 @@ def _opened(opening: str) -> _Opened:
     asked = Opening.model_validate_json(opening)
     checkpoint = checkpoint_of(asked.policy)
     content = "" if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    decider = open_decider(asked.policy, asked.scenario, asked.retention, asked.seed, asked.sharing)
-    return _Opened(decider, content)
+    return _Opened(open_decider(asked), content)
 
 
 def main() -> None:

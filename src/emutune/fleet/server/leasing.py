@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from emutune.errors import FleetError
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.protocol import FleetInfo, Lease, Report
 from emutune.fleet.rows import Decision, Kind, Transfer
 from emutune.fleet.server.choices import Candidate, Choice, Deciding, Forecast
-from emutune.fleet.server.links import DrawnLink, middle_gain
+from emutune.fleet.server.families import Families, Family, room_of
 from emutune.fleet.server.rates import LinkEstimate, estimate_links
-from emutune.scenario import Scenario
-from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator, missing
 
 log = logging.getLogger("emutune.fleet")
@@ -27,20 +23,22 @@ MegaBytes = 1e6
 KINDS: tuple[Kind, Kind] = ("upload", "train")
 
 
-class UntrainableError(FleetError):
-    """A task can be trained neither on its device nor at the server."""
-
-
 class Known(NamedTuple):
     """What is known of a device beside its report.
 
     Attributes:
+        progress: by what the curve's perplexity is to be multiplied for its next training; see ``adaptation``.
         complexity: c of the text that is held back for it; None if that was never measured.
+        spent_j: energy that it has spent in this episode.
+        tflops: its training speed, as measured; None if that never was.
         transfers: what it moved for its last leases of each kind, the oldest first; none where links are shaped.
-        adapter: SHA-256 of the one in service; None if none is.
+        adapter: SHA-256 of the one of the task's model in service; None if none is.
     """
 
+    progress: float
     complexity: float | None
+    spent_j: float
+    tflops: float | None
     transfers: Mapping[Kind, Sequence[Transfer]]
     adapter: str | None
 
@@ -50,6 +48,7 @@ class _Plan:
     """What one device is to do, and what is known of it.
 
     Attributes:
+        family: the task's foundation model.
         emulator: the one chosen, or the one that would be if the device trained.
         moved: bytes that have to move, before they are scaled.
     """
@@ -59,6 +58,7 @@ class _Plan:
     known: Known
     candidate: Candidate
     choice: Choice
+    family: Family
     emulator: Emulator
     moved: int
 
@@ -73,33 +73,18 @@ class Leasing:
 
     Args:
         config: the fleet's file.
-        catalogue: the emulators.
+        families: the foundation models that are served.
         decider: the policy.
-
-    Raises:
-        FleetError: the catalogue is that of another model than the scenario's, or lacks its emulators.
     """
 
-    def __init__(self, config: FleetConfig, catalogue: Inventory, decider: Deciding) -> None:
-        self._config, self._catalogue, self._decider = config, catalogue, decider
+    def __init__(self, config: FleetConfig, families: Families, decider: Deciding) -> None:
+        self._config, self._families, self._decider = config, families, decider
         self._scenario = decider.scenario
-        self.emulators = _usable_emulators(catalogue, decider.scenario)
-        self._base_perplexity = catalogue.base().perplexity or catalogue.find(1.0).perplexity
 
     def describe(self) -> FleetInfo:
         """What a device has to know before its first task."""
-        info, folder = self._catalogue.info, self._catalogue.directory / "tokenizer"
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return FleetInfo(
-            name=self._config.name,
-            base=info.base,
-            config=info.config,
-            layers=info.layers,
-            bottom=info.bottom,
-            top=info.top,
-            tokenizer={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            smallest_bytes=min(emulator.bytes for emulator in self.emulators),
-        )
+        first, others = self._families.describe()
+        return FleetInfo(name=self._config.name, **first, others=others)
 
     async def lease_step(
         self, step: int, reports: Sequence[tuple[str, Report]], known: Mapping[str, Known]
@@ -107,7 +92,7 @@ class Leasing:
         """Decide a step; the same for the same step, reports, and what is known of the devices beside."""
         candidates = self._with_links(
             {device: known[device] for device, _ in reports},
-            [self._candidate(step, device, report, known[device]) for device, report in reports],
+            [self._candidate(device, report, known[device]) for device, report in reports],
         )
         choices = await self._decider.decide(step, candidates)
         plans = [
@@ -121,31 +106,42 @@ class Leasing:
             else replace(plan.candidate, complexity=plan.known.complexity)
             for plan in plans
         ]
-        predicted = await self._forecast(plans, judged)
+        predicted = await self._forecast(step, plans, judged)
         rates = await self._rates(step, plans)
-        return [self._decision(step, *row) for row in zip(plans, predicted, rates, strict=True)]
+        rows = zip(plans, predicted, rates, strict=True)
+        return [self._decision(step, *row) for row in rows if not row[0].choice.idle]
 
     def _plan(self, device: str, report: Report, known: Known, candidate: Candidate, choice: Choice) -> _Plan:
-        emulator = self._emulator(choice.layers)
-        moved = report.data_bytes if choice.at_server else self._missing(report, emulator)
-        return _Plan(device, report, known, candidate, choice, emulator, moved)
+        family = self._families.of(report.model)
+        emulator = family.emulator(choice.layers)
+        lacking = missing(self._families.held(report)[family.number], emulator)
+        moved = report.data_bytes if choice.at_server else sum(lacking.values())
+        moved = 0 if choice.idle else moved
+        return _Plan(device, report, known, candidate, choice, family, emulator, moved)
 
-    async def _forecast(self, plans: Sequence[_Plan], candidates: Sequence[Candidate]) -> list[Forecast]:
+    async def _forecast(
+        self, step: int, plans: Sequence[_Plan], candidates: Sequence[Candidate], during: bool = False
+    ) -> list[Forecast]:
         """What plans come to for candidates that may differ from those that were decided about."""
         scaled = [plan.moved * self._config.shaping.byte_scale for plan in plans]
-        return await self._decider.forecast(candidates, [plan.choice for plan in plans], scaled)
+        choices = [plan.choice for plan in plans]
+        return await self._decider.forecast(step, candidates, choices, scaled, during)
 
-    def _candidate(self, step: int, device: str, report: Report, known: Known) -> Candidate:
-        shaping, scenario = self._config.shaping, self._scenario
-        link = DrawnLink(scenario, shaping.seed, device)
-        gain = link.gain(step - 1) if shaping.enabled else report.gain
-        held = self._held(report)
+    def _candidate(self, device: str, report: Report, known: Known) -> Candidate:
+        shaping = self._config.shaping
+        held = zip(self._families, self._families.held(report), strict=True)
         return Candidate(
-            gain=middle_gain(scenario) if gain is None else gain,
+            device=device,
             complexity=self._complexity(report, known),
             data_bytes=report.data_bytes * shaping.byte_scale,
-            cached_layers=0 if held is None else round(held.retention * scenario.model.layers),
-            transmit_power_w=link.transmit_power_w,
+            family=self._families.of(report.model).number,
+            held=tuple(family.layers_of(emulator) for family, emulator in held),
+            age=self._families.age(report),
+            spent_j=known.spent_j,
+            gain=None if shaping.enabled else report.gain,
+            transmit_power_w=report.transmit_w,
+            tflops=known.tflops,
+            compute_w=report.compute_w,
             **self._limits(report),
         )
 
@@ -168,59 +164,31 @@ class Leasing:
 
     def _complexity(self, report: Report, known: Known) -> float:
         """C = iota (ppl_task / ppl_reference - 1), from the device's measurement, or else from held-back text."""
-        untuned = self._scenario.quality.curve.untuned or self._base_perplexity
-        if report.perplexity_ratio is None or untuned is None or self._base_perplexity is None:
+        excess = self._families.of(report.model).excess(report.perplexity_ratio)
+        if excess is None:
             middle = self._scenario.tasks.complexity
             return (middle.min + middle.max) / 2 if known.complexity is None else known.complexity
-        ratio = report.perplexity_ratio * self._base_perplexity / untuned
-        return self._scenario.quality.complexity_weight * (ratio - 1)
+        return self._scenario.quality.complexity_weight * excess
 
     def _limits(self, report: Report) -> dict[str, Any]:
         """What the device can hold, and whether its data may reach the server."""
-        fitting = [emulator for emulator in self.emulators if emulator.bytes <= room_of(report)]
+        family = self._families.of(report.model)
+        fitting = [emulator for emulator in family.emulators if emulator.bytes <= room_of(report)]
         too_large = report.data_bytes > self._config.limits.data_mb * MegaBytes
         if too_large and not report.private:
             # Somebody has to train them.
-            fitting = fitting or self.emulators[:1]
-        most = max((emulator.retention for emulator in fitting), default=0.0)
+            fitting = fitting or family.emulators[:1]
         return {
-            "most_layers": round(most * self._scenario.model.layers),
+            "most_layers": max(map(family.layers_of, fitting), default=0),
             "private": report.private or too_large,
         }
-
-    def check(self, report: Report) -> None:
-        """See that a report's task can be trained somewhere.
-
-        Raises:
-            UntrainableError: its data may not leave a device that can hold no emulator.
-        """
-        smallest = self.emulators[0].bytes
-        if report.private and room_of(report) < smallest:
-            raise UntrainableError(
-                f"memory_bytes: is below the {smallest} bytes of the smallest emulator, and the data are private; give "
-                "the device more memory or cache, or let the server have the data"
-            )
-
-    def _emulator(self, layers: int) -> Emulator:
-        retention = layers / self._scenario.model.layers
-        return min(self.emulators, key=lambda emulator: abs(emulator.retention - retention))
-
-    def _held(self, report: Report) -> Emulator | None:
-        return next((emulator for emulator in self.emulators if emulator.name == report.emulator), None)
-
-    def _missing(self, report: Report, wanted: Emulator) -> int:
-        return sum(missing(self._held(report), wanted).values())
 
     async def _rates(self, step: int, plans: Sequence[_Plan]) -> list[float | None]:
         """What each link carries in this step, in bits/s of wall time: with the gain during it, not before it."""
         shaping = self._config.shaping
         if not shaping.enabled:
             return [None] * len(plans)
-        during = [
-            replace(plan.candidate, gain=DrawnLink(self._scenario, shaping.seed, plan.device).gain(step))
-            for plan in plans
-        ]
-        actual = await self._forecast(plans, during)
+        actual = await self._forecast(step, plans, [plan.candidate for plan in plans], during=True)
         scale = shaping.time_scale / shaping.byte_scale
         return [
             forecast.rate_bps * scale if plan.moved else None
@@ -229,21 +197,26 @@ class Leasing:
 
     def _decision(self, step: int, plan: _Plan, forecast: Forecast, rate_bps: float | None) -> Decision:
         device, report, emulator = plan.device, plan.report, plan.emulator
-        local = not plan.choice.at_server
+        local, shaping = not plan.choice.at_server, self._config.shaping
+        # A real device, and a server that many share, take the time that they take.
+        paced = shaping.enabled and local and forecast.training_s > 0
         lease = Lease(
             lease=f"{step}-{device}",
             step=step,
             kind="train" if local else "upload",
             task=report.task,
             emulator=json.loads(emulator.model_dump_json()) if local else None,
-            start=plan.known.adapter,
+            keep=tuple(family.base for family in self._families if family.number in plan.choice.keep),
+            start=None if self._config.steps.fresh else plan.known.adapter,
             training=self._config.training.model_copy(update={"seed": self._config.training.seed + step}),
             rate_bps=rate_bps,
+            training_s=forecast.training_s / shaping.time_scale if paced else None,
             deadline_s=self._config.steps.deadline_s,
         )
         return Decision(
             device=device,
             task=report.task,
+            base=plan.family.key,
             lease=lease.lease,
             kind=lease.kind,
             retention=emulator.retention if local else None,
@@ -252,32 +225,13 @@ class Leasing:
             lease_json=lease.model_dump_json(),
             predicted_bytes=plan.moved,
             predicted_delay_s=forecast.delay_s,
-            predicted_perplexity=forecast.perplexity,
-            gain=plan.candidate.gain if plan.measured is None else None,
+            predicted_training_s=forecast.training_s,
+            predicted_perplexity=forecast.perplexity * plan.known.progress,
+            curve_perplexity=forecast.perplexity,
+            transfer_w=forecast.transfer_w,
+            training_w=forecast.training_w,
+            situation=json.dumps(forecast.situation),
+            gain=forecast.situation["gain"] if plan.measured is None else None,
             complexity=plan.candidate.complexity,
             rate_bps=rate_bps,
         )
-
-
-def room_of(report: Report) -> int:
-    """Bytes of the largest emulator that a device can hold and train with."""
-    return min(size for size in (report.cache_bytes, report.memory_bytes) if size is not None)
-
-
-def _usable_emulators(catalogue: Inventory, scenario: Scenario) -> list[Emulator]:
-    """The catalogue's emulators within the scenario's bounds, by rising retention."""
-    if scenario.model.base not in (None, catalogue.info.base):
-        raise FleetError(
-            f"{catalogue.directory}: was made from the model {catalogue.info.base[:12]}, but the policy's scenario "
-            f"{scenario.name!r} was measured on {str(scenario.model.base)[:12]}; build a catalogue of that model, or "
-            "train in a scenario of this one (emutune calibrate)"
-        )
-    low, high = (level / scenario.model.layers for level in scenario.level_bounds)
-    within: Any = [e for e in catalogue.emulators() if low - 1e-9 <= e.retention <= high + 1e-9]
-    if not within:
-        raise FleetError(
-            f"{catalogue.directory}: holds no emulator with a retention of {low:.3g} to {high:.3g}, the bounds of "
-            f"scenario {scenario.name!r}; build with --retentions inside them"
-        )
-    emulators: list[Emulator] = within
-    return emulators

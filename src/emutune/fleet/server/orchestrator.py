@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 from emutune.fleet.config import FleetConfig
@@ -19,13 +20,13 @@ from emutune.fleet.server import progress
 from emutune.fleet.server.adapters import Adapters
 from emutune.fleet.server.at_server import AtServer
 from emutune.fleet.server.choices import Deciding
+from emutune.fleet.server.families import Families, Family
 from emutune.fleet.server.jobs import Jobs, Work, noted
-from emutune.fleet.server.judging import Judging
+from emutune.fleet.server.judging import Judging, Task
 from emutune.fleet.server.leasing import Leasing
 from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.pool import Pool
 from emutune.tuning.adapter_manifest import Asked
-from emutune.tuning.inventory import Inventory
 from emutune.tuning.manifest import Emulator
 
 log = logging.getLogger("emutune.fleet")
@@ -43,40 +44,36 @@ class Orchestrator:
     Args:
         config: the fleet's file.
         ledger: what happened so far.
-        catalogue: the emulators.
+        families: the foundation models that are served.
         decider: the policy.
         trainers: does the training of uploaded tasks.
         judge: evaluates adapters.
         report: told of every step that ends.
 
     Raises:
-        EmutuneError: the catalogue is of another model than the scenario's, or lacks what the fleet's file asks for.
+        EmutuneError: a catalogue lacks what the fleet's file asks for.
     """
 
     def __init__(
         self,
         config: FleetConfig,
         ledger: AskLedger,
-        catalogue: Inventory,
+        families: Families,
         decider: Deciding,
         trainers: Pool,
         judge: Pool,
         report: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._config, self._ledger, self._catalogue = config, ledger, catalogue
+        self._config, self._ledger, self._families = config, ledger, families
         self._trainers, self._judge, self._report = trainers, judge, report
         self._scenario = decider.scenario
-        self._adapters = Adapters(config.server.directory / "adapters", catalogue.info)
-        self._judging = Judging(
-            config, ledger, catalogue.directory, self._scenario, self._judge, self._adapters.path
-        )
-        self._leasing = Leasing(config, catalogue, decider)
-        largest = self._leasing.emulators[-1].name
-        self._at_server = AtServer(
-            config, ledger, catalogue.directory, largest, self._trainers, self._adapters.path
-        )
-        # Said now, not when the first adapter comes.
-        catalogue.asked(catalogue.base(), config.training.adapter, config.training.width)
+        self._adapters = Adapters(config.server.directory / "adapters")
+        self._judging = Judging(config, ledger, families, self._judge, self._adapters.path)
+        self._leasing = Leasing(config, families, decider)
+        self._at_server = AtServer(config, ledger, families, self._trainers, self._adapters.path)
+        for catalogue in (family.catalogue for family in families):
+            # Said now, not when the first adapter comes.
+            catalogue.asked(catalogue.base(), config.training.adapter, config.training.width)
         self._wakers: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = asyncio.Event()
         self._jobs = Jobs()
@@ -105,9 +102,10 @@ class Orchestrator:
             await self._see_through(last)
         for step in range(last + 1, self._config.steps.count):
             reports = await self._gather()
-            await self._measured([device for device, report in reports if report.perplexity_ratio is None])
-            devices = [device for device, _ in reports]
-            known = await self._ledger(progress.known_of, self._config, self._scenario, devices)
+            tasks = [(device, self._families.of(report.model)) for device, report in reports]
+            untold = [report.perplexity_ratio is None for _, report in reports]
+            await self._measured(list(compress(tasks, untold)))
+            known = await self._ledger(progress.known_of, self._config, self._scenario, step, tasks)
             decided = await self._leasing.lease_step(step, reports, known)
             await noted(partial(self._ledger, Ledger.begin_step, step, decided))
             for decision in decided:
@@ -191,7 +189,7 @@ class Orchestrator:
 
     async def reported(self, device: str, report: Report) -> None:
         """See ``Hub.reported``."""
-        self._leasing.check(report)
+        self._families.check(report)
         await self._ledger(Ledger.report, device, report)
         self._news.set()
 
@@ -238,9 +236,7 @@ class Orchestrator:
 
     async def transferred(self, device: str, lease: str, message: Transferred) -> None:
         """See ``Hub.transferred``."""
-        shaping = self._config.shaping
-        seconds = message.seconds * (shaping.time_scale if shaping.enabled else 1)
-        simulated = message.model_copy(update={"seconds": seconds})
+        simulated = message.model_copy(update={"seconds": message.seconds * self._config.time_scale})
         await self._ledger(progress.transferred, device, lease, simulated)
         self._news.set()
 
@@ -254,17 +250,18 @@ class Orchestrator:
         """See ``Hub.adapter_asked``."""
         message = (await self._row(device, lease)).message
         emulator = Emulator.model_validate(message.emulator)
-        return self._catalogue.asked(emulator, message.training.adapter, message.training.width)
+        catalogue = self._families.of(emulator.base).catalogue
+        return catalogue.asked(emulator, message.training.adapter, message.training.width)
 
     async def adapter_received(self, device: str, lease: str, path: Path) -> None:
         """See ``Hub.adapter_received``."""
         row = await self._row(device, lease)
-        await self._keep_adapter(lease, path)
+        await self._keep_adapter(row, path)
         self._start(row, partial(self._evaluate, row))
 
     async def result(self, device: str, lease: str, message: Result) -> None:
         """See ``Hub.result``."""
-        await self._ledger(progress.ended, device, lease, message)
+        await self._ledger(progress.ended, device, lease, message, self._config.time_scale)
         self._news.set()
 
     async def left(self, device: str) -> None:
@@ -294,20 +291,35 @@ class Orchestrator:
     async def _train(self, row: LeaseRow) -> None:
         """Train an uploaded task; its data stay until that is done, whatever comes between."""
         if (await self._row(row.device, row.lease)).adapter_sha256 is None:
-            await self._keep_adapter(row.lease, await self._at_server.train(row))
+            began = asyncio.get_running_loop().time()
+            trained = await self._at_server.train(row)
+            await self._paced(row, began, trained.processor_s)
+            await self._keep_adapter(row, trained.path)
         await self._at_server.forget(row)
         self._wake(row.device)
         await self._evaluate(row)
 
-    async def _keep_adapter(self, lease: str, path: Path) -> None:
+    async def _paced(self, row: LeaseRow, began: float, processor_s: float) -> None:
+        """Note how long training took, which in a shaped fleet is as long as at the server that the scenario has."""
+        loop, scale = asyncio.get_running_loop(), self._config.time_scale
+        taken_s = loop.time() - began
+        if self._config.shaping.enabled:
+            # As on devices: other jobs of this machine are none of the server's that it stands for.
+            pace_s = row.predicted_training_s / scale
+            await asyncio.sleep(pace_s - taken_s)
+            taken_s = max(pace_s, processor_s)
+        await self._ledger(Ledger.trained_for, row.lease, taken_s * scale)
+
+    async def _keep_adapter(self, row: LeaseRow, path: Path) -> None:
         """Keep what was trained for a lease, and record it.
 
         Raises:
             AdapterError: it belongs to another model, or to other layers.
         """
-        sha256 = await asyncio.to_thread(self._adapters.keep, path)
+        info = self._families.of(row.base).catalogue.info
+        sha256 = await asyncio.to_thread(self._adapters.keep, path, info)
         size = self._adapters.path(sha256).stat().st_size
-        await self._ledger(Ledger.adapter, lease, sha256, size)
+        await self._ledger(Ledger.adapter, row.lease, sha256, size)
 
     async def _evaluate(self, row: LeaseRow) -> None:
         """Have a lease's adapter judged."""
@@ -323,20 +335,20 @@ class Orchestrator:
 
     # What decisions need
 
-    async def _measured(self, devices: list[str]) -> None:
+    async def _measured(self, tasks: list[Task]) -> None:
         """Give the text that is held back for devices which hold no emulator yet, as all do that are new, a while."""
-        for device in await self._judging.unmeasured(devices):
+        for task in await self._judging.unmeasured(tasks):
             self._jobs.start(
-                _measure_of(device),
-                partial(self._judging.measure, device),
-                partial(self._judging.give_up, device),
+                _measure_of(*task),
+                partial(self._judging.measure, task),
+                partial(self._judging.give_up, task),
             )
-        await self._jobs.allow(map(_measure_of, devices), self._config.steps.gather_s)
+        await self._jobs.allow((_measure_of(*task) for task in tasks), self._config.steps.gather_s)
 
 
 def _job_of(lease: str) -> str:
     return f"lease {lease}"
 
 
-def _measure_of(device: str) -> str:
-    return f"complexity of {device}"
+def _measure_of(device: str, family: Family) -> str:
+    return f"complexity of {device}" + (f" in {family.name}" if family.key else "")

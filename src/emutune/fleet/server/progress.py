@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from emutune.errors import FleetError
+from emutune.fleet.adaptation import factors
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.figures import FAILED
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.protocol import Report, Result, Transferred
 from emutune.fleet.rows import Kind, LeaseRow, Transfer
+from emutune.fleet.server.families import Family
 from emutune.fleet.server.judging import complexity_of
 from emutune.fleet.server.leasing import KINDS, Known
 from emutune.scenario import Scenario
@@ -45,19 +47,33 @@ def gathered(ledger: Ledger, wanted: int | None) -> Gathered:
 
 
 def known_of(
-    ledger: Ledger, config: FleetConfig, scenario: Scenario, devices: Sequence[str]
+    ledger: Ledger,
+    config: FleetConfig,
+    scenario: Scenario,
+    step: int,
+    tasks: Sequence[tuple[str, Family]],
 ) -> dict[str, Known]:
-    """What is known of devices beside their reports."""
-    shared = scenario.radio.sharing == "equal"
+    """What is known of devices before a step, and of the foundation model of each one's task, beside their reports."""
+    shared, weight = scenario.radio.sharing == "equal", scenario.quality.complexity_weight
+    steps = config.steps.episode or scenario.fleet.tasks
+    episode = range(step - step % steps, step)
 
     def transfers(device: str) -> dict[Kind, list[Transfer]]:
         if config.shaping.enabled:
             return {}
         return {kind: ledger.transfers(device, kind, shared=shared) for kind in KINDS}
 
+    progress = factors(ledger.judged())
     return {
-        device: Known(complexity_of(ledger, scenario, device), transfers(device), ledger.in_service(device))
-        for device in devices
+        device: Known(
+            progress=progress.get((device, family.key), 1.0),
+            complexity=complexity_of(ledger, weight, device, family),
+            spent_j=ledger.spent_j(device, episode),
+            tflops=None if config.shaping.enabled else ledger.speed(device),
+            transfers=transfers(device),
+            adapter=ledger.in_service(device, family.key),
+        )
+        for device, family in tasks
     }
 
 
@@ -76,8 +92,8 @@ def open_of(ledger: Ledger, step: int) -> list[str]:
 
 
 def end(ledger: Ledger, step: int) -> None:
-    """A step is over; it took as long as the longest transfer that is known."""
-    delays = [row.transferred_s for row in ledger.step_leases(step) if row.transferred_s is not None]
+    """A step is over; it took as long as the slowest device, as far as that is known."""
+    delays = [row.delay_s for row in ledger.step_leases(step) if row.delay_s is not None]
     ledger.end_step(step, max(delays, default=0.0))
 
 
@@ -111,9 +127,11 @@ def transferred(ledger: Ledger, device: str, lease: str, message: Transferred) -
     finish(ledger, device, lease)
 
 
-def ended(ledger: Ledger, device: str, lease: str, message: Result) -> None:
-    """A device is done with a lease."""
+def ended(ledger: Ledger, device: str, lease: str, message: Result, time_scale: float = 1.0) -> None:
+    """A device is done with a lease; the scenario's clock runs so many times as fast as the device's."""
     if ledger.lease(device, lease) is not None:
+        if message.training_s is not None:
+            ledger.trained_for(lease, message.training_s * time_scale)
         ledger.result(lease, message)
         finish(ledger, device, lease)
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -33,9 +33,9 @@ from emutune.fleet.protocol import (
 from emutune.fleet.server import bodies
 from emutune.fleet.server.blobs import SentFile
 from emutune.fleet.server.connections import Connection
+from emutune.fleet.server.families import UntrainableError
 from emutune.fleet.server.hub import Hub
 from emutune.fleet.server.intake import Expected, Uploads, receive_adapter
-from emutune.fleet.server.leasing import UntrainableError
 from emutune.fleet.server.ledger_thread import AskLedger
 from emutune.fleet.server.places import Places
 from emutune.fleet.server.refusals import Refused
@@ -55,9 +55,10 @@ _bearer = HTTPBearer(
 
 
 class _Granted(NamedTuple):
-    """What a device may fetch: its last lease to train, and the shards of the emulator of that."""
+    """What a device may fetch: its last lease to train, and the shards of the emulator of that, which is of a model."""
 
     lease: Lease
+    base: str
     shards: frozenset[str]
 
 
@@ -68,12 +69,12 @@ class Shared:
         self,
         hub: Hub,
         ledger: AskLedger,
-        catalogue: Path,
+        catalogues: Mapping[str, Path],
         work: Path,
         limits: Limits,
         bucket_of: BucketOf,
     ) -> None:
-        self.hub, self.ledger, self.catalogue, self.bucket_of = hub, ledger, catalogue, bucket_of
+        self.hub, self.ledger, self.catalogues, self.bucket_of = hub, ledger, catalogues, bucket_of
         self._granted: dict[str, _Granted] = {}
         self.adapters = work / "adapters"
         self.data_bytes, self.adapter_bytes = int(limits.data_mb * 1e6), int(limits.adapter_mb * 1e6)
@@ -92,8 +93,8 @@ class Shared:
         if granted is not None and lease.kind == "train" and granted.lease.lease != lease.lease:
             del self._granted[device]
 
-    async def link_for(self, device: str, sha256: str) -> tuple[str, TokenBucket | None]:
-        """The lease and the link that a shard of the device's last emulator goes over, also when that is late.
+    async def shard_for(self, device: str, sha256: str) -> tuple[Path, str, TokenBucket | None]:
+        """The file of a shard of the device's last emulator, and the lease and the link that it goes over, also late.
 
         Raises:
             Refused: 404, as if there were no such shard, if that emulator has none; who needs a part of the
@@ -105,7 +106,8 @@ class Shared:
             if granted is None or sha256 not in granted.shards:
                 raise Refused(404, "there is no such file")
             self._granted[device] = granted
-        return granted.lease.lease, self.bucket_of(device, granted.lease)
+        path = self.catalogues[granted.base] / "shards" / f"{sha256}.safetensors"
+        return path, granted.lease.lease, self.bucket_of(device, granted.lease)
 
     async def expected(self, device: str, lease: str) -> Expected:
         """The data that an upload lease waits for."""
@@ -133,11 +135,12 @@ class Shared:
 
 def _granted(ledger: Ledger, device: str) -> _Granted | None:
     lease = ledger.last_training(device)
-    if lease is None:
+    if lease is None or lease.emulator is None:
         return None
-    shards = Emulator.model_validate(lease.emulator).shards if lease.emulator else ()
+    emulator = Emulator.model_validate(lease.emulator)
     # Of the manifest, which is most of a lease, nothing else is of use.
-    return _Granted(lease.model_copy(update={"emulator": None}), frozenset(map(sys.intern, shards)))
+    told = lease.model_copy(update={"emulator": None})
+    return _Granted(told, sys.intern(emulator.base), frozenset(map(sys.intern, emulator.shards)))
 
 
 class Asker(NamedTuple):
@@ -277,8 +280,7 @@ async def shard(
 ) -> Response:
     """A shard of the emulator that the device's last lease to train names, over the link of that lease."""
     fleet, device = asker
-    path = fleet.catalogue / "shards" / f"{sha256}.safetensors"
-    request.state.fetched_for, link = await fleet.link_for(device, sha256)
+    path, request.state.fetched_for, link = await fleet.shard_for(device, sha256)
     return SentFile(request, path, link, tag=sha256)
 
 
@@ -286,14 +288,16 @@ async def tokenizer(
     request: Request,
     asker: Asking,
     name: Annotated[str, InPath(pattern=_TOKENIZER_FILE)],
+    model: Annotated[Sha256 | None, Query(description="Hash of the model; the first if not given.")] = None,
     range_: RangeHeader = None,
 ) -> Response:
-    """A file of the catalogue's tokenizer."""
+    """A file of a model's tokenizer."""
     fleet = asker.fleet
-    sha256 = fleet.hub.info().tokenizer.get(name)
-    if sha256 is None:
+    found = next((one for one in fleet.hub.info().models if model in (None, one.base)), None)
+    sha256 = None if found is None else found.tokenizer.get(name)
+    if found is None or sha256 is None:
         raise Refused(404, "the tokenizer has no such file; GET /v1/fleet names them")
-    return SentFile(request, fleet.catalogue / "tokenizer" / name, tag=sha256)
+    return SentFile(request, fleet.catalogues[found.base] / "tokenizer" / name, tag=sha256)
 
 
 async def get_adapter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from emutune.fleet.server.app import create_app, serve
 from emutune.fleet.server.choices import Deciding
 from emutune.fleet.server.dashboard.opening import open_board
 from emutune.fleet.server.deciding import warm_up
+from emutune.fleet.server.families import Families
 from emutune.fleet.server.housekeeping import Housekeeping
 from emutune.fleet.server.ledger_thread import LedgerThread
 from emutune.fleet.server.orchestrator import Orchestrator
@@ -105,7 +106,7 @@ def opened_ledger(config: FleetConfig) -> Iterator[Ledger]:
 
 async def run_server(
     config: FleetConfig,
-    catalogue: Inventory,
+    catalogues: Sequence[Inventory],
     decider: Deciding,
     *,
     started: Callable[[str], None] = lambda url: None,
@@ -117,7 +118,7 @@ async def run_server(
 
     Args:
         config: the fleet's file.
-        catalogue: the emulators.
+        catalogues: the emulators of each foundation model of the policy's scenario, in their order.
         decider: the policy.
         started: told the URL once devices can come.
         stepped: told the number of every step that ends.
@@ -131,17 +132,17 @@ async def run_server(
         raise FleetError(
             "a fleet's server runs on Linux and macOS, not on Windows, whose machines can be devices"
         )
+    families = Families(decider.scenario, catalogues)
     server, certificate = config.server, certificate_of(config)
     with _only_one(config), LedgerThread(server.directory / LEDGER) as ledger:
-        await ledger(_same_fleet, config, catalogue)
+        await ledger(_same_fleet, config, families)
         devices = await ledger(Ledger.devices)
         await warm_up(decider, max(1, sum(not row.revoked and not row.left for row in devices)))
         async with _pools(config, judge) as (trainers, judging):
-            hub = Orchestrator(config, ledger, catalogue, decider, trainers, judging, stepped)
-            board = open_board(config, ledger.path, catalogue, policy)
-            app = create_app(
-                hub, ledger, catalogue.directory, server.directory, config.limits, Links().bucket, board
-            )
+            hub = Orchestrator(config, ledger, families, decider, trainers, judging, stepped)
+            board = open_board(config, ledger.path, families, policy)
+            directories = {family.base: family.catalogue.directory for family in families}
+            app = create_app(hub, ledger, directories, server.directory, config.limits, Links().bucket, board)
             listening = await serve(app, server.host, server.port, certificate.certificate, certificate.key)
             started(url_of(server.reached_as[0], listening.port))
             shared: Shared = app.state.fleet
@@ -238,8 +239,14 @@ def _only_one(config: FleetConfig) -> Iterator[None]:
         yield
 
 
-def _same_fleet(ledger: Ledger, config: FleetConfig, catalogue: Inventory) -> None:
-    for key, value in (("fleet", config.name), ("base", catalogue.info.base)):
+def _same_fleet(ledger: Ledger, config: FleetConfig, families: Families) -> None:
+    for base, name in ledger.models().items():
+        if base is not None and base not in {family.key for family in families}:
+            raise FleetError(
+                f"server.directory: its ledger has tasks of the model {name} ({base[:12]}), and no --catalogue is of "
+                "it; give one, or choose another directory"
+            )
+    for key, value in (("fleet", config.name), ("base", next(iter(families)).base)):
         noted = ledger.meta(key)
         if noted not in (None, value):
             raise FleetError(
@@ -247,3 +254,4 @@ def _same_fleet(ledger: Ledger, config: FleetConfig, catalogue: Inventory) -> No
                 "directory for another fleet"
             )
         ledger.set_meta(key, value)
+    ledger.set_models({family.key: family.name for family in families})

@@ -8,6 +8,7 @@ standard input, one a line, and writes an outcome for each.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -92,9 +93,10 @@ def _train(job: TrainJob) -> dict[str, Any]:
         start_from(job.start, manifest, parameters)
     config = trainer_config(training)
     bench = Bench(catalogue, full, emulator, splits, tokenizer.mask_token_id)
+    began = time.thread_time()
     result = bench.train(parameters, config, job.work, job.model_dump_json(exclude={"work"}))
     save_adapter(job.out, manifest, parameters)
-    return {"before": result.before, "after": result.after}
+    return {"before": result.before, "after": result.after, "processor_s": time.thread_time() - began}
 
 
 def _judge(job: JudgeJob) -> dict[str, Any]:
@@ -111,14 +113,19 @@ class _Bench(NamedTuple):
     mask_token: int | None
 
 
-@lru_cache(maxsize=4)
 def _bench(catalogue_directory: Path, text: Path | None, block: int) -> _Bench:
+    info, tokenizer, model = _opened(catalogue_directory)
+    return _Bench(info, model, _blocks(catalogue_directory, text, block), tokenizer.mask_token_id)
+
+
+# Kept apart from the model, of which only one is in memory at a time.
+@lru_cache(maxsize=4)
+def _blocks(catalogue_directory: Path, text: Path | None, block: int) -> Any:
     from emutune.tuning.text import fitting_block, pack, read_text
 
-    info, tokenizer, model = _opened(catalogue_directory)
+    _, tokenizer, model = _opened(catalogue_directory)
     words = _documentation() if text is None else read_text(text)
-    blocks = _held_back(pack(words, tokenizer), fitting_block(model.config, block))
-    return _Bench(info, model, blocks, tokenizer.mask_token_id)
+    return _held_back(pack(words, tokenizer), fitting_block(model.config, block))
 
 
 def _documentation() -> str:

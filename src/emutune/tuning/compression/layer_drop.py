@@ -1,8 +1,8 @@
-"""Which layers an emulator keeps: evenly spaced, or nested by importance."""
+"""Which layers an emulator keeps: evenly spaced, or nested, in the order in which they can best be spared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,21 +37,33 @@ def uniform_layers(layers: int, kept: int) -> tuple[int, ...]:
 def importance_order(
     layers: Sequence[int], influences: Callable[[Sequence[int]], dict[int, float]]
 ) -> tuple[int, ...]:
-    """Layers by falling importance: the least influential one of those that are left goes first.
-
-    An emulator of k layers keeps the first k, so it contains the one of k - 1.
+    """Layers by falling importance: an emulator of k layers keeps the first k, so it contains the one of k - 1.
 
     Args:
         layers: the layers to put in order, rising.
         influences: the influence of each of some remaining layers, while only these are in the model.
     """
-    left, dropped = list(layers), []
+    dropped = list(sparing(layers, influences))
+    (last,) = set(layers) - set(dropped)
+    return (last, *reversed(dropped))
+
+
+def sparing(
+    layers: Sequence[int], costs: Callable[[Sequence[int]], dict[int, float]], spared: Sequence[int] = ()
+) -> Iterator[int]:
+    """Layers in the order in which they can be spared: again and again the one that costs least; one layer stays.
+
+    Args:
+        layers: the layers to put in order, rising.
+        costs: of dropping each of some remaining layers, while only these are in the model.
+        spared: the beginning of the order, where it is known; what is yielded comes after it.
+    """
+    left = [layer for layer in layers if layer not in spared]
     while len(left) > 1:
-        measured = influences(left)
+        measured = costs(left)
         least = min(left, key=lambda layer: measured[layer])
         left.remove(least)
-        dropped.append(least)
-    return (*left, *reversed(dropped))
+        yield least
 
 
 def block_influence(before: Tensor, after: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Weight-only quantisation of a layer's linear maps to 8 or 4 bits, in plain torch operations.
+"""Weight-only quantisation of a layer's linear maps to 8, 4 or 3 bits, in plain torch operations.
 
 torchao needs another package for 4 bits, and handles neither GPT-2's transposed maps nor training through
 its own. This runs wherever torch does.
@@ -17,26 +17,30 @@ from torch.nn import functional
 from emutune.errors import ModelError, UsageError
 from emutune.tuning.sublayers import linear_maps, weight_of, widths_of
 
-Bits = Literal[4, 8]
+Bits = Literal[3, 4, 8]
+# Codes, uint8 (outputs, groups, 64), with the scale and the offset of each group, half precision (outputs, groups).
+Grouped = tuple[Tensor, Tensor, Tensor]
+Rounding = Callable[[str, nn.Module], Grouped]
 
-# Inputs that share a scale and an offset at 4 bits.
+# Inputs that share a scale and an offset below 8 bits.
 GROUP = 64
 _LARGEST_BYTE = 127
-_LARGEST_NIBBLE = 15
+# Shares of a group's range that are tried; what lies outside is clamped.
+_SHRUNK = tuple(1 - step / 40 for step in range(13))
 # A row or group of equal weights has no range to divide by; this is half precision's smallest number.
 _SMALLEST_SCALE = 2.0**-24
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear map that keeps its weight in 8 or 4 bits, and dequantises it whenever it is used.
+    """A frozen linear map that keeps its weight in 8, 4 or 3 bits, and dequantises it whenever it is used.
 
-    8 bits: symmetric, with a single-precision scale per output. 4 bits: two to a byte, with a half-precision
-    scale and offset for every 64 inputs; the last ones are filled up.
+    8 bits: symmetric, with a single-precision scale per output. Below: a group of 64 inputs lies bit by bit, 8 bytes
+    for each, with a half-precision scale and offset; the last group is filled up.
 
     Args:
         inputs: width of the input.
         outputs: width of the output.
-        bits: 8 or 4.
+        bits: 8, 4 or 3.
         bias: whether there is one.
         dtype: of the bias, and of the weight when looked at.
         device: where to leave it empty.
@@ -61,8 +65,8 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if bits not in (4, 8):
-            raise UsageError(f"bits: must be 4 or 8, got {bits}")
+        if bits not in (3, 4, 8):
+            raise UsageError(f"bits: must be 3, 4 or 8, got {bits}")
         self.in_features, self.out_features, self.bits = inputs, outputs, bits
         self.dtype = dtype or torch.get_default_dtype()
         groups = -(-inputs // GROUP)
@@ -71,7 +75,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("scale", torch.empty(outputs, 1, dtype=torch.float32, device=device))
             self.register_buffer("offset", None)
         else:
-            packed = torch.empty(outputs, groups * GROUP // 2, dtype=torch.uint8, device=device)
+            packed = torch.empty(outputs, groups * GROUP * bits // 8, dtype=torch.uint8, device=device)
             self.register_buffer("packed", packed)
             self.register_buffer("scale", torch.empty(outputs, groups, dtype=torch.float16, device=device))
             self.register_buffer("offset", torch.empty(outputs, groups, dtype=torch.float16, device=device))
@@ -87,8 +91,7 @@ class QuantizedLinear(nn.Module):
         """The weight as it takes effect, (outputs, inputs)."""
         if self.offset is None:
             return (self.packed * self.scale).to(dtype)
-        nibbles = torch.stack((self.packed & _LARGEST_NIBBLE, self.packed >> 4), dim=-1)
-        grouped = nibbles.view(self.out_features, -1, GROUP)
+        grouped = _unpacked(self.packed, self.bits).view(self.out_features, -1, GROUP)
         weight = torch.addcmul(self.offset.float()[..., None], grouped.float(), self.scale.float()[..., None])
         return weight.flatten(1)[:, : self.in_features].to(dtype)
 
@@ -116,8 +119,14 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.linear.dequantized(gradient.dtype), None
 
 
-def quantize_layer(layer: nn.Module, bits: Bits) -> nn.Module:
-    """A layer with its linear maps in 8 or 4 bits, which shares its other parameters with the given one.
+def quantize_layer(layer: nn.Module, bits: Bits, rounding: Rounding | None = None) -> nn.Module:
+    """A layer with its linear maps in 8, 4 or 3 bits, which shares its other parameters with the given one.
+
+    Args:
+        layer: the layer.
+        bits: how many.
+        rounding: below 8 bits, the codes of a linear map, of which it is told the name; each weight's nearest ones if
+            not given.
 
     Raises:
         UsageError: another number of bits.
@@ -125,7 +134,8 @@ def quantize_layer(layer: nn.Module, bits: Bits) -> nn.Module:
     """
     shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
     quantized = copy.deepcopy(layer, shared)
-    _replace(quantized, lambda linear: _quantize(linear, bits))
+    nearest: Rounding = lambda _, linear: _nearest(weight_of(linear).float(), bits)  # noqa: E731
+    _replace(quantized, lambda name, linear: _quantize(name, linear, bits, rounding or nearest))
     return quantized
 
 
@@ -140,17 +150,17 @@ def prepare_quantized(layer: nn.Module, bits: Bits) -> None:
         UsageError: another number of bits.
         ModelError: the layer has no linear map.
     """
-    _replace(layer, lambda linear: _empty(linear, bits))
+    _replace(layer, lambda _, linear: _empty(linear, bits))
 
 
-def _replace(layer: nn.Module, replacement: Callable[[nn.Module], QuantizedLinear]) -> None:
+def _replace(layer: nn.Module, replacement: Callable[[str, nn.Module], QuantizedLinear]) -> None:
     maps = linear_maps(layer)
     if not maps:
         raise ModelError(
             f"{type(layer).__name__}: has no linear map to quantise; perhaps it is quantised already"
         )
     for name, linear in maps.items():
-        layer.set_submodule(name, replacement(linear))
+        layer.set_submodule(name, replacement(name, linear))
 
 
 def _empty(linear: nn.Module, bits: Bits) -> QuantizedLinear:
@@ -161,14 +171,14 @@ def _empty(linear: nn.Module, bits: Bits) -> QuantizedLinear:
 
 
 @torch.no_grad()
-def _quantize(linear: nn.Module, bits: Bits) -> QuantizedLinear:
+def _quantize(name: str, linear: nn.Module, bits: Bits, rounding: Rounding) -> QuantizedLinear:
     quantized = _empty(linear, bits)
-    # The results take the order in memory of what they are computed from, and files want the usual one.
-    weight = weight_of(linear).float().contiguous()
     if bits == 8:
-        quantized.packed, quantized.scale = _to_bytes(weight)
+        # The results take the order in memory of what they are computed from, and files want the usual one.
+        quantized.packed, quantized.scale = _to_bytes(weight_of(linear).float().contiguous())
     else:
-        quantized.packed, quantized.scale, quantized.offset = _to_nibbles(weight)
+        codes, quantized.scale, quantized.offset = rounding(name, linear)
+        quantized.packed = _packed(codes.flatten(1), bits)
     if quantized.bias is not None:
         quantized.bias.copy_(linear.get_parameter("bias"))
     return quantized.train(linear.training)
@@ -179,13 +189,77 @@ def _to_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().to(torch.int8), scale
 
 
-def _to_nibbles(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Copies of the last column fill the last group up without widening its range.
+def largest_code(bits: Bits) -> int:
+    """The largest code of so many bits."""
+    return (1 << bits) - 1
+
+
+def in_groups(weight: Tensor) -> Tensor:
+    """A weight (outputs, inputs) as (outputs, groups, 64).
+
+    Copies of the last column fill the last group up without widening its range.
+    """
     filled = functional.pad(weight, (0, -weight.shape[1] % GROUP), mode="replicate")
-    groups = filled.view(len(weight), -1, GROUP)  # (outputs, groups, 64)
-    lowest, highest = groups.aminmax(dim=2)
-    scale = ((highest - lowest) / _LARGEST_NIBBLE).clamp_min(_SMALLEST_SCALE).half()
-    offset = lowest.half()
-    steps = (groups - offset.float()[..., None]) / scale.float()[..., None]
-    nibbles = steps.round().clamp(0, _LARGEST_NIBBLE).to(torch.uint8).flatten(1)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scale, offset
+    return filled.contiguous().view(len(weight), -1, GROUP)
+
+
+def _nearest(weight: Tensor, bits: Bits) -> Grouped:
+    groups = in_groups(weight)
+    lowest, highest = groups.aminmax(dim=-1)
+    scale, offset = _grid(lowest, highest, bits)
+    return nearest_codes(groups, scale[..., None], offset[..., None], bits), scale, offset
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, bits: Bits) -> Tensor:
+    """The codes nearest to some weights."""
+    steps = (weight - offset.float()) / scale.float()
+    return steps.round().clamp(0, largest_code(bits)).to(torch.uint8)
+
+
+def best_range(groups: Tensor, bits: Bits, costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each group, of those tried, under which rounding to nearest costs least.
+
+    Args:
+        groups: weights, (..., 64).
+        bits: of a code.
+        costs: of a squared error in each column, (64,).
+
+    Returns:
+        Half-precision scales and offsets, (...).
+    """
+    lowest, highest = groups.aminmax(dim=-1)
+    tried = [_grid(share * lowest, share * highest, bits) for share in _SHRUNK]
+    errors = []
+    for scale, offset in tried:
+        scales, offsets = scale.float()[..., None], offset.float()[..., None]
+        rounded = offsets + scales * nearest_codes(groups, scales, offsets, bits)
+        errors.append(((rounded - groups).square() * costs).sum(dim=-1))
+    best = torch.stack(errors).argmin(dim=0, keepdim=True)
+    scale, offset = (torch.stack(values).gather(0, best)[0] for values in zip(*tried, strict=True))
+    return scale, offset
+
+
+def _grid(lowest: Tensor, highest: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    scale = ((highest - lowest) / largest_code(bits)).clamp_min(_SMALLEST_SCALE)
+    return scale.half(), lowest.half()
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes (outputs, inputs) as bytes, the lowest bits first: 8 codes in as many bytes as a code has bits."""
+    eight = codes.to(torch.int64).view(len(codes), -1, 8)
+    words = (eight << _shifts(bits, 8, codes)).sum(dim=-1, keepdim=True)
+    return (words >> _shifts(8, bits, codes) & 0xFF).to(torch.uint8).flatten(1)
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """The codes in some bytes, (outputs, inputs)."""
+    if bits == 4:
+        return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
+    words = (packed.view(len(packed), -1, bits).int() << _shifts(8, bits, packed).int()).sum(
+        dim=-1, keepdim=True, dtype=torch.int32
+    )
+    return (words >> _shifts(bits, 8, packed).int() & largest_code(bits)).flatten(1)  # type: ignore[arg-type]
+
+
+def _shifts(bits: int, count: int, like: Tensor) -> Tensor:
+    return torch.arange(0, bits * count, bits, device=like.device)

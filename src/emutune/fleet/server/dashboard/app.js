@@ -241,13 +241,14 @@ function showAll() {
 
 function showFacts(overview) {
   const those = (wanted) => count(overview.devices.filter(wanted).length);
-  const { errors, model, audit } = overview;
+  const { errors, models, audit } = overview;
   const facts = [
     ["Steps", `${overview.steps_ended} of ${overview.steps_total}`, "done"],
     ["Devices", those((one) => one.joined_at && !one.revoked && !one.left), `${those((one) => !QUIET.has(one.doing))} at work, ${those(isLate)} late, ${those((one) => one.revoked)} revoked, ${those((one) => one.doing === "expected")} not joined`],
     ["Policy", overview.policy || "–", `scenario ${overview.scenario}`],
-    ["Model", model.kind, `${model.layers} layers, base ${model.base.slice(0, 12)}`],
+    ...models.map((model) => [several(overview) ? `Model ${model.name}` : "Model", model.kind, `${model.layers} layers, base ${model.base.slice(0, 12)}`]),
     ["Error of the delay", percent(errors.delay_percent), `median over ${counted(errors.steps, "step")}`],
+    ...(errors.devices ? [["Error of the energy", percent(errors.energy_percent), `median over ${counted(errors.devices, "lease")}`]] : []),
     ["Error of the perplexity", percent(errors.perplexity_percent), `median over ${counted(errors.evaluations, "adapter")}`],
     ["Adapters", count(overview.totals["adapters.accepted"]), `accepted, ${count(overview.totals["adapters.rejected"])} refused`],
     ["Refused requests", count(audit.strangers + audit.of_devices), `${count(audit.strangers)} of strangers, ${count(audit.of_devices)} of devices`],
@@ -297,6 +298,18 @@ function showStates(devices, wanted) {
   });
 }
 
+function several(overview) {
+  return overview.models.length > 1;
+}
+
+/** What a model is called, where there are several; none stands for the first. */
+function ofModel(base) {
+  const { overview } = state;
+  if (!several(overview)) return "";
+  const model = overview.models.find((one) => one.base === base) ?? overview.models[0];
+  return ` of ${model.name}`;
+}
+
 function find(text) {
   at("find").value = text;
   pages.devices.page = 0;
@@ -313,7 +326,7 @@ function deviceCells(one, moment) {
     working ? { text: String(work.step), title: `lease ${work.lease}, since ${when(work.opened_at)}` } : "",
     working ? movedCell(one.name, work) : "",
     cached
-      ? { text: cached.retention === null ? cached.emulator : `E ${number(cached.retention, 3)}${layers}`, title: `emulator ${cached.emulator} of base ${cached.base}` }
+      ? { text: (cached.retention === null ? cached.emulator : `E ${number(cached.retention, 3)}${layers}`) + ofModel(cached.base), title: `emulator ${cached.emulator} of base ${cached.base}` }
       : { text: "nothing", kind: "quiet" },
     { text: ago(one.heard_at, moment), title: one.heard_at ? when(one.heard_at) : "" },
     { text: one.joined_at ? when(one.joined_at) : "not yet", kind: one.joined_at ? "" : "quiet" },
@@ -374,7 +387,8 @@ function leaseCells(lease) {
 
 function decision(lease) {
   if (lease.kind === "stop") return "stop";
-  return lease.at_server ? "at the server" : `on the device, E ${number(lease.retention, 3)}`;
+  const where = lease.at_server ? "at the server" : `on the device, E ${number(lease.retention, 3)}`;
+  return where + ofModel(lease.base);
 }
 
 function outcome(lease) {

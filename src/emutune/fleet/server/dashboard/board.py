@@ -6,7 +6,7 @@ import asyncio
 import gzip
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,15 +41,16 @@ class Fleet:
     """What does not change while a server runs.
 
     Attributes:
-        emulators: retention and number of layers by the emulator's name.
+        models: the first first.
+        emulators: retention and number of layers by the hash of the emulator's model, and its name.
     """
 
     name: str
     policy: str
     scenario: str
-    model: Model
+    models: Sequence[Model]
     steps_total: int
-    emulators: Mapping[str, tuple[float, int]]
+    emulators: Mapping[tuple[str, str], tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Board:
                 server_started_at=self._started_at,
                 policy=fleet.policy,
                 scenario=fleet.scenario,
-                model=fleet.model,
+                models=list(fleet.models),
                 step=None if last < 0 else last,
                 steps_ended=ended,
                 steps_total=fleet.steps_total,
@@ -212,13 +213,14 @@ class Board:
         )
 
     def _cached(self, device: DeviceNow, lease: LastLease | None) -> Cached | None:
-        name = device.emulator
+        name, base = device.emulator, device.base
         if lease is not None and lease.kind == "train" and lease.transferred_bytes is not None:
-            name = lease.emulator_name
+            name, base = lease.emulator_name, lease.base
         if name is None:
             return None
-        retention, layers = self.fleet.emulators.get(name, (None, None))
-        return Cached(emulator=name, base=self.fleet.model.base, retention=retention, layers=layers)
+        base = base or self.fleet.models[0].base
+        retention, layers = self.fleet.emulators.get((base, name), (None, None))
+        return Cached(emulator=name, base=base, retention=retention, layers=layers)
 
     def _work(self, lease: LastLease) -> Work:
         return Work(

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from emutune.fleet.comparison import Errors
 from emutune.fleet.rows import Kind, State
 
 RunState = Literal["waiting", "running", "done", "stopped"]
@@ -40,13 +41,15 @@ class Shown(BaseModel):
 
 
 class Model(Shown):
-    """The foundation model.
+    """A foundation model.
 
     Attributes:
+        name: what the fleet's devices know it by.
         kind: of its architecture, as transformers names it.
         base: its hash.
     """
 
+    name: str
     kind: str
     base: str
     layers: int
@@ -188,17 +191,6 @@ class Fault(Shown):
     closed_at: str | None
 
 
-class Errors(Shown):
-    """Medians of the absolute errors in percent, and of how many they are; as ``emutune ledger`` prints them."""
-
-    delay_percent: float | None
-    steps: int
-    bytes_percent: float | None
-    transfers: int
-    perplexity_percent: float | None
-    evaluations: int
-
-
 class Overview(Shown):
     """A fleet at a glance.
 
@@ -222,7 +214,7 @@ class Overview(Shown):
     server_started_at: str
     policy: str
     scenario: str
-    model: Model
+    models: list[Model]
     step: int | None
     steps_ended: int
     steps_total: int
@@ -241,6 +233,7 @@ class LeaseDetail(Shown):
     """A decision, what was predicted of it, and what came of it; None where nothing was predicted or measured.
 
     Attributes:
+        base: hash of the task's model; None for the fleet's first.
         trained_by: who made the adapter.
         accepted: whether the adapter entered service; it did not if the whole model got worse with it.
         reason: why the lease failed, in the words of the server or of the device.
@@ -253,6 +246,7 @@ class LeaseDetail(Shown):
     kind: Kind
     state: State
     at_server: bool
+    base: str | None
     retention: float | None
     emulator_name: str | None
     predicted_bytes: int

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from emutune.fleet.config import FleetConfig
 from emutune.fleet.security import secret_sha256
@@ -12,63 +10,32 @@ from emutune.fleet.server.dashboard.access import dashboard_key
 from emutune.fleet.server.dashboard.board import Board, Fleet
 from emutune.fleet.server.dashboard.messages import Model
 from emutune.fleet.server.dashboard.watch import Watch
+from emutune.fleet.server.families import Families, Family
 
 
-class _Emulator(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def retention(self) -> float: ...
-
-    @property
-    def layers(self) -> Sequence[object]: ...
-
-
-class _Info(Protocol):
-    @property
-    def base(self) -> str: ...
-
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-
-    @property
-    def layers(self) -> int: ...
-
-
-class Emulators(Protocol):
-    """What the dashboard needs of a catalogue."""
-
-    @property
-    def info(self) -> _Info:
-        """The model."""
-        ...
-
-    def emulators(self) -> Sequence[_Emulator]:
-        """Its emulators."""
-        ...
-
-
-def open_board(config: FleetConfig, ledger: Path, catalogue: Emulators, policy: str) -> Board:
+def open_board(config: FleetConfig, ledger: Path, families: Families, policy: str) -> Board:
     """The dashboard of a fleet; its key is made if there is none.
 
     Args:
         config: the fleet's file.
         ledger: the server's file, which what is shown is read from over a connection of its own.
-        catalogue: the emulators.
+        families: the foundation models that are served.
         policy: as the operator named it.
 
     Raises:
         FleetError: the key cannot be read or written.
     """
-    info = catalogue.info
     fleet = Fleet(
         name=config.name,
         policy=policy,
         scenario=config.scenario,
-        model=Model(kind=str(info.config.get("model_type", "unknown")), base=info.base, layers=info.layers),
+        models=[_model(family) for family in families],
         steps_total=config.steps.count,
-        emulators={e.name: (e.retention, len(e.layers)) for e in catalogue.emulators()},
+        emulators={
+            (family.base, emulator.name): (emulator.retention, len(emulator.layers))
+            for family in families
+            for emulator in family.catalogue.emulators()
+        },
     )
     directory = config.server.directory
     return Board(
@@ -78,3 +45,9 @@ def open_board(config: FleetConfig, ledger: Path, catalogue: Emulators, policy: 
         Watch(),
         secret_sha256(dashboard_key(directory)),
     )
+
+
+def _model(family: Family) -> Model:
+    info = family.catalogue.info
+    kind = str(info.config.get("model_type", "unknown"))
+    return Model(name=family.name, kind=kind, base=info.base, layers=info.layers)

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from emutune.fleet.comparison import Comparison, Deviations, compare_steps, deviations, medians
+from emutune.fleet.comparison import Comparison, Deviations, Errors, compare_steps, deviations, medians
 from emutune.fleet.figures import FAILED, REASON
 from emutune.fleet.ledger import Ledger
 from emutune.fleet.rows import Kind, State
 from emutune.fleet.server.dashboard.messages import (
     Audit,
-    Errors,
     Fault,
     LeaseDetail,
     Noted,
@@ -38,13 +37,14 @@ _DEVICES = """
     ORDER BY devices.id
 """
 _REPORTS = """
-    SELECT reports.device, json_extract(reports.message, '$.emulator') AS emulator, received_at, NOT EXISTS (
+    SELECT reports.device, json_extract(reports.message, '$.emulator') AS emulator,
+        json_extract(reports.message, '$.model') AS base, received_at, NOT EXISTS (
         SELECT 1 FROM leases WHERE kind <> 'stop' AND leases.device = reports.device AND leases.task = reports.task
     ) AS undecided
     FROM devices CROSS JOIN reports ON reports.id = (SELECT max(id) FROM reports WHERE device = devices.name)
 """
 _LAST_LEASES = """
-    SELECT device, lease, step, kind, state, retention, emulator_name, predicted_bytes, transferred_bytes,
+    SELECT device, lease, step, kind, state, retention, base, emulator_name, predicted_bytes, transferred_bytes,
         data_complete, adapter_sha256 IS NOT NULL AS adapter, outcome IS NOT NULL AS told, opened_at
     FROM devices CROSS JOIN leases ON leases.id = (
         SELECT max(id) FROM leases WHERE device = devices.name AND kind <> 'stop'
@@ -73,6 +73,7 @@ class DeviceNow:
 
     Attributes:
         emulator: that it had when it last reported.
+        base: hash of the model that this is of; None for the fleet's first.
         undecided: it reported a task that no lease is about yet.
     """
 
@@ -83,6 +84,7 @@ class DeviceNow:
     enrolled_at: str | None
     reported_at: str | None
     emulator: str | None
+    base: str | None
     undecided: bool
 
 
@@ -91,6 +93,7 @@ class LastLease:
     """The last lease of a device, and how far it is.
 
     Attributes:
+        base: hash of the task's model; None for the fleet's first.
         adapter: one was trained.
         told: the device said how it went.
     """
@@ -101,6 +104,7 @@ class LastLease:
     kind: Kind
     state: State
     retention: float | None
+    base: str | None
     emulator_name: str | None
     predicted_bytes: int
     transferred_bytes: int | None
@@ -193,7 +197,7 @@ class Reading(Ledger):
 
     def errors(self) -> Errors:
         """How far prediction and measurement are apart, over the steps that were read last."""
-        return Errors(**vars(medians([step.apart for step in self._steps.values()])))
+        return medians([step.apart for step in self._steps.values()])
 
     def step_detail(self, number: int) -> StepDetail | None:
         """A step with its leases; None if it was not begun."""
@@ -282,6 +286,7 @@ def _device_now(row: sqlite3.Row, report: sqlite3.Row | None) -> DeviceNow:
         enrolled_at=row["enrolled_at"],
         reported_at=None if report is None else report["received_at"],
         emulator=None if report is None else report["emulator"],
+        base=None if report is None else report["base"],
         undecided=report is not None and bool(report["undecided"]),
     )
 
